@@ -1,0 +1,44 @@
+"""The multi-layer perceptron for PyTorch, every derivative written by hand."""
+
+from manual_mlp import functional
+from manual_mlp.errors import InputError
+from manual_mlp.modules import (
+    GELU,
+    MLP,
+    Affine,
+    AffineActivation,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    Dropout,
+    Identity,
+    LeakyReLU,
+    MSELoss,
+    QuadraticLoss,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Tanh,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "GELU",
+    "MLP",
+    "Affine",
+    "AffineActivation",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "Dropout",
+    "Identity",
+    "InputError",
+    "LeakyReLU",
+    "MSELoss",
+    "QuadraticLoss",
+    "ReLU",
+    "SiLU",
+    "Sigmoid",
+    "Softplus",
+    "Tanh",
+    "functional",
+]

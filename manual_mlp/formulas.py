@@ -1,0 +1,388 @@
+"""THE SHEET: every formula of the package, forward and δ, on plain tensors. No autograd, no modules, no state.
+
+Letters and indices, here and in all code that calls this file (L layers, the input layer is layer 1, N rows):
+
+    a^1 = x             input                                           (N, n_1)
+    W^l, b^l            weight and bias between layer l and layer l+1   (n_{l+1}, n_l), (n_{l+1},)
+    z^{l+1} = a^l W^lᵀ + b^l   input of the neurons of layer l+1        (N, n_{l+1})
+    a^l = G(z^l)        activation, componentwise                       (N, n_l)
+    y = a^L, ŷ          prediction and target                           (N, n_L)
+    C                   cost                                            scalar
+    δ^l = ∂C/∂z^l       backpropagated error (`delta`)                  (N, n_l)
+    g                   ∂C/∂(output): what arrives from downstream
+
+The five steps of backpropagation:
+
+    1. forward          z^{l+1} = a^l W^lᵀ + b^l,  a^{l+1} = G(z^{l+1})             affine, Activation.G
+    2. output error     δ^L = ∂C/∂a^L ⊙ G′(z^L)                                     the cost's delta, Activation.delta
+    3. right to left    δ^l = (δ^{l+1} W^l) ⊙ G′(z^l)                               grad_input, Activation.delta
+    4. gradients        ∂C/∂W^l = (δ^{l+1})ᵀ a^l,  ∂C/∂b^l = Σ_N δ^{l+1}            grad_weight, grad_bias
+    5. update           w := w − LR · ∂C/∂w, every δ taken with the old weights
+
+Leading dimensions: N stands for any number of them, as in torch.nn.Linear. Every backward formula is out of place and
+made of ordinary tensor operations, so that it can itself be differentiated, vmapped and compiled.
+
+Source: the lecture "Neural Networks – The essentials", which writes the prediction y and the true label ŷ.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from manual_mlp.errors import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The affine map (steps 1, 3 and 4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rows(x: Tensor) -> Tensor:
+    """(…, n) as (N, n). With explicit N: −1 is ambiguous for an empty batch, and legacy vmap has no `flatten`."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def affine(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """z = a Wᵀ + b, (…, n_in) → (…, n_out)."""
+    return F.linear(a, weight, bias)
+
+
+def grad_input(delta: Tensor, weight: Tensor) -> Tensor:
+    """∂C/∂a = δ W, (…, n_out) → (…, n_in)."""
+    return delta @ weight
+
+
+def grad_weight(delta: Tensor, a: Tensor) -> Tensor:
+    """∂C/∂W = δᵀ a, summed over the batch: the dyadic product δ aᵀ of the lecture, (n_out, n_in)."""
+    return rows(delta).t() @ rows(a)
+
+
+def grad_bias(delta: Tensor) -> Tensor:
+    """∂C/∂b = Σ_N δ, (n_out,)."""
+    return rows(delta).sum(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations: G(z), and δ = g ⊙ G′ written in what is saved
+# ---------------------------------------------------------------------------------------------------------------------
+
+_ROUNDED = (torch.bfloat16, torch.float16)
+
+
+def rounded_once(delta: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Half precision: evaluate in float32 and round once, as torch's own kernels do."""
+
+    @functools.wraps(delta)
+    def evaluate(g: Tensor, saved: Tensor, *parameters: float) -> Tensor:
+        if g.dtype in _ROUNDED:
+            return delta(g.float(), saved.float(), *parameters).to(g.dtype)
+        return delta(g, saved, *parameters)
+
+    return evaluate
+
+
+def sigmoid(z: Tensor) -> Tensor:
+    """a = 1/(1 + e^−z)."""
+    return torch.sigmoid(z)
+
+
+def sigmoid_delta(g: Tensor, a: Tensor) -> Tensor:
+    """δ = (g · (1 − a)) · a. In this order, and no other, the bits are those of torch's own sigmoid."""
+    # As `rounded_once`, but for float16 on the CPU, where torch's kernel rounds at each operation.
+    if g.dtype == torch.bfloat16 or (g.dtype == torch.float16 and g.is_cuda):
+        return sigmoid_delta(g.float(), a.float()).to(g.dtype)
+    return (g * (1 - a)) * a
+
+
+@rounded_once
+def tanh_delta(g: Tensor, a: Tensor) -> Tensor:
+    """δ = g (1 − a²)."""
+    return g * (1 - a * a)
+
+
+def relu_delta(g: Tensor, a: Tensor) -> Tensor:
+    """δ = 0 where a ≤ 0, else g: so 0 at 0, and NaN passes."""
+    return torch.where(a <= 0, 0, g)
+
+
+def leaky_relu_delta(g: Tensor, a: Tensor, negative_slope: float) -> Tensor:
+    """δ = g where a > 0, else s g. For s ≥ 0 a and z have the same sign; for s < 0 it is written in z."""
+    return torch.where(a > 0, g, g * negative_slope)
+
+
+@rounded_once
+def softplus_delta(g: Tensor, a: Tensor, beta: float, threshold: float) -> Tensor:
+    """δ = g · (−expm1(−βa)), and g where G is linear: βz > threshold.
+
+    From a alone that place is known only up to log1p(e^−threshold), which is 2e-9 at the default threshold of 20; the
+    smallest a that is certainly beyond it decides, widened by a few eps because a was rounded. For lower thresholds see
+    `softplus_delta_in_z`.
+    """
+    certain = (threshold + math.log1p(math.exp(-threshold))) * (1 + 8 * torch.finfo(a.dtype).eps)
+    return torch.where(a * beta > certain, g, g * -torch.expm1(a * -beta))
+
+
+@rounded_once
+def softplus_delta_in_z(g: Tensor, z: Tensor, beta: float, threshold: float) -> Tensor:
+    """δ = g σ(βz), and g where βz > threshold."""
+    return torch.where(z * beta > threshold, g, g * torch.sigmoid(z * beta))
+
+
+@rounded_once
+def silu_delta(g: Tensor, z: Tensor) -> Tensor:
+    """δ = g σ(z) (1 + z (1 − σ(z)))."""
+    s = torch.sigmoid(z)
+    return g * (s * (1 + z * (1 - s)))
+
+
+@rounded_once
+def gelu_delta(g: Tensor, z: Tensor) -> Tensor:
+    """δ = g (Φ(z) + z φ(z)), with Φ by erfc, which keeps the lower tail."""
+    cdf = torch.erfc(z * -math.sqrt(1 / 2)) / 2
+    density = torch.exp(z * z * -0.5) * (1 / math.sqrt(2 * math.pi))
+    return g * (cdf + z * density)
+
+
+_GELU_SLOPE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+@rounded_once
+def gelu_tanh_delta(g: Tensor, z: Tensor) -> Tensor:
+    """δ = g (½(1 + t) + ½ z (1 − t²) u′), with t = tanh u, u = √(2/π)(z + 0.044715 z³)."""
+    square = z * z
+    t = torch.tanh(z * (1 + square * _GELU_CUBIC) * _GELU_SLOPE)
+    slope = (1 + square * (3 * _GELU_CUBIC)) * _GELU_SLOPE
+    return g * (0.5 * (1 + t) + 0.5 * z * (1 - t * t) * slope)
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """One row of the activation table.
+
+    name        what `activation=` takes
+    G           z, *parameters ↦ a, componentwise
+    delta       g, saved, *parameters ↦ δ = g ⊙ G′; G′ itself is delta(1, saved)
+    saves       which of "a" or "z" G′ is written in
+    G_text, delta_text   the same two formulas as text, with a, z, g, the parameters' names and SYMBOLS
+    parameters  names and defaults of what follows z
+    tail        z in this interval: G′ is exact to a relative 1e-12; beyond it, to an absolute 4 eps
+    """
+
+    name: str
+    G: Callable[..., Tensor]
+    delta: Callable[..., Tensor]
+    saves: str
+    G_text: str
+    delta_text: str
+    parameters: tuple[tuple[str, float], ...] = ()
+    tail: tuple[float, float] = (-40.0, 40.0)
+
+    def saved(self, z: Tensor, a: Tensor) -> Tensor:
+        """What the backward needs of the two."""
+        return a if self.saves == "a" else z
+
+
+# What the formula texts use beside a, z, g, a row's parameters and SymPy's own function names.
+SYMBOLS = {
+    "σ(z)": "1/(1 + exp(-z))",
+    "Φ(z)": "(1 + erf(z/sqrt(2)))/2",
+    "φ(z)": "exp(-z**2/2)/sqrt(2*pi)",
+    "t(z)": "tanh(sqrt(2/pi)*(z + 0.044715*z**3))",
+}
+
+_SOFTPLUS_TEXT = "where(beta*z > threshold, z, log(1 + exp(beta*z))/beta)"
+
+
+def _identity_delta(g: Tensor, a: Tensor) -> Tensor:
+    return g
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    row.name: row
+    for row in (
+        Activation("identity", lambda z: z, _identity_delta, "a", "z", "g"),
+        Activation("sigmoid", sigmoid, sigmoid_delta, "a", "1/(1 + exp(-z))", "(g*(1 - a))*a", tail=(-40, 5)),
+        Activation("tanh", torch.tanh, tanh_delta, "a", "tanh(z)", "g*(1 - a**2)", tail=(-2.5, 2.5)),
+        Activation("relu", torch.relu, relu_delta, "a", "where(z > 0, z, 0)", "where(a <= 0, 0, g)"),
+        Activation(
+            "leaky_relu",
+            F.leaky_relu,
+            leaky_relu_delta,
+            "a",
+            "where(z > 0, z, negative_slope*z)",
+            "where(a > 0, g, g*negative_slope)",
+            (("negative_slope", 0.01),),
+        ),
+        # The row that leaky_relu becomes when its slope is negative.
+        Activation(
+            "leaky_relu_in_z",
+            F.leaky_relu,
+            leaky_relu_delta,
+            "z",
+            "where(z > 0, z, negative_slope*z)",
+            "where(z > 0, g, g*negative_slope)",
+            (("negative_slope", -0.01),),
+        ),
+        Activation(
+            "softplus",
+            F.softplus,
+            softplus_delta,
+            "a",
+            _SOFTPLUS_TEXT,
+            "where(beta*a > threshold, g, g*(1 - exp(-beta*a)))",
+            (("beta", 1.0), ("threshold", 20.0)),
+        ),
+        # The row that softplus becomes when its threshold is so low that a no longer tells on which side of it z was.
+        Activation(
+            "softplus_in_z",
+            F.softplus,
+            softplus_delta_in_z,
+            "z",
+            _SOFTPLUS_TEXT,
+            "where(beta*z > threshold, g, g*σ(beta*z))",
+            (("beta", 1.0), ("threshold", 2.0)),
+        ),
+        Activation("silu", F.silu, silu_delta, "z", "z*σ(z)", "g*σ(z)*(1 + z*(1 - σ(z)))"),
+        Activation("gelu", F.gelu, gelu_delta, "z", "z*Φ(z)", "g*(Φ(z) + z*φ(z))"),
+        Activation(
+            "gelu_tanh",
+            functools.partial(F.gelu, approximate="tanh"),
+            gelu_tanh_delta,
+            "z",
+            "z*(1 + t(z))/2",
+            "g*((1 + t(z))/2 + z/2*(1 - t(z)**2)*sqrt(2/pi)*(1 + 3*0.044715*z**2))",
+        ),
+    )
+}
+
+
+def activation(name: str, **parameters: float | str) -> tuple[Activation, tuple[float, ...]]:
+    """The row of an activation and the values of its parameters, by torch's names for both.
+
+    Raises InputError for an unknown name or parameter.
+    """
+    if name == "gelu" and parameters.pop("approximate", "none") == "tanh":
+        name = "gelu_tanh"
+    if name not in ACTIVATIONS:
+        known = ", ".join(row for row in ACTIVATIONS if not row.endswith("_in_z"))
+        raise InputError(f"expected the name of an activation, one of {known}; got {name!r}")
+    row = ACTIVATIONS[name]
+    if unknown := parameters.keys() - dict(row.parameters).keys():
+        takes = ", ".join(dict(row.parameters)) or "no parameters"
+        raise InputError(f"activation {name!r} takes {takes}; got {', '.join(sorted(unknown))}")
+    values = tuple(float(parameters.get(parameter, default)) for parameter, default in row.parameters)
+    if (name == "softplus" and values[1] < 20) or (name == "leaky_relu" and values[0] < 0):
+        row = ACTIVATIONS[f"{name}_in_z"]
+    return row, values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Costs: C of each element or sample, and its derivative, before the reduction multiplies by 1/N
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def divisor(shape: torch.Size, reduction: str, weight: Tensor | None = None) -> Tensor | int:
+    """What the sum over all elements is divided by.
+
+    "samples": N, the product of the leading dimensions; "mean": the number of elements, or Σ weight; "sum": 1.
+    """
+    if reduction == "samples":
+        return math.prod(shape[:-1])
+    if reduction == "mean":
+        return math.prod(shape) if weight is None else weight.sum()
+    return 1
+
+
+def reduce(elements: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """Σ elements / divisor, or the elements themselves for "none". NaN at N = 0, as in torch."""
+    return elements if reduction == "none" else elements.sum() / divisor(elements.shape, reduction, weight)
+
+
+def share(g: Tensor, shape: torch.Size, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """What arrives at each element when g arrives at their reduction: g / divisor."""
+    return g / divisor(shape, reduction, weight) if reduction in ("mean", "samples") else g
+
+
+def quadratic(prediction: Tensor, target: Tensor) -> Tensor:
+    """½ (a − ŷ)² of each element; the lecture's C is (1/N) of its sum."""
+    return 0.5 * (prediction - target).square()
+
+
+def quadratic_delta(prediction: Tensor, target: Tensor) -> Tensor:
+    """∂C/∂a^L = a − ŷ (and ∂C/∂ŷ = −(a − ŷ)), before 1/N."""
+    return prediction - target
+
+
+def softplus_exact(z: Tensor) -> Tensor:
+    """log(1 + e^z) without a threshold: max(z, 0) + log1p(e^−|z|)."""
+    return z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
+
+
+def binary_cross_entropy(z: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
+    """softplus(z) − ŷ z of each element; with weight p on the positives ŷ p softplus(−z) + (1 − ŷ) softplus(z)."""
+    if pos_weight is None:
+        return softplus_exact(z) - target * z
+    return target * pos_weight * softplus_exact(-z) + (1 - target) * softplus_exact(z)
+
+
+def binary_cross_entropy_delta(z: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
+    """δ^L = σ(z) − ŷ: the G′ of the sigmoid cancels. With weight p on the positives σ(z) (1 − ŷ + ŷ p) − ŷ p."""
+    if pos_weight is None:
+        return torch.sigmoid(z) - target
+    positive = target * pos_weight
+    return torch.sigmoid(z) * (1 - target + positive) - positive
+
+
+def binary_cross_entropy_delta_target(z: Tensor, pos_weight: Tensor | None = None) -> Tensor:
+    """∂C/∂ŷ = −z; with weight p on the positives p softplus(−z) − softplus(z)."""
+    return -z if pos_weight is None else pos_weight * softplus_exact(-z) - softplus_exact(z)
+
+
+def cross_entropy_of_class(z: Tensor, target: Tensor) -> Tensor:
+    """−log softmax(z)_class of each sample: z (…, classes), class index (…).
+
+    Gathered rather than multiplied by onehot, so that a class masked by a logit of −inf costs nothing.
+    """
+    return -torch.log_softmax(z, -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+
+def cross_entropy_delta_of_class(z: Tensor, target: Tensor) -> Tensor:
+    """δ^L = softmax(z) − onehot."""
+    onehot = target.unsqueeze(-1) == torch.arange(z.shape[-1], device=z.device)
+    return torch.softmax(z, -1) - onehot.to(z.dtype)
+
+
+def class_shares(target: Tensor, class_weight: Tensor | None, smoothing: float) -> Tensor:
+    """t_c = w_c ((1 − ε) ŷ_c + ε/classes): the target of each class, weighted and smoothed."""
+    shares = target if smoothing == 0 else target * (1 - smoothing) + smoothing / target.shape[-1]
+    return shares if class_weight is None else shares * class_weight
+
+
+def cross_entropy(z: Tensor, shares: Tensor) -> Tensor:
+    """−Σ_c t_c log softmax(z)_c of each sample: z and t (…, classes)."""
+    return -(shares * torch.log_softmax(z, -1)).sum(-1)
+
+
+def cross_entropy_delta(z: Tensor, shares: Tensor) -> Tensor:
+    """δ^L = softmax(z) Σ_c t_c − t; where t is a onehot, softmax(z) − onehot."""
+    return torch.softmax(z, -1) * shares.sum(-1, keepdim=True) - shares
+
+
+def cross_entropy_delta_target(z: Tensor, class_weight: Tensor | None, smoothing: float) -> Tensor:
+    """∂C/∂ŷ_c = −w_c (1 − ε) log softmax(z)_c."""
+    delta = torch.log_softmax(z, -1) * (smoothing - 1)
+    return delta if class_weight is None else delta * class_weight
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dropout(a: Tensor, mask: Tensor, keep: float) -> Tensor:
+    """a ⊙ m / (1 − p), m ∈ {0, 1} (bool). It is linear in a, so the backward is the same map: δ = g ⊙ m / (1 − p)."""
+    return a * (mask.to(a.dtype) / keep)

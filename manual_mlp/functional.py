@@ -1,0 +1,359 @@
+"""The counterpart of torch.nn.functional: same argument names and meaning, derivatives from the sheet.
+
+What a wrapper adds to its Function: the casts of autocast, and a sentence for an input that can't be right. The checks
+that torch makes anyway are left to it, and put in words only once it has refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manual_mlp import formulas as sheet
+from manual_mlp import functions
+from manual_mlp.errors import InputError
+from manual_mlp.functions import ManualFunction, apply
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Affine maps and activations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """z = a Wᵀ + b.
+
+    input (…, n_in), weight (n_out, n_in), bias (n_out,) → (…, n_out). Leading dimensions as torch.nn.functional.linear.
+    Raises InputError for sizes, dtypes or devices that do not fit each other, and for complex tensors.
+    """
+    return apply_affine(functions.Affine, input, weight, bias)
+
+
+def affine_activation(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "sigmoid", **parameters: float | str
+) -> Tensor:
+    """G(a Wᵀ + b) as one node of the graph; shapes and errors as `affine`.
+
+    activation: a name of the activation table; parameters: its parameters, such as negative_slope=0.2.
+    """
+    row, values = sheet.activation(activation, **parameters)
+    return apply_affine(functions.AFFINE_ACTIVATION[row.name], input, weight, bias, *values)
+
+
+def apply_affine(
+    function: type[ManualFunction], input: Tensor, weight: Tensor, bias: Tensor | None, *parameters: float
+) -> Tensor:
+    """One affine Function, autocast and errors around it."""
+    if torch.is_autocast_enabled(_device_type(input)):
+        input, weight, bias = _autocast(input), _autocast(weight), None if bias is None else _autocast(bias)
+    if weight.is_complex() or (bias is not None and bias.dim() != 1):
+        raise InputError(_affine_problem(input, weight, bias))
+    try:
+        output = apply(function, input, weight, bias, *parameters)
+    except RuntimeError as error:
+        if problem := _affine_problem(input, weight, bias):
+            raise InputError(problem) from error
+        raise
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _affine_problem(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """What is wrong with the arguments of an affine map, in a sentence; None if it is something else."""
+    named = [("input", input), ("weight", weight), *([] if bias is None else [("bias", bias)])]
+    for name, tensor in named:
+        if not tensor.is_floating_point():
+            return _not_real(f"{name} of an affine map", tensor)
+    if weight.dim() != 2:
+        return f"expected a weight of shape (out_features, in_features); got shape {tuple(weight.shape)}"
+    n_out, n_in = weight.shape
+    if input.dim() == 0 or input.shape[-1] != n_in:
+        fix = "transpose the input" if n_in in input.shape else "flatten or select the features, or change in_features"
+        return (
+            f"expected an input whose last dimension is in_features={n_in}; got shape {tuple(input.shape)} "
+            f"for a weight of shape {tuple(weight.shape)}: {fix}"
+        )
+    if bias is not None and bias.shape != (n_out,):
+        return f"expected a bias of shape ({n_out},), one for each output; got shape {tuple(bias.shape)}"
+    return _mix_problem(named)
+
+
+def _mix_problem(named: list[tuple[str, Tensor]]) -> str | None:
+    """Tensors of different dtypes or devices, in a sentence."""
+    for what, of in (("dtype", lambda tensor: tensor.dtype), ("device", lambda tensor: tensor.device)):
+        if len({of(tensor) for _, tensor in named}) > 1:
+            came = ", ".join(f"{name} {of(tensor)}" for name, tensor in named)
+            first = named[0]
+            return f"expected one {what} for all tensors; got {came}: call .to({of(named[-1][1])}) on the {first[0]}"
+    return None
+
+
+def _not_real(name: str, tensor: Tensor) -> str:
+    fix = "split it into its real and imaginary parts" if tensor.is_complex() else "call .float() on it"
+    return f"expected a real floating-point {name}; got {tensor.dtype}: {fix}"
+
+
+def _device_type(tensor: Tensor) -> str:
+    """The device autocast is asked for; torch has no autocast to ask about on meta."""
+    device = tensor.device.type
+    return "cpu" if device == "meta" else device
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """To autocast's dtype, as torch does for a linear layer: floating point but not float64."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(_device_type(tensor)))
+
+
+def _activation(name: str, input: Tensor, *parameters: float, inplace: bool = False) -> Tensor:
+    """One componentwise Function; refuses what torch would promote or differentiate without conjugates."""
+    if not input.is_floating_point():
+        raise InputError(_not_real("input of an activation", input))
+    if not inplace:
+        return apply(functions.ACTIVATION[name], input, *parameters)
+    if torch.compiler.is_compiling() or functions.transforming():
+        # An in-place Function has no place there; copy_ is torch's own way to write, and composes with all of it.
+        return input.copy_(apply(functions.ACTIVATION[name], input.clone(), *parameters))
+    output = apply(functions.INPLACE[name], input, *parameters)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def identity(input: Tensor) -> Tensor:
+    """a = z, the linear neuron: the input itself, any shape."""
+    return input
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    """a = 1/(1 + e^−z), componentwise, any shape. Raises InputError for integer or complex input, as all of these."""
+    return _activation("sigmoid", input)
+
+
+def tanh(input: Tensor) -> Tensor:
+    """a = tanh z, componentwise, any shape."""
+    return _activation("tanh", input)
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """a = max(z, 0), componentwise, any shape."""
+    return _activation("relu", input, inplace=inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """a = z where z > 0, else negative_slope · z, componentwise, any shape."""
+    row, values = sheet.activation("leaky_relu", negative_slope=negative_slope)
+    return _activation(row.name, input, *values, inplace=inplace)
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """a = log(1 + e^βz)/β, and z where βz > threshold, componentwise, any shape."""
+    row, values = sheet.activation("softplus", beta=beta, threshold=threshold)
+    return _activation(row.name, input, *values)
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """a = z σ(z), componentwise, any shape."""
+    return _activation("silu", input, inplace=inplace)
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """a = z Φ(z), or its tanh form for approximate="tanh", componentwise, any shape."""
+    row, _ = sheet.activation("gelu", approximate=approximate)
+    return _activation(row.name, input)
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """a ⊙ m / (1 − p) with P(m = 0) = p, any shape; draws the mask that torch.nn.functional.dropout draws on the CPU.
+
+    Raises InputError for p outside [0, 1].
+    """
+    if not 0 <= p <= 1:
+        raise InputError(f"expected a dropout probability between 0 and 1; got {p}")
+    if not training or p == 0:
+        return input
+    mask = torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)
+    # At p = 1 the mask is 0 everywhere and there is nothing to rescale.
+    return apply(functions.Dropout, input, mask, 1 - p or 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def quadratic_loss(input: Tensor, target: Tensor) -> Tensor:
+    """C = (1/N) Σ_N Σ_i ½ (a_i − ŷ_i)², the lecture's cost.
+
+    input (the prediction) and target (…, n_L), N the product of the leading dimensions → scalar.
+    Raises InputError for different shapes or dtypes, and for a one-dimensional prediction, which has no N.
+    """
+    if input.dim() < 2:
+        raise InputError(
+            f"expected a prediction of shape (N, outputs); got {tuple(input.shape)}, "
+            "whose 1/N would be lost: call .unsqueeze(-1) for one output, .unsqueeze(0) for one sample"
+        )
+    input, target = _pair(input, target)
+    return apply(functions.Quadratic, input, target, 1.0, "samples")
+
+
+def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """(a − ŷ)² of each element, its sum or its mean: twice the quadratic cost, over all elements instead of N.
+
+    input and target of the same shape → scalar, or that shape for reduction "none". Raises InputError as above.
+    """
+    _check_reduction(reduction)
+    input, target = _pair(input, target)
+    return apply(functions.Quadratic, input, target, 2.0, reduction)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """softplus(z) − ŷ z of each element, its sum or its mean; δ = σ(z) − ŷ.
+
+    input (the logits) and target (…) of the same shape; weight and pos_weight broadcastable to it → scalar, or that
+    shape for "none". Raises InputError for different shapes or dtypes, and for a weight that requires a gradient.
+    """
+    _check_reduction(reduction)
+    input, target = _pair(input, target)
+    weight, pos_weight = _constant("weight", weight, input), _constant("pos_weight", pos_weight, input)
+    for name, factor in (("weight", weight), ("pos_weight", pos_weight)):
+        if factor is not None and not _broadcasts(factor.shape, input.shape):
+            raise InputError(
+                f"expected a {name} that broadcasts to the input's shape {tuple(input.shape)}; "
+                f"got {tuple(factor.shape)}"
+            )
+    return apply(functions.BinaryCrossEntropy, input, target, weight, pos_weight, reduction)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """−log softmax(z)_class of each sample, its sum or its weighted mean; δ = softmax(z) − onehot.
+
+    input (the logits) (classes,), (N, classes) or (N, classes, d_1, …); target either class indices, the same shape
+    without the classes, or a probability for each class, the input's shape; weight (classes,).
+    → scalar, or the shape without the classes for "none". As torch.nn.functional.cross_entropy.
+    Raises InputError for shapes or dtypes that do not fit, labels out of range, a smoothing outside [0, 1].
+    """
+    _check_reduction(reduction)
+    if not 0 <= label_smoothing <= 1:
+        raise InputError(f"expected a label_smoothing between 0 and 1; got {label_smoothing}")
+    input = _real_cost(input)
+    weight = _constant("weight", weight, input)
+    class_dim = min(1, input.dim() - 1)
+    if input.dim() == 0 or (weight is not None and weight.shape != (input.shape[class_dim],)):
+        came = f"{tuple(input.shape)}" + ("" if weight is None else f" with a weight of shape {tuple(weight.shape)}")
+        raise InputError(f"expected logits (N, classes) and a weight (classes,); got {came}")
+    z = input.movedim(class_dim, -1)
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise InputError(_target_problem(input, target))
+        _, target = _pair(input, target)
+        counts = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device)
+        return apply(
+            functions.CrossEntropy, z, target.movedim(class_dim, -1), weight, counts, label_smoothing, reduction
+        )
+    return _cross_entropy_of_class(z, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def _cross_entropy_of_class(
+    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    if target.dtype not in (torch.int64, torch.uint8) or target.shape != z.shape[:-1]:
+        raise InputError(_target_problem(z, target))
+    kept = target != ignore_index
+    # The dtype of the indices: gather takes int64 only.
+    target = torch.where(kept, target, 0).long()
+    try:
+        samples = kept.to(z.dtype) if weight is None else kept * weight[target]
+        if label_smoothing == 0:
+            return apply(functions.CrossEntropyOfClass, z, target, samples, reduction)
+        onehot = (target.unsqueeze(-1) == torch.arange(z.shape[-1], device=z.device)).to(z.dtype)
+        return apply(functions.CrossEntropy, z, onehot, weight, samples, label_smoothing, reduction)
+    except (IndexError, RuntimeError) as error:
+        raise InputError(_labels_problem(z, target, ignore_index) or str(error)) from error
+
+
+def _target_problem(input: Tensor, target: Tensor) -> str:
+    return (
+        f"expected class indices (int64, the shape of the logits {tuple(input.shape)} without the classes) or "
+        f"probabilities of the logits' shape and dtype; got {target.dtype} of shape {tuple(target.shape)}: "
+        "call .long() on class indices, .squeeze(-1) on a column of them"
+    )
+
+
+def _labels_problem(z: Tensor, target: Tensor, ignore_index: int) -> str | None:
+    classes = z.shape[-1]
+    if target.numel() == 0 or (int(target.min()) >= 0 and int(target.max()) < classes):
+        return None
+    return (
+        f"expected class labels from 0 to {classes - 1} (or ignore_index {ignore_index}); "
+        f"got labels from {int(target.min())} to {int(target.max())}: renumber them from 0"
+    )
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise InputError(f"expected a reduction of 'none', 'mean' or 'sum'; got {reduction!r}")
+
+
+def _real_cost(input: Tensor) -> Tensor:
+    """A cost is computed in float32 under autocast, as torch does."""
+    if not input.is_floating_point():
+        raise InputError(_not_real("prediction", input))
+    if input.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(_device_type(input)):
+        return input.float()
+    return input
+
+
+def _pair(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Prediction and target, which must agree in shape, dtype and device: nothing is broadcast or promoted."""
+    if input.shape != target.shape:
+        fix = "the target" if input.dim() > target.dim() else "the prediction"
+        hint = f": call .unsqueeze(-1) on {fix}" if abs(input.dim() - target.dim()) == 1 else ""
+        raise InputError(
+            f"expected prediction and target of the same shape; got {tuple(input.shape)} and "
+            f"{tuple(target.shape)}, which would broadcast to something else{hint}"
+        )
+    input, target = _real_cost(input), target if not target.is_floating_point() else _real_cost(target)
+    if input.dtype != target.dtype or input.device != target.device:
+        raise InputError(str(_mix_problem([("target", target), ("prediction", input)])))
+    return input, target
+
+
+def _constant(name: str, factor: Tensor | None, input: Tensor) -> Tensor | None:
+    """A weight of a cost: a constant, in the prediction's dtype and on its device."""
+    if factor is None:
+        return None
+    if factor.requires_grad:
+        raise InputError(
+            f"expected a {name} without a gradient, as torch takes it; got one that requires it: .detach()"
+        )
+    if factor.device != input.device:
+        raise InputError(str(_mix_problem([(name, factor), ("prediction", input)])))
+    return factor.to(input.dtype)
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(to[len(to) - len(shape) :]), strict=True)
+    )
+
+
+COSTS: dict[str, Callable[..., Any]] = {
+    "quadratic": quadratic_loss,
+    "mse": mse_loss,
+    "bce": binary_cross_entropy_with_logits,
+    "cross_entropy": cross_entropy,
+}

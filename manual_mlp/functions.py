@@ -1,0 +1,483 @@
+"""torch.autograd.Functions: each binds formulas of the sheet to autograd, and says what is saved and what is returned.
+
+`Affine`, `Sigmoid` and `AffineSigmoid` are written out, since they are the lesson. The other activations come from
+their rows: `ACTIVATION[name]` alone, `AFFINE_ACTIVATION[name]` fused with the affine map. All costs follow.
+
+Call a Function by `apply(Function, *arguments)`. In every backward g = ∂C/∂(output), and may be None (undefined),
+expanded or strided: it is read, never written. Tensors are saved only for a gradient that somebody needs.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function, FunctionMeta
+
+from manual_mlp import formulas as sheet
+from manual_mlp.formulas import ACTIVATIONS, Activation
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class ManualFunction(Function):
+    """A Function with a jvp beside its backward, and `plain`, itself without the jvp.
+
+    torch.compile can't trace a Function that defines a jvp (pytorch#180284), so `apply` takes `plain` there.
+    """
+
+    generate_vmap_rule = True
+    plain: ClassVar[type[Function]]
+    direct: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls) -> None:
+        cls.plain = cls
+        if "jvp" in vars(cls):
+            members = {name: rule for name, rule in vars(cls).items() if name != "jvp"}
+            cls.plain = FunctionMeta(cls.__name__, (ManualFunction,), members)  # type: ignore[assignment]
+        cls.direct = super(Function, cls.plain).apply  # type: ignore[misc]
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def apply(function: type[ManualFunction], *args: Any) -> Any:
+    """Function.apply, without its cost: binding the signature in Python takes longer than a small layer.
+
+    Under a transform or a compiler the public `Function.apply` does the work; without any gradient mode the formula is
+    called alone.
+    """
+    if torch.compiler.is_compiling():
+        return function.plain.apply(*args)
+    if transforming():
+        return function.apply(*args)
+    if not torch.is_grad_enabled():
+        return function.forward(*args)
+    return function.direct(*args)
+
+
+def _save_all(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The lesson, longhand
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Affine(ManualFunction):
+    """z = a Wᵀ + b.  a (…, n_in), weight (n_out, n_in), bias (n_out,) or None → z (…, n_out).  Saves a and W."""
+
+    @staticmethod
+    def forward(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return sheet.affine(a, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        a, weight, _ = inputs
+        _save_affine(ctx, a, weight)
+        ctx.save_for_forward(a, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        if g is None:
+            return None, None, None
+        a, weight = ctx.saved_tensors
+        return _affine_gradients(ctx, g, a, weight)
+
+    @staticmethod
+    def jvp(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
+        a, weight = ctx.saved_tensors
+        return _affine_jvp(a, weight, a_t, weight_t, bias_t)
+
+
+def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
+    """∂C/∂W needs a, ∂C/∂a needs W: a frozen weight keeps no input alive, a fixed input no weight."""
+    needs_a, needs_weight, _ = ctx.needs_input_grad[:3]
+    ctx.save_for_backward(a if needs_weight else None, weight if needs_a else None, *also)
+    ctx.set_materialize_grads(False)
+
+
+def _affine_gradients(ctx: Any, delta: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """∂C/∂a = δ W, ∂C/∂W = δᵀ a, ∂C/∂b = Σ_N δ: those that are needed."""
+    needs_a, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    return (
+        sheet.grad_input(delta, weight) if needs_a else None,
+        sheet.grad_weight(delta, a) if needs_weight else None,
+        sheet.grad_bias(delta) if needs_bias else None,
+    )
+
+
+def _affine_jvp(
+    a: Tensor, weight: Tensor, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None
+) -> Tensor:
+    """ż = ȧ Wᵀ + a Ẇᵀ + ḃ, the terms that are there."""
+    z_t = None
+    if a_t is not None:
+        z_t = sheet.affine(a_t, weight)
+    if weight_t is not None:
+        z_t = sheet.affine(a, weight_t) if z_t is None else z_t + sheet.affine(a, weight_t)
+    if bias_t is not None:
+        z_t = bias_t.expand(*a.shape[:-1], -1) if z_t is None else z_t + bias_t
+    assert z_t is not None  # autograd calls a jvp only when some tangent is there
+    return z_t
+
+
+class Sigmoid(ManualFunction):
+    """a = 1/(1 + e^−z), componentwise.  Saves a."""
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return sheet.sigmoid(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        _save_all(ctx, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
+        if g is None:
+            return None
+        (a,) = ctx.saved_tensors
+        return sheet.sigmoid_delta(g, a)
+
+    @staticmethod
+    def jvp(ctx: Any, z_t: Tensor) -> Tensor:
+        (a,) = ctx.saved_tensors
+        return sheet.sigmoid_delta(z_t, a)
+
+
+class AffineSigmoid(ManualFunction):
+    """a^{l+1} = 1/(1 + e^−z), z = a Wᵀ + b: one layer of the lecture's network as one node.  Saves a, W and a^{l+1}."""
+
+    @staticmethod
+    def forward(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return sheet.sigmoid(sheet.affine(a, weight, bias))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        a, weight, _ = inputs
+        _save_affine(ctx, a, weight, output)
+        ctx.save_for_forward(a, weight, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        if g is None:
+            return None, None, None
+        a, weight, activation = ctx.saved_tensors
+        delta = sheet.sigmoid_delta(g, activation)
+        return _affine_gradients(ctx, delta, a, weight)
+
+    @staticmethod
+    def jvp(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
+        a, weight, activation = ctx.saved_tensors
+        z_t = _affine_jvp(a, weight, a_t, weight_t, bias_t)
+        return sheet.sigmoid_delta(z_t, activation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other activations, from their rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _define(name: str, doc: str, **rules: Any) -> type[ManualFunction]:
+    """A Function from its rules. Made by the metaclass, since that names the graph's node after the class."""
+    members = {rule: staticmethod(function) for rule, function in rules.items()}
+    return FunctionMeta(name, (ManualFunction,), members | {"__doc__": doc, "__module__": __name__})  # type: ignore
+
+
+def _plus(delta: Tensor | None, g_z: Tensor | None) -> Tensor | None:
+    """δ and what arrives at z itself, which is something only in a second derivative."""
+    if delta is None or g_z is None:
+        return g_z if delta is None else delta
+    return delta + g_z
+
+
+def _activation_function(row: Activation) -> type[ManualFunction]:
+    """a = G(z), componentwise."""
+
+    def forward(z: Tensor, *parameters: float) -> Tensor:
+        return row.G(z, *parameters)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, *ctx.parameters = inputs
+        saved = row.saved(z, output)
+        _save_all(ctx, saved)
+
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        (saved,) = ctx.saved_tensors
+        delta = None if g is None else row.delta(g, saved, *ctx.parameters)
+        return delta, *(None for _ in ctx.parameters)
+
+    def jvp(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
+        (saved,) = ctx.saved_tensors
+        return row.delta(z_t, saved, *ctx.parameters)
+
+    doc = f"a = {row.G_text}, componentwise.  Saves {row.saves}."
+    return _define(_title(row), doc, forward=forward, setup_context=setup_context, backward=backward, jvp=jvp)
+
+
+def _inplace_function(row: Activation) -> type[ManualFunction]:
+    """z := G(z), outside transforms. A row in z keeps a copy, as torch does, and returns it as a second output."""
+    keeps_z = row.saves == "z"
+
+    def forward(z: Tensor, *parameters: float) -> Tensor | tuple[Tensor, Tensor]:
+        if keeps_z:
+            copy = z.clone()
+            return z.copy_(row.G(copy, *parameters)), copy
+        return z.copy_(row.G(z, *parameters))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        z, *ctx.parameters = inputs
+        ctx.mark_dirty(z)
+        saved = output[1] if keeps_z else output
+        _save_all(ctx, saved)
+
+    def backward(ctx: Any, g: Tensor | None, g_z: Tensor | None = None) -> Gradients:
+        (saved,) = ctx.saved_tensors
+        delta = None if g is None else row.delta(g, saved, *ctx.parameters)
+        return _plus(delta, g_z), *(None for _ in ctx.parameters)
+
+    doc = f"z := {row.G_text}, componentwise, in place.  Saves {row.saves}."
+    return _define(_title(row) + "_", doc, forward=forward, setup_context=setup_context, backward=backward)
+
+
+def _affine_activation_function(row: Activation) -> type[ManualFunction]:
+    """a^{l+1} = G(a Wᵀ + b) as one node. Saves a, W and what the row says.
+
+    A row in z returns z as a second output: only so does a second derivative flow through the z it saves.
+    """
+    keeps_z = row.saves == "z"
+
+    def forward(a: Tensor, weight: Tensor, bias: Tensor | None, *parameters: float) -> Tensor | tuple[Tensor, Tensor]:
+        z = sheet.affine(a, weight, bias)
+        activation = row.G(z, *parameters)
+        return (activation, z) if keeps_z else activation
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        a, weight, _, *ctx.parameters = inputs
+        saved = output[1] if keeps_z else output
+        _save_affine(ctx, a, weight, saved)
+        ctx.save_for_forward(a, weight, saved)
+
+    def backward(ctx: Any, g: Tensor | None, g_z: Tensor | None = None) -> Gradients:
+        a, weight, saved = ctx.saved_tensors
+        delta = _plus(None if g is None else row.delta(g, saved, *ctx.parameters), g_z)
+        gradients = (None, None, None) if delta is None else _affine_gradients(ctx, delta, a, weight)
+        return *gradients, *(None for _ in ctx.parameters)
+
+    def jvp(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
+        a, weight, saved = ctx.saved_tensors
+        z_t = _affine_jvp(a, weight, a_t, weight_t, bias_t)
+        activation_t = row.delta(z_t, saved, *ctx.parameters)
+        return (activation_t, z_t) if keeps_z else activation_t
+
+    doc = f"a^{{l+1}} = {row.G_text}, z = a Wᵀ + b.  Saves a, W and {'z' if keeps_z else 'a^{l+1}'}."
+    rules = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+    return _define(f"Affine{_title(row)}", doc, **rules)
+
+
+def _title(row: Activation) -> str:
+    return "".join(word.capitalize() for word in row.name.split("_"))
+
+
+# The identity alone needs no node, and fused it is the affine map.
+_NONLINEAR = {name: row for name, row in ACTIVATIONS.items() if name != "identity"}
+ACTIVATION = {name: _activation_function(row) for name, row in _NONLINEAR.items()} | {"sigmoid": Sigmoid}
+INPLACE = {name: _inplace_function(row) for name, row in _NONLINEAR.items()}
+AFFINE_ACTIVATION = {name: _affine_activation_function(row) for name, row in _NONLINEAR.items()} | {
+    "identity": Affine,
+    "sigmoid": AffineSigmoid,
+}
+
+
+class Dropout(ManualFunction):
+    """a ⊙ m / (1 − p): a (…), mask m (…) bool, keep = 1 − p.  Saves m."""
+
+    @staticmethod
+    def forward(a: Tensor, mask: Tensor, keep: float) -> Tensor:
+        return sheet.dropout(a, mask, keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        _, mask, ctx.keep = inputs
+        _save_all(ctx, mask)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        (mask,) = ctx.saved_tensors
+        return None if g is None else sheet.dropout(g, mask, ctx.keep), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, a_t: Tensor, mask_t: None, keep_t: None) -> Tensor:
+        (mask,) = ctx.saved_tensors
+        return sheet.dropout(a_t, mask, ctx.keep)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sum_of(*terms: Tensor | None) -> Tensor:
+    """The terms that are there."""
+    first, *more = (term for term in terms if term is not None)
+    return sum(more, first)
+
+
+class Quadratic(ManualFunction):
+    """C = Σ scale · ½ (a − ŷ)² / divisor.  prediction, target (…, n_L).  Saves both.
+
+    scale 1 and divisor N: the lecture's cost. scale 2: torch.nn.MSELoss.
+    """
+
+    @staticmethod
+    def forward(prediction: Tensor, target: Tensor, scale: float, reduction: str) -> Tensor:
+        return sheet.reduce(scale * sheet.quadratic(prediction, target), reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, str], output: Tensor) -> None:
+        prediction, target, ctx.scale, ctx.reduction = inputs
+        _save_all(ctx, prediction, target)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        if g is None:
+            return None, None, None, None
+        prediction, target = ctx.saved_tensors
+        share = sheet.share(g * ctx.scale, prediction.shape, ctx.reduction)
+        delta = sheet.quadratic_delta(prediction, target) * share
+        needs_prediction, needs_target, *_ = ctx.needs_input_grad
+        return delta if needs_prediction else None, -delta if needs_target else None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, prediction_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
+        prediction, target = ctx.saved_tensors
+        difference_t = _sum_of(prediction_t, None if target_t is None else -target_t)
+        elements_t = ctx.scale * sheet.quadratic_delta(prediction, target) * difference_t
+        return sheet.reduce(elements_t, ctx.reduction)
+
+
+class BinaryCrossEntropy(ManualFunction):
+    """C = Σ w (softplus(z) − ŷ z) / divisor.  z, target (…), weight and pos_weight broadcastable to it.  Saves all."""
+
+    @staticmethod
+    def forward(z: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str) -> Tensor:
+        return sheet.reduce(_weighted(sheet.binary_cross_entropy(z, target, pos_weight), weight), reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.reduction = inputs
+        _save_all(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        if g is None:
+            return None, None, None, None, None
+        z, target, weight, pos_weight = ctx.saved_tensors
+        share = _weighted(sheet.share(g, z.shape, ctx.reduction), weight)
+        needs_z, needs_target, *_ = ctx.needs_input_grad
+        return (
+            sheet.binary_cross_entropy_delta(z, target, pos_weight) * share if needs_z else None,
+            sheet.binary_cross_entropy_delta_target(z, pos_weight) * share if needs_target else None,
+            *(None, None, None),
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
+        z, target, weight, pos_weight = ctx.saved_tensors
+        elements_t = _sum_of(
+            None if z_t is None else sheet.binary_cross_entropy_delta(z, target, pos_weight) * z_t,
+            None if target_t is None else sheet.binary_cross_entropy_delta_target(z, pos_weight) * target_t,
+        )
+        return sheet.reduce(_weighted(elements_t, weight), ctx.reduction)
+
+
+def _weighted(elements: Tensor, weight: Tensor | None) -> Tensor:
+    return elements if weight is None else elements * weight
+
+
+def _kept(samples: Tensor, counts: Tensor) -> Tensor:
+    """0 for a sample that is ignored, even where its own cost is infinite."""
+    return torch.where(counts != 0, samples, 0)
+
+
+class CrossEntropyOfClass(ManualFunction):
+    """C = −Σ_n w_n log softmax(z)_class / divisor; the divisor of "mean" is Σ w_n.
+
+    z (…, classes), target (…) class indices, weight (…) of each sample.  Saves all.
+    """
+
+    @staticmethod
+    def forward(z: Tensor, target: Tensor, weight: Tensor, reduction: str) -> Tensor:
+        return sheet.reduce(_kept(sheet.cross_entropy_of_class(z, target) * weight, weight), reduction, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.reduction = inputs
+        _save_all(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        if g is None:
+            return None, None, None, None
+        z, target, weight = ctx.saved_tensors
+        share = sheet.share(g, target.shape, ctx.reduction, weight) * weight
+        return sheet.cross_entropy_delta_of_class(z, target) * share.unsqueeze(-1), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
+        z, target, weight = ctx.saved_tensors
+        samples_t = (sheet.cross_entropy_delta_of_class(z, target) * z_t).sum(-1)
+        return sheet.reduce(samples_t * weight, ctx.reduction, weight)
+
+
+class CrossEntropy(ManualFunction):
+    """C = −Σ_n Σ_c t_c log softmax(z)_c / divisor, t_c = w_c ((1 − ε) ŷ_c + ε/classes); mean: divisor Σ counts.
+
+    z and target (…, classes), a probability for each class; class_weight (classes,) or None; smoothing ε; counts (…),
+    what each sample counts in the mean, 0 for one that is ignored.  Saves the tensors.
+    """
+
+    @staticmethod
+    def forward(
+        z: Tensor, target: Tensor, class_weight: Tensor | None, counts: Tensor, smoothing: float, reduction: str
+    ) -> Tensor:
+        shares = sheet.class_shares(target, class_weight, smoothing)
+        return sheet.reduce(_kept(sheet.cross_entropy(z, shares), counts), reduction, counts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.smoothing, ctx.reduction = inputs
+        _save_all(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        if g is None:
+            return (None,) * 6
+        z, target, class_weight, counts = ctx.saved_tensors
+        share = _kept(sheet.share(g, counts.shape, ctx.reduction, counts), counts).unsqueeze(-1)
+        needs_z, needs_target, *_ = ctx.needs_input_grad
+        shares = sheet.class_shares(target, class_weight, ctx.smoothing)
+        return (
+            sheet.cross_entropy_delta(z, shares) * share if needs_z else None,
+            sheet.cross_entropy_delta_target(z, class_weight, ctx.smoothing) * share if needs_target else None,
+            *(None, None, None, None),
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
+        z, target, class_weight, counts = ctx.saved_tensors
+        shares = sheet.class_shares(target, class_weight, ctx.smoothing)
+        samples_t = _sum_of(
+            None if z_t is None else (sheet.cross_entropy_delta(z, shares) * z_t).sum(-1),
+            None
+            if target_t is None
+            else (sheet.cross_entropy_delta_target(z, class_weight, ctx.smoothing) * target_t).sum(-1),
+        )
+        return sheet.reduce(_kept(samples_t, counts), ctx.reduction, counts)

@@ -1,0 +1,270 @@
+"""The counterpart of torch.nn: modules whose derivatives come from the sheet.
+
+`Affine` and the activations are their torch counterparts with another forward, so `isinstance`, arguments, printing,
+initialisation and state_dict are torch's own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manual_mlp import formulas as sheet
+from manual_mlp import functional, functions
+from manual_mlp.errors import InputError
+
+
+def _check_size(name: str, size: Any) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"expected {name} to be a positive whole number of neurons; got {size!r}")
+
+
+class Affine(nn.Linear):
+    """z = a Wᵀ + b: an nn.Linear whose forward and backward are ours.
+
+    input (…, in_features) → (…, out_features); weight (out_features, in_features), bias (out_features,).
+    Same names, shapes, initialisation (the same bits from the same seed) and state_dict as nn.Linear.
+    Raises InputError for a size below 1, and from forward for an input that does not fit.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        _check_size("in_features", in_features)
+        _check_size("out_features", out_features)
+        super().__init__(in_features, out_features, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.affine(input, self.weight, self.bias)
+
+
+class Identity(nn.Identity):
+    """a = z, the linear neuron."""
+
+
+class Sigmoid(nn.Sigmoid):
+    """a = 1/(1 + e^−z), δ = (g · (1 − a)) · a."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.sigmoid(input)
+
+
+class Tanh(nn.Tanh):
+    """a = tanh z, δ = g (1 − a²)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.tanh(input)
+
+
+class ReLU(nn.ReLU):
+    """a = max(z, 0), δ = 0 where a ≤ 0, else g."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu(input, self.inplace)
+
+
+class LeakyReLU(nn.LeakyReLU):
+    """a = z where z > 0, else s z; δ = g, or s g."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class Softplus(nn.Softplus):
+    """a = log(1 + e^βz)/β, linear above the threshold; δ = g · (−expm1(−βa))."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.softplus(input, self.beta, self.threshold)
+
+
+class SiLU(nn.SiLU):
+    """a = z σ(z), δ = g σ(z)(1 + z(1 − σ(z)))."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.silu(input, self.inplace)
+
+
+class GELU(nn.GELU):
+    """a = z Φ(z), δ = g (Φ(z) + z φ(z)); or the tanh form of both."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.gelu(input, self.approximate)
+
+
+class Dropout(nn.Dropout):
+    """a ⊙ m / (1 − p) in training, the input in evaluation; δ = g ⊙ m / (1 − p)."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.dropout(input, self.p, self.training)
+
+
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Softplus: "softplus",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+}
+
+
+def activation_row(activation: str | nn.Module) -> tuple[sheet.Activation, tuple[float, ...]]:
+    """The row and parameters of an activation given by name, or by a module of torch's or ours with its arguments."""
+    if isinstance(activation, str):
+        return sheet.activation(activation)
+    for kind, name in ACTIVATION_MODULES.items():
+        if isinstance(activation, kind):
+            arguments = {
+                key: getattr(activation, key) for key in getattr(kind, "__constants__", ()) if key != "inplace"
+            }
+            return sheet.activation(name, **arguments)
+    raise InputError(f"expected the name of an activation or an activation module; got {activation!r}")
+
+
+class AffineActivation(nn.Module):
+    """a^{l+1} = G(a Wᵀ + b) as one node of the graph: less to keep, and less to call, than two layers.
+
+    input (…, in_features) → (…, out_features). activation: a name, or an activation module with its arguments.
+    Parameters, initialisation and state_dict as nn.Linear; it is not an nn.Linear itself, since tools that replace
+    one would drop the activation. Raises InputError as `Affine`, and for an unknown activation.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: str | nn.Module = "sigmoid",
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        _check_size("in_features", in_features)
+        _check_size("out_features", out_features)
+        self.in_features, self.out_features = in_features, out_features
+        row, self.parameter_values = activation_row(activation)
+        self.activation = row.name
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's own initialisation."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:
+        function = functions.AFFINE_ACTIVATION[self.activation]
+        return functional.apply_affine(function, input, self.weight, self.bias, *self.parameter_values)
+
+    def extra_repr(self) -> str:
+        values = zip(sheet.ACTIVATIONS[self.activation].parameters, self.parameter_values, strict=True)
+        parameters = "".join(f", {name}={value:g}" for (name, _), value in values)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation!r}"
+            f"{parameters}, bias={self.bias is not None}"
+        )
+
+
+class QuadraticLoss(nn.Module):
+    """C = (1/N) Σ_N Σ_i ½ (a_i − ŷ_i)², the lecture's cost; nn.MSELoss is 2/m of it for m outputs.
+
+    prediction and target (…, n_L) → scalar. Raises InputError as `functional.quadratic_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.quadratic_loss(input, target)
+
+
+class MSELoss(nn.MSELoss):
+    """(a − ŷ)², its mean or sum: torch.nn.MSELoss, without its silent broadcast."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.mse_loss(input, target, reduction=self.reduction)
+
+
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """softplus(z) − ŷ z, δ = σ(z) − ŷ: torch.nn.BCEWithLogitsLoss and its arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(
+            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """−log softmax(z)_class, δ = softmax(z) − onehot: torch.nn.CrossEntropyLoss and its arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class MLP(nn.Sequential):
+    """A multi-layer perceptron of fused layers: sizes [n_1, …, n_L], input (…, n_1) → prediction (…, n_L).
+
+    activation: a name or an activation module, or a list with one for each hidden layer; output_activation likewise.
+    dropout: its probability after each hidden layer. Layers carry the keys of
+    nn.Sequential(nn.Linear, activation, nn.Linear, …): 0.weight, 2.weight, …, so state_dicts go both ways; a dropout
+    sits under the odd key after its layer and shifts none.
+    Raises InputError for fewer than two sizes, a size below 1, an unknown activation, or a list of the wrong length.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str | nn.Module | Sequence[str | nn.Module] = "sigmoid",
+        output_activation: str | nn.Module = "sigmoid",
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.sizes = _checked_sizes(sizes)
+        activations = [*_one_per_hidden_layer(activation, len(self.sizes) - 2), output_activation]
+        if not 0 <= dropout <= 1:
+            raise InputError(f"expected a dropout probability between 0 and 1; got {dropout}")
+        for index, (n_in, n_out, G) in enumerate(zip(self.sizes, self.sizes[1:], activations, strict=False)):
+            layer = AffineActivation(n_in, n_out, G, bias, device, dtype)
+            self.add_module(str(2 * index), layer)
+            if dropout > 0 and index < len(activations) - 1:
+                self.add_module(str(2 * index + 1), Dropout(dropout))
+
+
+def _checked_sizes(sizes: Sequence[int]) -> list[int]:
+    sizes = list(sizes)
+    if len(sizes) < 2:
+        raise InputError(
+            f"expected at least two sizes, of the input and the output, such as [784, 30, 10]; got {sizes}"
+        )
+    for index, size in enumerate(sizes):
+        _check_size(f"sizes[{index}]", size)
+    return sizes
+
+
+def _one_per_hidden_layer(
+    activation: str | nn.Module | Sequence[str | nn.Module], hidden: int
+) -> list[str | nn.Module]:
+    if isinstance(activation, str | nn.Module):
+        return [activation] * hidden
+    if len(activation) != hidden:
+        raise InputError(
+            f"expected one activation for each of the {hidden} hidden layers; got {len(activation)}: {activation}"
+        )
+    return list(activation)
