@@ -181,10 +181,6 @@ class Activation:
     parameters: tuple[tuple[str, float], ...] = ()
     tail: tuple[float, float] = (-40.0, 40.0)
 
-    def saved(self, z: Tensor, a: Tensor) -> Tensor:
-        """What the backward needs of the two."""
-        return a if self.saves == "a" else z
-
 
 # What the formula texts use beside a, z, g, a row's parameters and SymPy's own function names.
 SYMBOLS = {
@@ -250,7 +246,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("gelu", F.gelu, gelu_delta, "z", "z*Φ(z)", "g*(Φ(z) + z*φ(z))"),
         Activation(
             "gelu_tanh",
-            functools.partial(F.gelu, approximate="tanh"),
+            lambda z: F.gelu(z, approximate="tanh"),
             gelu_tanh_delta,
             "z",
             "z*(1 + t(z))/2",

@@ -22,21 +22,22 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class ManualFunction(Function):
-    """A Function with a jvp beside its backward, and `plain`, itself without the jvp.
+    """A Function with a forward-mode rule, `tangent`, and two ways to be called.
 
-    torch.compile can't trace a Function that defines a jvp (pytorch#180284), so `apply` takes `plain` there.
+    direct    Function.apply without binding the signature
+    dual      the same Function with `tangent` as its jvp; apart, since torch.compile can't trace a Function that
+              defines a jvp (pytorch#180284)
     """
 
     generate_vmap_rule = True
-    plain: ClassVar[type[Function]]
     direct: ClassVar[Callable[..., Any]]
+    dual: ClassVar[type[Function]]
 
     def __init_subclass__(cls) -> None:
-        cls.plain = cls
-        if "jvp" in vars(cls):
-            members = {name: rule for name, rule in vars(cls).items() if name != "jvp"}
-            cls.plain = FunctionMeta(cls.__name__, (ManualFunction,), members)  # type: ignore[assignment]
-        cls.direct = super(Function, cls.plain).apply  # type: ignore[misc]
+        cls.direct = super(Function, cls).apply  # type: ignore[misc]
+        if "tangent" in vars(cls):
+            rules = dict(vars(cls)) | {"jvp": vars(cls)["tangent"], "generate_vmap_rule": True}
+            cls.dual = FunctionMeta(cls.__name__, (Function,), rules)
 
 
 def transforming() -> bool:
@@ -51,9 +52,9 @@ def apply(function: type[ManualFunction], *args: Any) -> Any:
     called alone.
     """
     if torch.compiler.is_compiling():
-        return function.plain.apply(*args)
-    if transforming():
         return function.apply(*args)
+    if transforming():
+        return function.dual.apply(*args)
     if not torch.is_grad_enabled():
         return function.forward(*args)
     return function.direct(*args)
@@ -91,9 +92,9 @@ class Affine(ManualFunction):
         return _affine_gradients(ctx, g, a, weight)
 
     @staticmethod
-    def jvp(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
+    def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         a, weight = ctx.saved_tensors
-        return _affine_jvp(a, weight, a_t, weight_t, bias_t)
+        return _affine_tangent(a, weight, a_t, weight_t, bias_t)
 
 
 def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
@@ -113,7 +114,7 @@ def _affine_gradients(ctx: Any, delta: Tensor, a: Tensor, weight: Tensor) -> tup
     )
 
 
-def _affine_jvp(
+def _affine_tangent(
     a: Tensor, weight: Tensor, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None
 ) -> Tensor:
     """ż = ȧ Wᵀ + a Ẇᵀ + ḃ, the terms that are there."""
@@ -124,7 +125,7 @@ def _affine_jvp(
         z_t = sheet.affine(a, weight_t) if z_t is None else z_t + sheet.affine(a, weight_t)
     if bias_t is not None:
         z_t = bias_t.expand(*a.shape[:-1], -1) if z_t is None else z_t + bias_t
-    assert z_t is not None  # autograd calls a jvp only when some tangent is there
+    assert z_t is not None  # autograd calls it only when some tangent is there
     return z_t
 
 
@@ -147,7 +148,7 @@ class Sigmoid(ManualFunction):
         return sheet.sigmoid_delta(g, a)
 
     @staticmethod
-    def jvp(ctx: Any, z_t: Tensor) -> Tensor:
+    def tangent(ctx: Any, z_t: Tensor) -> Tensor:
         (a,) = ctx.saved_tensors
         return sheet.sigmoid_delta(z_t, a)
 
@@ -174,9 +175,9 @@ class AffineSigmoid(ManualFunction):
         return _affine_gradients(ctx, delta, a, weight)
 
     @staticmethod
-    def jvp(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
+    def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         a, weight, activation = ctx.saved_tensors
-        z_t = _affine_jvp(a, weight, a_t, weight_t, bias_t)
+        z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
         return sheet.sigmoid_delta(z_t, activation)
 
 
@@ -198,39 +199,45 @@ def _plus(delta: Tensor | None, g_z: Tensor | None) -> Tensor | None:
     return delta + g_z
 
 
+def _parts(row: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor], bool]:
+    """G, delta and whether z is kept: plain functions, since torch.compile can't look into a row from a closure."""
+    return row.G, row.delta, row.saves == "z"
+
+
 def _activation_function(row: Activation) -> type[ManualFunction]:
     """a = G(z), componentwise."""
+    G, delta_of, keeps_z = _parts(row)
 
     def forward(z: Tensor, *parameters: float) -> Tensor:
-        return row.G(z, *parameters)
+        return G(z, *parameters)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         z, *ctx.parameters = inputs
-        saved = row.saved(z, output)
+        saved = z if keeps_z else output
         _save_all(ctx, saved)
 
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         (saved,) = ctx.saved_tensors
-        delta = None if g is None else row.delta(g, saved, *ctx.parameters)
+        delta = None if g is None else delta_of(g, saved, *ctx.parameters)
         return delta, *(None for _ in ctx.parameters)
 
-    def jvp(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
+    def tangent(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
         (saved,) = ctx.saved_tensors
-        return row.delta(z_t, saved, *ctx.parameters)
+        return delta_of(z_t, saved, *ctx.parameters)
 
     doc = f"a = {row.G_text}, componentwise.  Saves {row.saves}."
-    return _define(_title(row), doc, forward=forward, setup_context=setup_context, backward=backward, jvp=jvp)
+    return _define(_title(row), doc, forward=forward, setup_context=setup_context, backward=backward, tangent=tangent)
 
 
 def _inplace_function(row: Activation) -> type[ManualFunction]:
     """z := G(z), outside transforms. A row in z keeps a copy, as torch does, and returns it as a second output."""
-    keeps_z = row.saves == "z"
+    G, delta_of, keeps_z = _parts(row)
 
     def forward(z: Tensor, *parameters: float) -> Tensor | tuple[Tensor, Tensor]:
         if keeps_z:
             copy = z.clone()
-            return z.copy_(row.G(copy, *parameters)), copy
-        return z.copy_(row.G(z, *parameters))
+            return z.copy_(G(copy, *parameters)), copy
+        return z.copy_(G(z, *parameters))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         z, *ctx.parameters = inputs
@@ -240,7 +247,7 @@ def _inplace_function(row: Activation) -> type[ManualFunction]:
 
     def backward(ctx: Any, g: Tensor | None, g_z: Tensor | None = None) -> Gradients:
         (saved,) = ctx.saved_tensors
-        delta = None if g is None else row.delta(g, saved, *ctx.parameters)
+        delta = None if g is None else delta_of(g, saved, *ctx.parameters)
         return _plus(delta, g_z), *(None for _ in ctx.parameters)
 
     doc = f"z := {row.G_text}, componentwise, in place.  Saves {row.saves}."
@@ -252,11 +259,11 @@ def _affine_activation_function(row: Activation) -> type[ManualFunction]:
 
     A row in z returns z as a second output: only so does a second derivative flow through the z it saves.
     """
-    keeps_z = row.saves == "z"
+    G, delta_of, keeps_z = _parts(row)
 
     def forward(a: Tensor, weight: Tensor, bias: Tensor | None, *parameters: float) -> Tensor | tuple[Tensor, Tensor]:
         z = sheet.affine(a, weight, bias)
-        activation = row.G(z, *parameters)
+        activation = G(z, *parameters)
         return (activation, z) if keeps_z else activation
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -267,18 +274,18 @@ def _affine_activation_function(row: Activation) -> type[ManualFunction]:
 
     def backward(ctx: Any, g: Tensor | None, g_z: Tensor | None = None) -> Gradients:
         a, weight, saved = ctx.saved_tensors
-        delta = _plus(None if g is None else row.delta(g, saved, *ctx.parameters), g_z)
+        delta = _plus(None if g is None else delta_of(g, saved, *ctx.parameters), g_z)
         gradients = (None, None, None) if delta is None else _affine_gradients(ctx, delta, a, weight)
         return *gradients, *(None for _ in ctx.parameters)
 
-    def jvp(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
+    def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
         a, weight, saved = ctx.saved_tensors
-        z_t = _affine_jvp(a, weight, a_t, weight_t, bias_t)
-        activation_t = row.delta(z_t, saved, *ctx.parameters)
+        z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
+        activation_t = delta_of(z_t, saved, *ctx.parameters)
         return (activation_t, z_t) if keeps_z else activation_t
 
     doc = f"a^{{l+1}} = {row.G_text}, z = a Wᵀ + b.  Saves a, W and {'z' if keeps_z else 'a^{l+1}'}."
-    rules = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+    rules = {"forward": forward, "setup_context": setup_context, "backward": backward, "tangent": tangent}
     return _define(f"Affine{_title(row)}", doc, **rules)
 
 
@@ -314,7 +321,7 @@ class Dropout(ManualFunction):
         return None if g is None else sheet.dropout(g, mask, ctx.keep), None, None
 
     @staticmethod
-    def jvp(ctx: Any, a_t: Tensor, mask_t: None, keep_t: None) -> Tensor:
+    def tangent(ctx: Any, a_t: Tensor, mask_t: None, keep_t: None) -> Tensor:
         (mask,) = ctx.saved_tensors
         return sheet.dropout(a_t, mask, ctx.keep)
 
@@ -356,7 +363,7 @@ class Quadratic(ManualFunction):
         return delta if needs_prediction else None, -delta if needs_target else None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, prediction_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
+    def tangent(ctx: Any, prediction_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
         prediction, target = ctx.saved_tensors
         difference_t = _sum_of(prediction_t, None if target_t is None else -target_t)
         elements_t = ctx.scale * sheet.quadratic_delta(prediction, target) * difference_t
@@ -389,7 +396,7 @@ class BinaryCrossEntropy(ManualFunction):
         )
 
     @staticmethod
-    def jvp(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
+    def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
         z, target, weight, pos_weight = ctx.saved_tensors
         elements_t = _sum_of(
             None if z_t is None else sheet.binary_cross_entropy_delta(z, target, pos_weight) * z_t,
@@ -431,7 +438,7 @@ class CrossEntropyOfClass(ManualFunction):
         return sheet.cross_entropy_delta_of_class(z, target) * share.unsqueeze(-1), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
+    def tangent(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
         z, target, weight = ctx.saved_tensors
         samples_t = (sheet.cross_entropy_delta_of_class(z, target) * z_t).sum(-1)
         return sheet.reduce(samples_t * weight, ctx.reduction, weight)
@@ -471,7 +478,7 @@ class CrossEntropy(ManualFunction):
         )
 
     @staticmethod
-    def jvp(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
+    def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
         z, target, class_weight, counts = ctx.saved_tensors
         shares = sheet.class_shares(target, class_weight, ctx.smoothing)
         samples_t = _sum_of(
