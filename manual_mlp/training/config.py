@@ -1,0 +1,194 @@
+"""Mistakes in the configuration, told in one sentence: what was expected, what came, the likely fix."""
+
+import inspect
+import sys
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from manual_mlp.errors import InputError
+
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+WORDS[type(None)] = "null"
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """End the program with one sentence and exit code 1 where the mistake is the user's; bugs keep their traceback."""
+    try:
+        yield
+    except (InputError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        sys.exit(f"Error: {sentence}")
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence about a mistake of the user, or None where the error is of another kind."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MissingConfigException):
+        return _unknown_choice(error)
+    if isinstance(error, OverrideParseException):
+        return f"expected an override of the form key=value, but got {error.override!r}; mend it, and quote it for the shell"
+    if isinstance(error, ConfigCompositionException):
+        return _unknown_key(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"expected a value for {error.full_key}, but got none; add {error.full_key}=… to the command"
+    if isinstance(error, OmegaConfBaseException):
+        return f"expected a configuration that can be resolved, but {_first_line(error)}; correct it"
+    return _before_the_job(error)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise InputError if a value is missing, unknown to its `_target_`, or not of the type this declares."""
+    _check_node(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), path="")
+
+
+def build(node: DictConfig, **arguments: object) -> Any:
+    """Instantiate a config node; lists and dicts arrive as plain ones. Raises what the constructor raised."""
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            raise InputError(
+                f"expected the package that {node['_target_']} needs, but it is not installed ({error.__cause__}); "
+                "install it, for TensorBoard with: pip install 'manual-mlp[tensorboard]'"
+            ) from error
+        raise
+
+
+def likely(name: str, known: Iterable[object]) -> str:
+    """The likely fix for a mistyped name: the closest known one, else all of them."""
+    names = [str(other) for other in known]
+    close = get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}" if names else "leave it out"
+
+
+def _check_node(node: object, path: str) -> None:
+    if isinstance(node, list):
+        for index, value in enumerate(node):
+            _check_node(value, f"{path}[{index}]")
+    elif isinstance(node, dict):
+        if "_target_" in node:
+            _check_arguments(node, path)
+        for key, value in node.items():
+            _check_node(value, f"{path}.{key}" if path else str(key))
+
+
+def _check_arguments(node: dict, path: str) -> None:
+    target = _locate(node["_target_"], path)
+    parameters = inspect.signature(target).parameters
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in node.keys() - {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}:
+        if key not in parameters and not open_ended:
+            raise InputError(
+                f"expected an argument of {node['_target_']}, but got {path}.{key}; {likely(key, parameters)}"
+            )
+        hint = hints.get(key, Any)
+        if not fits(node[key], hint):
+            raise InputError(f"expected {path}.{key} to be {_in_words(hint)}, but got {node[key]!r}; correct its value")
+
+
+def _locate(target: str, path: str) -> Any:
+    try:
+        return get_object(target)
+    except ImportError as error:
+        module, _, name = target.rpartition(".")
+        try:
+            known = [other for other in dir(get_object(module)) if not other.startswith("_")]
+        except (ImportError, ValueError):
+            known = []
+        hint = likely(name, known) if get_close_matches(name, known) else "check its spelling, and that it is installed"
+        raise InputError(
+            f"expected {path}._target_ to name a class or function, but there is no {target}; {hint}"
+        ) from error
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a plain value from a config may be passed where `hint` is declared. A dict may become any object."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint is Any or isinstance(value, dict):
+        return True
+    if hint is bool or isinstance(value, bool):
+        return hint is bool and isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, str)
+    if hint is float:
+        return isinstance(value, int | float)
+    if origin in (list, tuple, Sequence, Iterable):
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    return isinstance(value, hint) if inspect.isclass(hint) else origin is None
+
+
+def _in_words(hint: Any) -> str:
+    """What may be written in a config for `hint`; classes that only code can make are left out."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    words: list[str] = []
+    for option in options:
+        if get_origin(option) is Literal:
+            words += [str(choice) for choice in get_args(option)]
+        elif get_origin(option) in (list, tuple, Sequence, Iterable):
+            words.append("a list")
+        elif option in WORDS:
+            words.append(WORDS[option])
+    return " or ".join(dict.fromkeys(words)) or str(hint)
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    return f"expected a known choice for {group}, but got {group}={name}; {likely(name, error.options or ())}"
+
+
+def _unknown_key(error: ConfigCompositionException) -> str:
+    cause = error.__cause__
+    if not isinstance(cause, ConfigKeyError):  # Hydra's other reasons name the fix on their further lines
+        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+        return f"expected overrides that fit the configuration, but: {'; '.join(lines)}"
+    parent, _, key = str(cause.full_key).rpartition(".")
+    known = [name for name in cause.parent_node or () if name != "hydra" and not str(name).startswith("_")]
+    where = f"a key of {parent}" if parent else "a group or a key"
+    return (
+        f"expected {where}, but got {cause.full_key}; {likely(key, [f'{parent}.{n}' if parent else n for n in known])}"
+    )
+
+
+def _before_the_job(error: Exception) -> str | None:
+    """What fails before any of our code runs: Hydra makes the output folder and opens the log file in it."""
+    modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
+    if "manual_mlp.training.run" in modules:
+        return None
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError):
+        return (
+            f"expected an output folder that can be written, but {cause.filename} cannot ({cause.strerror}); "
+            "choose another with hydra.run.dir=… (hydra.sweep.dir=… in a sweep)"
+        )
+    return f"expected overrides of the form key=value, but: {_first_line(error)}" if type(error) is ValueError else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

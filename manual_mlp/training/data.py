@@ -1,0 +1,190 @@
+"""The data module: samples are checked, split, standardised, and served in batches out of memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from manual_mlp.errors import InputError
+from manual_mlp.training.sources import Samples
+
+EVALUATION_BATCH = 1000  # no gradients are kept, so larger batches cost nothing and save calls
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    """Two tensors in memory, gathered a batch at a time: one `index_select` each instead of a Python loop over rows."""
+
+    def __init__(self, features: Tensor, target: Tensor) -> None:
+        self.features, self.target = features, target
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.features[index], self.target[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor(indices)
+        return self.features.index_select(0, rows), self.target.index_select(0, rows)
+
+
+class DataModule(L.LightningDataModule):
+    """Splits what `source` gives into train, val and test (stratified by class) and serves batches of it.
+
+    name: what to call the data in reports. source: called once, returns `Samples`.
+    val_size, test_size: a share of all rows (float) or a number of rows (int), as in scikit-learn's
+        `train_test_split`. Samples that bring an official test set keep it: test_size is None then.
+    standardise: shift and scale each feature to mean 0 and variance 1 over the training part. Regression targets
+        always are; `target_mean` and `target_scale` lead back to their units.
+    seed: fixes the split and, with the epoch, the order of the rows.
+
+    After `setup`: splits (name -> `Rows`, features (N, input_size) float32; target (N,) class indices or
+    (N, output_size) float32), input_size, output_size, class_names (empty for regression).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Callable[[], Samples],
+        batch_size: int = 10,
+        val_size: float | int = 0.1,
+        test_size: float | int | None = 0.2,
+        standardise: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"expected data.batch_size of at least 1, but got {batch_size}; raise it")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"expected a seed from 0 to 2**32 - 1, as NumPy takes, but got {seed}; choose another")
+        self.name, self.source, self.standardise = name, source, standardise
+        self.batch_size, self.seed = batch_size, seed
+        self.val_size, self.test_size = val_size, test_size
+        self.splits: dict[str, Rows] = {}
+        self.class_names: tuple[str, ...] = ()
+        self.target_mean: list[float] = []
+        self.target_scale: list[float] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, check, split and standardise; once, however often Lightning calls it."""
+        if self.splits:
+            return
+        samples = self.source()
+        check(samples)
+        self.class_names = samples.class_names
+        parts = self._split(samples)
+        inputs = self._inputs({name: features for name, (features, _) in parts.items()})
+        targets = self._targets({name: target for name, (_, target) in parts.items()})
+        self.splits = {name: Rows(inputs[name], targets[name]) for name in parts}
+        self.input_size = self.splits["train"].features.shape[1]
+
+    def _split(self, samples: Samples) -> dict[str, Pair]:
+        rest = (samples.features.reshape(len(samples.features), -1), samples.target)
+        stratify = bool(samples.class_names)
+        if samples.test is None:
+            rest, test = self._carve(rest, self.test_size, "test", stratify)
+        else:
+            if self.test_size is not None:
+                raise InputError(
+                    f"expected data.test_size=null, as {self.name} has an official test set, but got {self.test_size}; "
+                    "leave it out"
+                )
+            test = (samples.test[0].reshape(len(samples.test[0]), -1), samples.test[1])
+        # a share means a share of everything, not of what the test part has left over
+        of_all = isinstance(self.val_size, float) and samples.test is None
+        val_size = round(self.val_size * len(samples.features)) if of_all else self.val_size
+        train, val = self._carve(rest, val_size, "val", stratify)
+        return {"train": train, "val": val, "test": test}
+
+    def _carve(self, rows: Pair, size: float | int | None, name: str, stratify: bool) -> tuple[Pair, Pair]:
+        """Take `size` rows away from `rows`; returns what is left and what was taken."""
+        if size is None:
+            raise InputError(
+                f"expected a number in data.{name}_size, as {self.name} has no {name} set of its own; give it one"
+            )
+        try:
+            indices = train_test_split(
+                np.arange(len(rows[1])), test_size=size, random_state=self.seed, stratify=rows[1] if stratify else None
+            )
+        except ValueError as error:  # scikit-learn's reason is right, but knows nothing of our options
+            smallest = f", {np.unique(rows[1], return_counts=True)[1].min()} in the smallest class" if stratify else ""
+            raise InputError(
+                f"expected enough rows for a {name} part of {size}, but there are {len(rows[1])}{smallest} "
+                f"({str(error).splitlines()[0].rstrip('.')}); bring more rows or change data.{name}_size"
+            ) from error
+        left, taken = ((rows[0][index], rows[1][index]) for index in indices)
+        return left, taken
+
+    def _inputs(self, features: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        if not self.standardise:
+            return {name: _tensor(values) for name, values in features.items()}
+        scaler = StandardScaler().fit(features["train"])
+        return {name: _tensor(scaler.transform(values)) for name, values in features.items()}
+
+    def _targets(self, targets: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        if self.class_names:
+            self.output_size = len(self.class_names)
+            return {name: torch.as_tensor(target, dtype=torch.int64) for name, target in targets.items()}
+        columns = {name: target.reshape(len(target), -1) for name, target in targets.items()}
+        scaler = StandardScaler().fit(columns["train"])
+        self.target_mean, self.target_scale = scaler.mean_.tolist(), scaler.scale_.tolist()
+        self.output_size = len(self.target_mean)
+        return {name: _tensor(scaler.transform(column)) for name, column in columns.items()}
+
+    def train_dataloader(self) -> DataLoader:
+        rows = self.splits["train"]
+        # With one process this sampler is a permutation made from (seed, epoch) alone; with several it also shards.
+        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler: DistributedSampler = DistributedSampler(rows, processes, rank, shuffle=True, seed=self.seed)
+        return DataLoader(rows, self.batch_size, sampler=sampler, collate_fn=_as_it_is)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.splits["val"], EVALUATION_BATCH, collate_fn=_as_it_is)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.splits["test"], EVALUATION_BATCH, collate_fn=_as_it_is)
+
+
+def check(samples: Samples) -> None:
+    """Raise InputError if samples are empty, of unequal number, not finite, or labelled out of range."""
+    _check_part(samples.features, samples.target, samples.class_names)
+    if samples.test is not None:
+        _check_part(*samples.test, samples.class_names)
+
+
+def _check_part(features: np.ndarray, target: np.ndarray, class_names: tuple[str, ...]) -> None:
+    if len(features) != len(target):
+        raise InputError(
+            f"expected one target per sample, but there are {len(features)} samples (images) and {len(target)} targets "
+            "(labels); check that the two belong together"
+        )
+    if features.size == 0:
+        raise InputError(f"expected samples with features, but the data is empty, of shape {features.shape}; check it")
+    for name, values in (("features", features), ("target", target)):
+        if not np.isfinite(values).all():
+            values = values.reshape(len(values), -1)
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            raise InputError(
+                f"expected finite numbers, but the {name} hold {values[row, column]} in row {row}, column {column} "
+                "(both counted from 0); remove the row or fill the gap"
+            )
+    if class_names and not ((target >= 0) & (target < len(class_names))).all():
+        raise InputError(
+            f"expected class labels from 0 to {len(class_names) - 1}, but they reach from {target.min()} to "
+            f"{target.max()}; correct the labels or the list of classes"
+        )
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,186 @@
+"""The Lightning module: a net, a cost, and figures that are summed as tensors and logged once an epoch."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanSquaredError, MetricCollection, R2Score
+
+from manual_mlp.errors import InputError
+from manual_mlp.training.nets import LOGIT_COSTS, build_cost, build_net
+
+Batch = tuple[Tensor, Tensor]
+
+
+class MLPModule(L.LightningModule):
+    """Trains an MLP for classification (class_names given) or regression.
+
+    All hyper-parameters but `optimizer` are plain values, so a checkpoint loads with `weights_only=True`.
+    output_activation: a name, or "auto": sigmoid for classification under the quadratic cost, identity otherwise.
+    target_mean, target_scale: lead from standardised regression targets back to their units.
+    optimizer: makes the optimizer from the parameters; only training needs it.
+
+    Logs train_loss, val_loss, test_loss; in classification train_accuracy, val_accuracy, test_accuracy; in regression,
+    in the units of the target, val_rmse, test_rmse, and val_r2, test_r2.
+    """
+
+    one_hot: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        class_names: Sequence[str] = (),
+        target_mean: Sequence[float] = (),
+        target_scale: Sequence[float] = (),
+        hidden: Sequence[int] = (30,),
+        activation: str | Sequence[str] = "sigmoid",
+        output_activation: str = "auto",
+        initialisation: str = "torch",
+        loss: str = "quadratic",
+        bias: bool = True,
+        dropout: float = 0.0,
+        backprop: str = "layers",
+        optimizer: Callable[..., Optimizer] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore="optimizer")
+        self.optimizer, self.class_names, self.loss = optimizer, class_names, loss
+        self.cost = build_cost(backprop, loss)
+        self.sizes = [input_size, *hidden, output_size]
+        self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))
+        self.net = build_net(
+            backprop,
+            initialisation,
+            sizes=self.sizes,
+            activation=activation if isinstance(activation, str) else list(activation),
+            output_activation=self.output_activation,
+            bias=bias,
+            dropout=dropout,
+        )
+        self.register_buffer("one_hot", torch.eye(output_size), persistent=False)
+        self.register_buffer("target_mean", torch.tensor(target_mean), persistent=False)
+        self.register_buffer("target_scale", torch.tensor(target_scale), persistent=False)
+        self.sums = {stage: Sums() for stage in ("train", "val", "test")}
+        # what a mean over the rows cannot give; the metrics follow the module to its device
+        self.scores = nn.ModuleDict({} if class_names else {stage: _regression_scores() for stage in ("val", "test")})
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: (N, input_size). Returns: prediction (N, output_size)."""
+        return self.net(features)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._step("train", batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._step("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._step("test", batch)
+
+    def on_train_epoch_end(self) -> None:
+        self._log_figures("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_figures("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_figures("test")
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """A checkpoint tells its own figures."""
+        checkpoint["figures"] = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+
+    def configure_optimizers(self) -> Optimizer:
+        if self.optimizer is None:
+            raise InputError("expected an optimizer for training, but got none; pass MLPModule(..., optimizer=...)")
+        try:
+            return self.optimizer(self.parameters())
+        except (TypeError, ValueError) as error:  # torch's own words for a wrong value are clear
+            raise InputError(f"expected values that the optimizer takes, but: {error}; correct optimizer.*") from error
+
+    def figure_names(self) -> list[str]:
+        """What is logged, by name."""
+        evaluated = ["loss", "accuracy"] if self.class_names else ["loss", "rmse", "r2"]
+        kinds = {"train": evaluated if self.class_names else ["loss"], "val": evaluated, "test": evaluated}
+        return [f"{stage}_{kind}" for stage, names in kinds.items() for kind in names]
+
+    def _step(self, stage: str, batch: Batch) -> Tensor:
+        features, target = batch
+        prediction = self.net(features)
+        loss = self.cost(prediction, self._as_cost_wants(target))
+        self.sums[stage].add(loss, prediction, target if self.class_names else None)
+        if stage in self.scores:
+            self._scores(stage).update(self._in_units(prediction), self._in_units(target))
+        return loss
+
+    def _as_cost_wants(self, target: Tensor) -> Tensor:
+        """Class indices become rows of 0 and 1, except for cross-entropy, which takes indices."""
+        return self.one_hot[target] if self.class_names and self.loss != "cross_entropy" else target
+
+    def _in_units(self, values: Tensor) -> Tensor:
+        return values.detach().float() * self.target_scale + self.target_mean
+
+    def _scores(self, stage: str) -> MetricCollection:
+        return cast(MetricCollection, self.scores[stage])
+
+    def _log_figures(self, stage: str) -> None:
+        figures = self.sums[stage].means(self.trainer.strategy.reduce)
+        self.sums[stage] = Sums()
+        if stage in self.scores:
+            figures |= self._scores(stage).compute()
+            self._scores(stage).reset()
+        for kind, value in figures.items():
+            shown = stage == "val" and kind in ("accuracy", "r2")  # more does not fit beside the bar
+            self.log(f"{stage}_{kind}", value, prog_bar=shown, sync_dist=True)
+        if stage == "train" and not figures["loss"].isfinite():
+            raise InputError(
+                f"expected a finite loss, but after epoch {self.current_epoch} it is {figures['loss'].item()}; "
+                "lower optimizer.lr, or set data.standardise=true"
+            )
+
+
+class Sums:
+    """Loss and hits of an epoch, summed as tensors: no step waits for a number, no step logs."""
+
+    def __init__(self) -> None:
+        self.loss: Tensor | float = 0.0
+        self.hits: Tensor | int = 0
+        self.rows = 0
+
+    def add(self, loss: Tensor, prediction: Tensor, labels: Tensor | None) -> None:
+        """loss: (), mean over the batch. prediction: (N, output_size). labels: (N,) class indices, or None."""
+        self.loss = self.loss + loss.detach().float() * len(prediction)
+        self.rows += len(prediction)
+        if labels is not None:
+            self.hits = self.hits + (prediction.detach().argmax(1) == labels).sum()
+
+    def means(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """Means per row over all processes; `reduce` is the strategy's."""
+        loss = torch.as_tensor(self.loss)
+        totals = torch.stack([loss, torch.as_tensor(self.hits).to(loss), loss.new_tensor(self.rows)])
+        loss, hits, rows = reduce(totals, reduce_op="sum")
+        return {"loss": loss / rows} | ({"accuracy": hits / rows} if isinstance(self.hits, Tensor) else {})
+
+
+def _regression_scores() -> MetricCollection:
+    return MetricCollection({"rmse": MeanSquaredError(squared=False), "r2": R2Score()})
+
+
+def resolve_output_activation(name: str, loss: str, classification: bool) -> str:
+    """Resolve "auto", and refuse pairs of cost, output and task that would train wrongly without a sound."""
+    if loss in LOGIT_COSTS and not classification:
+        raise InputError(f"expected model.loss quadratic or mse for a regression, but got {loss}, which is for classes")
+    if name == "auto":
+        return "sigmoid" if classification and loss == "quadratic" else "identity"
+    if loss in LOGIT_COSTS and name != "identity":
+        raise InputError(
+            f"expected model.output_activation=identity under {loss}, which takes logits, but got {name}; "
+            "set it to identity or auto"
+        )
+    return name

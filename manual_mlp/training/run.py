@@ -1,0 +1,107 @@
+"""One training run, from the config to the summary: what train.py calls."""
+
+import logging
+import re
+import time
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from omegaconf import DictConfig
+
+from manual_mlp.errors import InputError
+from manual_mlp.plots import learning_curves
+from manual_mlp.training.config import build, check, likely
+from manual_mlp.training.data import DataModule
+from manual_mlp.training.module import MLPModule
+from manual_mlp.training.summary import summary
+
+IRRELEVANT_ADVICE = (
+    "does not have many workers",  # batches come out of memory, workers would only copy them
+    "is smaller than the logging interval",  # figures are logged once an epoch, whatever its length
+    "Experiment logs directory",  # a run folder holds Hydra's files before the logger comes
+    "Checkpoint directory",
+    "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning's own affair with torch
+)
+
+
+def run(cfg: DictConfig) -> float:
+    """Train, test, draw the curves, print the summary. Returns: the figure that `optimized_metric` names."""
+    check(cfg)
+    _quieten()
+    try:
+        return _run(cfg)
+    except MisconfigurationException as error:  # Lightning's word for a wrong option
+        raise InputError(f"expected options that Lightning accepts, but: {' '.join(str(error).split())}") from error
+
+
+def _quieten() -> None:
+    """Send Lightning's messages to Hydra's log file instead of the terminal; drop advice that is not to the point."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    for advice in IRRELEVANT_ADVICE:
+        warnings.filterwarnings("ignore", message=f".*{re.escape(advice)}")
+
+
+def _run(cfg: DictConfig) -> float:
+    L.seed_everything(cfg.seed, verbose=False)
+    data: DataModule = build(cfg.data)
+    data.setup()
+    module = _module(cfg, data)
+    if cfg.optimized_metric not in module.figure_names():
+        hint = likely(cfg.optimized_metric, module.figure_names())
+        raise InputError(f"expected optimized_metric to be a logged figure, but got {cfg.optimized_metric}; {hint}")
+    trainer = _trainer(cfg)
+
+    started = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - started
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    epoch, figures = _figures(trainer, best)
+    trainer.test(module, data, ckpt_path=best, verbose=False)
+    figures |= _numbers(trainer)
+
+    if trainer.is_global_zero:
+        folder = Path(cfg.run_dir)
+        if (folder / "metrics.csv").is_file():
+            learning_curves(folder / "metrics.csv").savefig(folder / "learning_curves.png", dpi=120)
+        print(summary(module, data, trainer, figures, epoch, seconds, folder))
+    return figures[cfg.optimized_metric]
+
+
+def _module(cfg: DictConfig, data: DataModule) -> MLPModule:
+    return build(cfg.model, _partial_=True)(
+        input_size=data.input_size,
+        output_size=data.output_size,
+        class_names=data.class_names,
+        target_mean=data.target_mean,
+        target_scale=data.target_scale,
+        optimizer=build(cfg.optimizer),
+    )
+
+
+def _trainer(cfg: DictConfig) -> L.Trainer:
+    callbacks = [build(node) for node in (cfg.get("callbacks") or {}).values()]
+    unwanted: tuple[type, ...] = () if cfg.trainer.enable_progress_bar else (ProgressBar,)
+    unwanted += () if cfg.trainer.enable_checkpointing else (Checkpoint,)
+    return build(cfg.trainer, _partial_=True)(
+        callbacks=[callback for callback in callbacks if not isinstance(callback, unwanted)],
+        logger=[build(node) for node in (cfg.get("logger") or {}).values()],
+    )
+
+
+def _figures(trainer: L.Trainer, checkpoint: str | None) -> tuple[int, dict[str, float]]:
+    """The epoch (counted from 0) whose parameters are kept, and its figures: those of the best checkpoint, if any."""
+    if checkpoint is None:
+        return trainer.current_epoch - 1, _numbers(trainer)
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return content["epoch"], content["figures"]
+
+
+def _numbers(trainer: L.Trainer) -> dict[str, float]:
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}

@@ -1,0 +1,163 @@
+"""Where samples come from. `conf/data/*.yaml` names one of these functions in `source`; each returns `Samples`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn import datasets  # type: ignore[import-untyped]
+
+from manual_mlp.errors import InputError
+from manual_mlp.training.readers import read_idx, read_table
+
+TASKS = ("classification", "regression")
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+DIGIT_CLASSES = tuple("0123456789")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Features and targets as they come, before any split or standardisation.
+
+    features: (N, …), numbers. target: (N,) class indices 0 … len(class_names) − 1, or (N,) or (N, m) numbers.
+    class_names: empty for regression. test: the official test set, (features, target), where there is one.
+    """
+
+    features: np.ndarray
+    target: np.ndarray
+    class_names: tuple[str, ...] = ()
+    test: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def bundled(name: str) -> Samples:
+    """What scikit-learn brings along: digits (images scaled to [0, 1]), iris, wine, breast_cancer, diabetes."""
+    loaders = {
+        "digits": datasets.load_digits,
+        "iris": datasets.load_iris,
+        "wine": datasets.load_wine,
+        "breast_cancer": datasets.load_breast_cancer,
+        "diabetes": datasets.load_diabetes,
+    }
+    if name not in loaders:
+        raise InputError(f"expected one of {', '.join(loaders)}, but got {name!r}; correct data.source.name")
+    bunch = loaders[name]()
+    features = bunch.images / 16.0 if name == "digits" else bunch.data
+    return Samples(features, bunch.target, tuple(map(str, bunch.get("target_names", ()))))
+
+
+def moons(samples: int, noise: float, seed: int) -> Samples:
+    """Two interleaved half circles in the plane; `noise` is the standard deviation added to each point."""
+    features, target = datasets.make_moons(_positive(samples), noise=noise, random_state=seed)
+    return Samples(features, target, ("upper", "lower"))
+
+
+def xor(samples: int, noise: float, seed: int) -> Samples:
+    """Points around the corners of the unit square; the class says whether exactly one coordinate is 1."""
+    random = np.random.default_rng(seed)
+    corners = random.integers(0, 2, size=(_positive(samples), 2))
+    features = corners + random.normal(0.0, noise, size=corners.shape)
+    return Samples(features, corners[:, 0] ^ corners[:, 1], ("equal", "different"))
+
+
+def sine(samples: int, noise: float, seed: int) -> Samples:
+    """y = sin x plus noise, for x uniform in [−π, π]; a regression."""
+    random = np.random.default_rng(seed)
+    x = random.uniform(-np.pi, np.pi, size=(_positive(samples), 1))
+    return Samples(x, np.sin(x) + random.normal(0.0, noise, size=x.shape))
+
+
+def mnist(folder: str | None) -> Samples:
+    """Handwritten digits, 28 × 28, scaled to [0, 1]: 60,000 and the official test set of 10,000.
+
+    From the IDX files in `folder`, or where it is None through scikit-learn from openml.org (kept on disk afterwards).
+    """
+    if folder is not None:
+        return _idx_folder(Path(folder), DIGIT_CLASSES)
+    pixels, labels = _fetch_mnist()
+    features, target = (pixels / 255.0).reshape(-1, 28, 28).astype(np.float32), labels.astype(np.int64)
+    return Samples(features[:60000], target[:60000], DIGIT_CLASSES, (features[60000:], target[60000:]))
+
+
+def fashion_mnist(folder: str) -> Samples:
+    """Photographs of clothes, 28 × 28, scaled to [0, 1], from the IDX files in `folder`: 60,000 and 10,000 for test."""
+    hint = "on Debian and Ubuntu: apt-get install dataset-fashion-mnist, elsewhere put its four files into a folder"
+    return _idx_folder(Path(folder), FASHION_CLASSES, hint)
+
+
+def table(path: str, target: str, task: str) -> Samples:
+    """Your own CSV, NPZ or Parquet file; labels may be text or numbers (see `readers.read_table`)."""
+    if task not in TASKS:
+        raise InputError(f"expected data.source.task to be one of {', '.join(TASKS)}, but got {task!r}; correct it")
+    features, values = read_table(Path(path), target)
+    if task == "regression":
+        return Samples(features, _numbers(values, target))
+    names, indices = np.unique(_labels(values, target), return_inverse=True)
+    return Samples(features, indices, tuple(map(str, names)))
+
+
+def _idx_folder(folder: Path, class_names: tuple[str, ...], hint: str = "correct data.source.folder") -> Samples:
+    if not folder.is_dir():
+        raise InputError(f"expected a folder with IDX files, but there is none at {folder}; {hint}")
+    train, test = _idx_pair(folder, "train"), _idx_pair(folder, "t10k")
+    return Samples(*train, class_names, test)
+
+
+def _idx_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    images = read_idx(_idx_path(folder, f"{part}-images-idx3-ubyte"), dimensions=3)
+    labels = read_idx(_idx_path(folder, f"{part}-labels-idx1-ubyte"), dimensions=1)
+    return images.astype(np.float32) / 255.0, labels.astype(np.int64)
+
+
+def _idx_path(folder: Path, name: str) -> Path:
+    gzipped = folder / f"{name}.gz"
+    return gzipped if gzipped.exists() else folder / name
+
+
+def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return datasets.fetch_openml("mnist_784", version=1, as_frame=False, return_X_y=True, n_retries=0)
+    except ImportError as error:  # scikit-learn parses this file with pandas
+        raise InputError(
+            "expected pandas for reading MNIST from openml.org, but it is not installed; "
+            "install it with: pip install 'manual-mlp[table]'"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"expected to fetch MNIST from openml.org, but the network did not answer ({error}); "
+            "put its four IDX files into a folder and name it in data.source.folder, or try data=fashion_mnist"
+        ) from error
+
+
+def _numbers(values: np.ndarray, target: str) -> np.ndarray:
+    if values.dtype.kind not in "biuf":
+        raise InputError(
+            f"expected numbers in the target {target!r} of a regression, but got such as {values[0]!r}; "
+            "for classes set data.source.task=classification"
+        )
+    return values.astype(np.float64)
+
+
+def _labels(values: np.ndarray, target: str) -> np.ndarray:
+    """Class labels: whole numbers (also written 1.0) as integers, everything else as text."""
+    missing = np.array([value is None or value != value for value in values], dtype=bool)  # NaN differs from itself
+    if missing.any():
+        raise InputError(
+            f"expected a class label in every row, but {target!r} has none in row {missing.argmax()} (counted from 0); "
+            "remove the row or give it a label"
+        )
+    if values.dtype.kind != "f":
+        return values if values.dtype.kind in "biu" else values.astype(str)
+    fractions = values[values != np.round(values)]
+    if len(fractions) or np.isinf(values).any():
+        raise InputError(
+            f"expected class labels in the target {target!r}, but got numbers such as {values.max()}; "
+            "for a regression set data.source.task=regression"
+        )
+    return values.astype(np.int64)
+
+
+def _positive(samples: int) -> int:
+    if samples < 1:
+        raise InputError(f"expected at least one sample, but data.source.samples is {samples}; raise it")
+    return samples

@@ -1,0 +1,73 @@
+"""The few lines that end a run: what was trained, how well, where the files lie. At most 60 columns."""
+
+import os
+import textwrap
+from pathlib import Path
+
+import lightning as L
+from torch.optim import Optimizer
+
+from manual_mlp.training.data import DataModule
+from manual_mlp.training.module import MLPModule
+
+WIDTH = 60
+FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "learning_curves.png", "tensorboard", "train.log", ".hydra")
+
+
+def summary(
+    module: MLPModule,
+    data: DataModule,
+    trainer: L.Trainer,
+    figures: dict[str, float],
+    epoch: int,
+    seconds: float,
+    folder: Path,
+) -> str:
+    """figures: by name, such as test_accuracy. epoch: the one whose parameters are kept, counted from 0."""
+    rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
+    facts = {
+        "data": f"{data.name} ({rows})",
+        "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
+        "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
+        "cost": module.loss,
+        "optimizer": _optimizer(trainer.optimizers[0]),
+        "backprop": str(module.hparams["backprop"]),
+        "epochs": f"0 to {trainer.current_epoch - 1} in {seconds:.1f} s, best: {epoch}",
+    }
+    lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
+    files = [name for name in FILES if (folder / name).exists()]
+    if files:
+        files = ["", f"files in {os.path.relpath(folder)}", _wrapped("  ", "  ".join(files))]
+    return "\n".join(["", *lines, "", *_table(figures), *files, ""])
+
+
+def _activations(module: MLPModule) -> str:
+    hidden = module.hparams["activation"]
+    names = hidden if isinstance(hidden, str) else "-".join(hidden)
+    return ", ".join([names] * (len(module.sizes) > 2) + [f"output {module.output_activation}"])
+
+
+def _optimizer(optimizer: Optimizer) -> str:
+    """Its name and what it was given that is not zero, false or null."""
+    given = [f"{name} {value}" for name, value in optimizer.defaults.items() if value]
+    return ", ".join([type(optimizer).__name__, *given])
+
+
+def _table(figures: dict[str, float]) -> list[str]:
+    """One line per part: train loss, train accuracy; accuracies in per cent."""
+    lines = []
+    for part in ("train", "val", "test"):
+        kinds = [name.removeprefix(f"{part}_") for name in figures if name.startswith(f"{part}_")]
+        cells = [_cell(part, kind, figures[f"{part}_{kind}"]) for kind in kinds]
+        lines += ["  " + " ".join(cells).rstrip()] if cells else []
+    return lines
+
+
+def _cell(part: str, kind: str, value: float) -> str:
+    number = f"{100 * value:.2f} %" if kind == "accuracy" else f"{value:.4g}"
+    return f"{f'{part} {kind}':<{len(f'train {kind}')}} {number:<9}"
+
+
+def _wrapped(indent: str, text: str) -> str:
+    hanging = " " * len(indent)
+    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=hanging, break_on_hyphens=False)
