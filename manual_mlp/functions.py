@@ -37,7 +37,7 @@ class ManualFunction(Function):
         cls.direct = super(Function, cls).apply  # type: ignore[misc]
         if "tangent" in vars(cls):
             rules = dict(vars(cls)) | {"jvp": vars(cls)["tangent"], "generate_vmap_rule": True}
-            cls.dual = FunctionMeta(cls.__name__, (Function,), rules)
+            cls.dual = FunctionMeta(cls.__name__, (Function,), rules)  # type: ignore[assignment]
 
 
 def transforming() -> bool:
