@@ -20,6 +20,7 @@ from manual_mlp.modules import (
     Softplus,
     Tanh,
 )
+from manual_mlp.perceptron import Perceptron
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "InputError",
     "LeakyReLU",
     "MSELoss",
+    "Perceptron",
     "QuadraticLoss",
     "ReLU",
     "SiLU",

@@ -152,11 +152,11 @@ _GELU_SLOPE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 @rounded_once
 def gelu_tanh_delta(g: Tensor, z: Tensor) -> Tensor:
-    """δ = g (½(1 + t) + ½ z (1 − t²) u′), with t = tanh u, u = √(2/π)(z + 0.044715 z³)."""
+    """δ = g (s + 2 z s (1 − s) u′), s = σ(2u), u = √(2/π)(z + 0.044715 z³); s = ½(1 + tanh u), but keeps the tail."""
     square = z * z
-    t = torch.tanh(z * (1 + square * _GELU_CUBIC) * _GELU_SLOPE)
+    s = torch.sigmoid(z * (1 + square * _GELU_CUBIC) * (2 * _GELU_SLOPE))
     slope = (1 + square * (3 * _GELU_CUBIC)) * _GELU_SLOPE
-    return g * (0.5 * (1 + t) + 0.5 * z * (1 - t * t) * slope)
+    return g * (s + 2 * z * s * (1 - s) * slope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ SYMBOLS = {
     "σ(z)": "1/(1 + exp(-z))",
     "Φ(z)": "(1 + erf(z/sqrt(2)))/2",
     "φ(z)": "exp(-z**2/2)/sqrt(2*pi)",
-    "t(z)": "tanh(sqrt(2/pi)*(z + 0.044715*z**3))",
+    "u(z)": "sqrt(2/pi)*(z + 0.044715*z**3)",
 }
 
 _SOFTPLUS_TEXT = "where(beta*z > threshold, z, log(1 + exp(beta*z))/beta)"
@@ -203,7 +203,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("identity", lambda z: z, _identity_delta, "a", "z", "g"),
         Activation("sigmoid", sigmoid, sigmoid_delta, "a", "1/(1 + exp(-z))", "(g*(1 - a))*a", tail=(-40, 5)),
         Activation("tanh", torch.tanh, tanh_delta, "a", "tanh(z)", "g*(1 - a**2)", tail=(-2.5, 2.5)),
-        Activation("relu", torch.relu, relu_delta, "a", "where(z > 0, z, 0)", "where(a <= 0, 0, g)"),
+        Activation("relu", torch.relu, relu_delta, "a", "where(z <= 0, 0, z)", "where(a <= 0, 0, g)"),
         Activation(
             "leaky_relu",
             F.leaky_relu,
@@ -249,8 +249,8 @@ ACTIVATIONS: dict[str, Activation] = {
             lambda z: F.gelu(z, approximate="tanh"),
             gelu_tanh_delta,
             "z",
-            "z*(1 + t(z))/2",
-            "g*((1 + t(z))/2 + z/2*(1 - t(z)**2)*sqrt(2/pi)*(1 + 3*0.044715*z**2))",
+            "z*(1 + tanh(u(z)))/2",
+            "g*(σ(2*u(z)) + 2*z*σ(2*u(z))*(1 - σ(2*u(z)))*sqrt(2/pi)*(1 + 3*0.044715*z**2))",
         ),
     )
 }
@@ -382,3 +382,22 @@ def cross_entropy_delta_target(z: Tensor, class_weight: Tensor | None, smoothing
 def dropout(a: Tensor, mask: Tensor, keep: float) -> Tensor:
     """a ⊙ m / (1 − p), m ∈ {0, 1} (bool). It is linear in a, so the backward is the same map: δ = g ⊙ m / (1 − p)."""
     return a * (mask.to(a.dtype) / keep)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The threshold neuron, where the history starts: it has no derivative, and learns by Rosenblatt's rule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def threshold(z: Tensor) -> Tensor:
+    """y = 1 where z ≥ 0, else 0 (McCulloch and Pitts, 1943)."""
+    return (z >= 0).to(z.dtype)
+
+
+def perceptron_step(prediction: Tensor, target: Tensor, a: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """What one sample adds to W and b: LR (ŷ − y) xᵀ and LR (ŷ − y) (Rosenblatt, 1958).
+
+    prediction, target (n_out,), a = x (n_in,) → (n_out, n_in), (n_out,).
+    """
+    correction = rate * (target - prediction)
+    return torch.outer(correction, a), correction

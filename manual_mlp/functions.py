@@ -7,6 +7,7 @@ Call a Function by `apply(Function, *arguments)`. In every backward g = ∂C/∂
 expanded or strided: it is read, never written. Tensors are saved only for a gradient that somebody needs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -36,8 +37,26 @@ class ManualFunction(Function):
     def __init_subclass__(cls) -> None:
         cls.direct = super(Function, cls).apply  # type: ignore[misc]
         if "tangent" in vars(cls):
-            rules = dict(vars(cls)) | {"jvp": vars(cls)["tangent"], "generate_vmap_rule": True}
+            rules = dict(vars(cls)) | {
+                "forward": staticmethod(_owning(cls.forward)),
+                "jvp": vars(cls)["tangent"],
+                "generate_vmap_rule": True,
+            }
             cls.dual = FunctionMeta(cls.__name__, (Function,), rules)  # type: ignore[assignment]
+
+
+def _owning(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """forward without views: a linear map of three dimensions is one, and autograd can't hang a tangent on it."""
+
+    def own(output: Tensor) -> Tensor:
+        return output.clone() if output._is_view() else output
+
+    @functools.wraps(forward)
+    def evaluate(*args: Any) -> Any:
+        outputs = forward(*args)
+        return tuple(map(own, outputs)) if isinstance(outputs, tuple) else own(outputs)
+
+    return evaluate
 
 
 def transforming() -> bool:

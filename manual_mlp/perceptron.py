@@ -1,0 +1,51 @@
+"""The threshold neuron of McCulloch and Pitts, and the rule by which Rosenblatt's perceptron learns."""
+
+import torch
+from torch import Tensor, nn
+
+from manual_mlp import formulas as sheet
+from manual_mlp.errors import InputError
+from manual_mlp.modules import Affine
+
+
+class Perceptron(nn.Module):
+    """y = 1 where W x + b ≥ 0, else 0: n_out neurons without hidden layer, learning w += LR (ŷ − y) x.
+
+    input (…, in_features) → (…, out_features), of zeros and ones. Starts from W = 0, b = 0, Rosenblatt's own choice.
+    On linearly separable classes `fit` converges (Perceptron Convergence Theorem, 1962); on XOR it can't (Minsky and
+    Papert, 1969).
+    """
+
+    def __init__(self, in_features: int, out_features: int = 1) -> None:
+        super().__init__()
+        self.affine = Affine(in_features, out_features).requires_grad_(False)
+        nn.init.zeros_(self.affine.weight)
+        nn.init.zeros_(self.affine.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return sheet.threshold(self.affine(input))
+
+    @torch.no_grad()
+    def fit(self, input: Tensor, target: Tensor, rate: float = 1.0, max_epochs: int = 100) -> list[int]:
+        """Rosenblatt's rule, sample by sample, until an epoch makes no mistake.
+
+        input (N, in_features), target (N, out_features) of zeros and ones → the number of mistakes in each epoch;
+        the last is 0 if it converged. Raises InputError for another target, or shapes that do not fit.
+        """
+        if target.shape != (len(input), self.affine.out_features) or not ((target == 0) | (target == 1)).all():
+            raise InputError(
+                f"expected a target of zeros and ones of shape ({len(input)}, {self.affine.out_features}); "
+                f"got shape {tuple(target.shape)}: threshold neurons answer 0 or 1, one column for each"
+            )
+        mistakes: list[int] = []
+        while len(mistakes) < max_epochs and (not mistakes or mistakes[-1] > 0):
+            mistakes.append(sum(self._learn(x, label, rate) for x, label in zip(input, target, strict=True)))
+        return mistakes
+
+    def _learn(self, x: Tensor, target: Tensor, rate: float) -> int:
+        """One sample; 1 if it was answered wrongly."""
+        prediction = self(x)
+        step_weight, step_bias = sheet.perceptron_step(prediction, target, x, rate)
+        self.affine.weight += step_weight
+        self.affine.bias += step_bias
+        return int(not torch.equal(prediction, target))
