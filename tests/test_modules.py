@@ -1,0 +1,250 @@
+"""The modules beside torch's own: the same bits, the same initialisation, the same state_dict, the same training."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import manual_mlp as mm
+from manual_mlp.formulas import ACTIVATIONS
+
+NAMES = [name for name in ACTIVATIONS if not name.endswith("_in_z")]
+TORCH = {
+    "identity": nn.Identity,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "softplus": nn.Softplus,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+}
+OURS = {
+    "identity": mm.Identity,
+    "sigmoid": mm.Sigmoid,
+    "tanh": mm.Tanh,
+    "relu": mm.ReLU,
+    "leaky_relu": mm.LeakyReLU,
+    "softplus": mm.Softplus,
+    "silu": mm.SiLU,
+    "gelu": mm.GELU,
+    "gelu_tanh": lambda: mm.GELU(approximate="tanh"),
+}
+
+
+def seeded(make: object) -> nn.Module:
+    torch.manual_seed(3)
+    return make()  # type: ignore[operator]
+
+
+def torch_net(sizes: list[int], activation: str, output_activation: str, dropout: float = 0.0) -> nn.Sequential:
+    """nn.Sequential(nn.Linear, activation, nn.Linear, …), dropout beside the activation so that it shifts no key."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(sizes):
+        last = len(layers) == 2 * (len(sizes) - 2)
+        G = TORCH[output_activation if last else activation]()
+        layers += [nn.Linear(n_in, n_out), nn.Sequential(G, nn.Dropout(dropout)) if dropout and not last else G]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(64, 50), (1, 50), (4, 16, 50), (50,), (0, 50)], ids=str)
+@pytest.mark.parametrize("fused", [False, True], ids=["two_functions", "fused"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+def test_affine_and_sigmoid_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...], fused: bool, bias: bool) -> None:
+    """Outputs and gradients of Affine, Sigmoid and their fusion are nn.Linear's and nn.Sigmoid's own bits."""
+    theirs = seeded(lambda: nn.Sequential(nn.Linear(50, 40, bias), nn.Sigmoid())).to(dtype)
+    if fused:
+        ours = seeded(lambda: nn.Sequential(mm.AffineActivation(50, 40, "sigmoid", bias))).to(dtype)
+    else:
+        ours = seeded(lambda: nn.Sequential(mm.Affine(50, 40, bias), mm.Sigmoid())).to(dtype)
+    x, g = torch.randn(shape, dtype=dtype), torch.randn(*shape[:-1], 40, dtype=dtype)
+    results = []
+    for model in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        output = model(leaf)
+        gradients = torch.autograd.grad(output, [leaf, *model.parameters()], g)
+        results.append([output, *gradients])
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_modules(name: str) -> None:
+    """Each is its torch counterpart by type, print and result."""
+    ours, theirs = OURS[name](), TORCH[name]()
+    assert isinstance(ours, type(theirs))
+    assert repr(ours).replace("()", "") == repr(theirs).replace("()", "")
+    z = torch.randn(7, 3, dtype=torch.float64)
+    torch.testing.assert_close(ours(z), theirs(z), rtol=1e-12, atol=1e-12)
+    fused = seeded(lambda: mm.AffineActivation(3, 2, ours, dtype=torch.float64))
+    apart = seeded(lambda: nn.Linear(3, 2, dtype=torch.float64))
+    torch.testing.assert_close(fused(z), theirs(apart(z)), rtol=1e-12, atol=1e-12)
+    by_name = seeded(lambda: mm.AffineActivation(3, 2, name, dtype=torch.float64))
+    assert torch.equal(by_name(z), fused(z))
+
+
+def test_activation_arguments_are_taken_over() -> None:
+    z = torch.linspace(-3, 3, 13, dtype=torch.float64).unsqueeze(-1)
+    for ours, theirs in (
+        (mm.LeakyReLU(0.3), nn.LeakyReLU(0.3)),
+        (mm.LeakyReLU(-0.3), nn.LeakyReLU(-0.3)),
+        (mm.Softplus(beta=2.0, threshold=1.5), nn.Softplus(beta=2.0, threshold=1.5)),
+        (mm.GELU("tanh"), nn.GELU("tanh")),
+    ):
+        torch.testing.assert_close(ours(z), theirs(z), rtol=1e-12, atol=1e-12)
+        fused = mm.AffineActivation(1, 1, ours, bias=False, dtype=torch.float64)
+        nn.init.ones_(fused.weight)
+        torch.testing.assert_close(fused(z), theirs(z), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "silu"])
+def test_inplace(name: str) -> None:
+    """Written in place as torch's, and a leaf that requires a gradient is refused as torch refuses it."""
+    ours, theirs = (type(kinds[name]())(inplace=True) for kinds in (OURS, TORCH))
+    leaf = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    written = []
+    for G in (ours, theirs):
+        z = leaf * 2
+        a = G(z)
+        assert a.data_ptr() == z.data_ptr()
+        written.append([a, *torch.autograd.grad(a.square().sum(), leaf)])
+    for mine, other in zip(*written, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        ours(leaf)
+
+
+def test_affine_is_a_linear() -> None:
+    ours, theirs = seeded(lambda: mm.Affine(5, 3)), seeded(lambda: nn.Linear(5, 3))
+    assert isinstance(ours, nn.Linear)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.state_dict().items())
+    assert repr(ours) == repr(theirs).replace("Linear", "Affine")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_mlp_and_torch_exchange_state(dropout: float) -> None:
+    """Same seed, same bits; keys 0.weight, 2.weight, …, and load_state_dict in both directions."""
+    sizes = [6, 5, 4, 3]
+    ours = seeded(lambda: mm.MLP(sizes, dropout=dropout))
+    theirs = seeded(lambda: torch_net(sizes, "sigmoid", "sigmoid"))
+    assert list(ours.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]
+    assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.state_dict().items())
+    for source, sink in ((ours, theirs), (theirs, ours)):
+        nn.init.normal_(source.state_dict()["2.weight"])
+        sink.load_state_dict(source.state_dict())
+        x = torch.randn(7, 6)
+        assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("activation", "output_activation"), [(name, "identity") for name in NAMES] + [("sigmoid",) * 2]
+)
+def test_a_hundred_steps_follow_torch(activation: str, output_activation: str, dropout: float) -> None:
+    """Training of MLP and of torch's layers, in float64, apart by at most 1e-12 at each step."""
+    sizes = [4, 8, 6, 3]
+    ours = seeded(lambda: mm.MLP(sizes, activation, output_activation, dropout=dropout, dtype=torch.float64))
+    theirs = torch_net(sizes, activation, output_activation, dropout).double()
+    theirs.load_state_dict(ours.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    steps = []
+    for model in (ours, theirs):
+        generator.manual_seed(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        losses = []
+        torch.manual_seed(7)
+        for _ in range(100):
+            x = torch.randn(16, 4, generator=generator, dtype=torch.float64)
+            target = torch.stack([x[:, 0].sin(), x[:, 1] * x[:, 2] / 4, x[:, 3].tanh()], dim=1)
+            prediction = model(x)
+            mine = model is ours
+            loss = mm.QuadraticLoss()(prediction, target) if mine else ((prediction - target) ** 2).sum() / 2 / len(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        steps.append(torch.stack(losses))
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-12, atol=1e-12)
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-12, atol=1e-12)
+    assert steps[0][-1] < steps[0][0]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_dropout_is_torchs_own_mask(p: float) -> None:
+    """On the CPU: the same seed draws the same mask, and the gradient is that of torch's dropout, to the bit."""
+    results = []
+    for dropout in (mm.Dropout(p), nn.Dropout(p)):
+        torch.manual_seed(5)
+        a = torch.randn(40, 30, requires_grad=True)
+        output = dropout(a)
+        results.append([output, *torch.autograd.grad(output.square().sum(), a)])
+        assert dropout.eval()(a) is a
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_one_activation_per_hidden_layer() -> None:
+    net = mm.MLP([4, 3, 3, 2], ["tanh", mm.LeakyReLU(0.2)], "identity", bias=False)
+    assert [layer.activation for layer in net] == ["tanh", "leaky_relu", "identity"]
+    assert net[1].parameter_values == (0.2,)
+    assert [name for name, _ in net.named_parameters()] == ["0.weight", "2.weight", "4.weight"]
+
+
+def test_linear_neuron() -> None:
+    """No hidden layer and the identity: the lecture's linear neuron is nn.Linear."""
+    net, linear = seeded(lambda: mm.MLP([3, 1], output_activation="identity")), seeded(lambda: nn.Linear(3, 1))
+    x = torch.randn(5, 3)
+    assert torch.equal(net(x), linear(x))
+
+
+def test_quadratic_loss_is_the_lectures() -> None:
+    """½, and 1/N over the samples: nn.MSELoss is 2/m of it."""
+    prediction, target = torch.randn(2, 5, 4, 3, dtype=torch.float64)
+    quadratic = mm.QuadraticLoss()(prediction, target)
+    torch.testing.assert_close(nn.MSELoss()(prediction, target), 2 / 3 * quadratic, rtol=1e-12, atol=1e-12)
+
+
+def test_masked_logits() -> None:
+    """A logit of −inf masks a class: the cost stays finite and its gradient is 0, as in torch."""
+    z = torch.randn(4, 3, dtype=torch.float64)
+    z[:, 1] = -torch.inf
+    z.requires_grad_()
+    target = torch.tensor([0, 2, 2, 0])
+    ours, theirs = mm.CrossEntropyLoss()(z, target), nn.CrossEntropyLoss()(z, target)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, z)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (mm.MSELoss(), nn.MSELoss()),
+        (mm.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss()),
+        (mm.CrossEntropyLoss(), nn.CrossEntropyLoss()),
+        (mm.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss(reduction="sum")),
+        (mm.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(label_smoothing=0.1)),
+    ],
+)
+def test_empty_batch(ours: nn.Module, theirs: nn.Module) -> None:
+    """N = 0 is no error: the cost is what torch's is, and the gradients are zero."""
+    for loss in (ours, theirs):
+        net = mm.MLP([4, 5, 3], output_activation="identity")
+        cross = isinstance(loss, nn.CrossEntropyLoss)
+        value = loss(net(torch.empty(0, 4)), torch.empty(0, dtype=torch.int64) if cross else torch.empty(0, 3))
+        value.backward()
+        assert value.isnan() or loss.reduction == "sum"
+        assert all(not parameter.grad.any() for parameter in net.parameters())
+
+
+def test_empty_batch_of_the_lectures_cost() -> None:
+    net = mm.MLP([4, 5, 3])
+    value = mm.QuadraticLoss()(net(torch.empty(0, 4)), torch.empty(0, 3))
+    value.backward()
+    assert value.isnan()
+    assert all(not parameter.grad.any() for parameter in net.parameters())
