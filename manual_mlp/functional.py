@@ -46,7 +46,8 @@ def apply_affine(
     """One affine Function, autocast and errors around it."""
     if torch.is_autocast_enabled(_device_type(input)):
         input, weight, bias = _autocast(input), _autocast(weight), None if bias is None else _autocast(bias)
-    if weight.is_complex() or (bias is not None and bias.dim() != 1):
+    # What torch would take: complex numbers, and shapes that broadcast.
+    if weight.is_complex() or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         raise InputError(_affine_problem(input, weight, bias))
     try:
         output = apply(function, input, weight, bias, *parameters)
@@ -279,7 +280,7 @@ def _cross_entropy_of_class(
         samples = kept.to(z.dtype) if weight is None else kept * weight[target]
         if label_smoothing == 0:
             return apply(functions.CrossEntropyOfClass, z, target, samples, reduction)
-        onehot = (target.unsqueeze(-1) == torch.arange(z.shape[-1], device=z.device)).to(z.dtype)
+        onehot = torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1)
         return apply(functions.CrossEntropy, z, onehot, weight, samples, label_smoothing, reduction)
     except (IndexError, RuntimeError) as error:
         raise InputError(_labels_problem(z, target, ignore_index) or str(error)) from error

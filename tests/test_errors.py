@@ -1,0 +1,132 @@
+# ruff: noqa: E501 -- a table, one row a mistake
+"""Bad input gets one sentence: what was expected, what came, the likely fix. (Data, files and config: elsewhere.)"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import manual_mlp as mm
+
+F = mm.functional
+X, W, B = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4)
+LOGITS = torch.randn(5, 4)
+
+MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
+    "feature count": (lambda: mm.Affine(3, 4)(torch.randn(5, 2)), r"last dimension is in_features=3; got shape \(5, 2\)"),
+    "feature count fused": (lambda: mm.MLP([3, 4])(torch.randn(5, 2)), "last dimension is in_features=3"),
+    "transposed": (lambda: mm.Affine(3, 4)(torch.randn(3, 5)), r"got shape \(3, 5\).*: transpose the input"),
+    "scalar input": (lambda: mm.Affine(3, 4)(torch.tensor(1.0)), r"in_features=3; got shape \(\)"),
+    "weight shape": (lambda: F.affine(X, B), r"shape \(out_features, in_features\); got shape \(4,\)"),
+    "bias shape": (lambda: F.affine(X, W, B[:1]), r"bias of shape \(4,\), one for each output; got shape \(1,\)"),
+    "bias dimensions": (lambda: F.affine(X, W, torch.randn(5, 4)), r"bias of shape \(4,\)"),
+    "dtype mix": (
+        lambda: mm.Affine(3, 4)(X.double()),
+        r"one dtype for all tensors; got input torch.float64, weight torch.float32.*call .to\(torch.float32\)",
+    ),
+    "device mix": (lambda: mm.Affine(3, 4)(X.to("meta")), "one device for all tensors; got input meta, weight cpu"),
+    "integer input": (lambda: mm.Affine(3, 4)(torch.ones(5, 3).long()), r"got torch.int64: call .float\(\)"),
+    "integer activation": (lambda: mm.Sigmoid()(torch.ones(5).long()), r"input of an activation; got torch.int64"),
+    "complex input": (lambda: mm.Affine(3, 4)(X + 0j), "real floating-point input.*; got torch.complex64"),
+    "complex layer": (lambda: F.affine(X + 0j, W + 0j), "real floating-point input.*; got torch.complex64"),
+    "complex activation": (lambda: mm.Tanh()(X + 0j), "got torch.complex64: split it"),
+    "complex loss": (lambda: mm.QuadraticLoss()(X + 0j, X + 0j), "real floating-point prediction"),
+    "negative size": (lambda: mm.Affine(-1, 4), "in_features to be a positive whole number of neurons; got -1"),
+    "zero size": (lambda: mm.AffineActivation(3, 0), "out_features to be a positive whole number of neurons; got 0"),
+    "fractional size": (lambda: mm.MLP([3, 2.5, 1]), r"sizes\[1\] to be a positive whole number of neurons; got 2.5"),
+    "empty sizes": (lambda: mm.MLP([]), r"at least two sizes.*such as \[784, 30, 10\]; got \[\]"),
+    "one size": (lambda: mm.MLP([3]), r"at least two sizes"),
+    "unknown activation": (
+        lambda: mm.MLP([3, 2], output_activation="sigmoyd"),
+        "one of identity, sigmoid, tanh, relu, leaky_relu, softplus, silu, gelu, gelu_tanh; got 'sigmoyd'",
+    ),
+    "not an activation": (lambda: mm.AffineActivation(3, 2, nn.Softmax(-1)), r"activation module; got Softmax"),
+    "unknown parameter": (lambda: F.affine_activation(X, W, B, "tanh", beta=2), "'tanh' takes no parameters; got beta"),
+    "activation list": (lambda: mm.MLP([3, 2, 1], ["tanh", "relu"]), "one activation for each of the 1 hidden layers"),
+    "dropout of a net": (lambda: mm.MLP([3, 2, 1], dropout=1.5), "dropout probability between 0 and 1; got 1.5"),
+    "dropout": (lambda: F.dropout(X, -0.1), "dropout probability between 0 and 1; got -0.1"),
+    "target (N,) and (N, 1)": (
+        lambda: mm.QuadraticLoss()(torch.randn(5, 1), torch.randn(5)),
+        r"same shape; got \(5, 1\) and \(5,\), which would broadcast.*: call .unsqueeze\(-1\) on the target",
+    ),
+    "mse (N,) and (N, 1)": (lambda: mm.MSELoss()(torch.randn(5), torch.randn(5, 1)), r"unsqueeze\(-1\) on the pred"),
+    "bce shapes": (lambda: mm.BCEWithLogitsLoss()(LOGITS, LOGITS[:1]), r"same shape; got \(5, 4\) and \(1, 4\)"),
+    "target dtype": (lambda: mm.MSELoss()(X, X.double()), r"got target torch.float64, prediction torch.float32.*on the t"),
+    "integer target": (lambda: mm.QuadraticLoss()(X, X.long()), "got target torch.int64, prediction torch.float32"),
+    "target device": (lambda: mm.QuadraticLoss()(X, X.to("meta")), "one device for all tensors; got target meta"),
+    "one-dimensional prediction": (
+        lambda: mm.QuadraticLoss()(torch.randn(5), torch.randn(5)),
+        r"prediction of shape \(N, outputs\); got \(5,\).*unsqueeze\(-1\) for one output",
+    ),
+    "class label too large": (
+        lambda: mm.CrossEntropyLoss()(LOGITS, torch.tensor([0, 1, 2, 3, 4])),
+        r"class labels from 0 to 3 \(or ignore_index -100\); got labels from 0 to 4: renumber them from 0",
+    ),
+    "class label negative": (
+        lambda: mm.CrossEntropyLoss(weight=torch.ones(4))(LOGITS, torch.tensor([0, 1, 2, 3, -1])),
+        "got labels from -1 to 3",
+    ),
+    "class label smoothed": (
+        lambda: mm.CrossEntropyLoss(label_smoothing=0.1)(LOGITS, torch.tensor([0, 1, 2, 3, 9])),
+        "got labels from 0 to 9",
+    ),
+    "class labels as floats": (
+        lambda: mm.CrossEntropyLoss()(LOGITS, torch.zeros(5)),
+        r"class indices \(int64.*got torch.float32 of shape \(5,\): call .long\(\) on class indices",
+    ),
+    "class labels as a column": (
+        lambda: mm.CrossEntropyLoss()(LOGITS, torch.zeros(5, 1).long()),
+        r"got torch.int64 of shape \(5, 1\).*.squeeze\(-1\) on a column",
+    ),
+    "class weight": (lambda: mm.CrossEntropyLoss(weight=torch.ones(3))(LOGITS, torch.zeros(5).long()), r"weight \(classes,\)"),
+    "logits of no dimension": (lambda: F.cross_entropy(torch.tensor(1.0), torch.tensor(0)), r"logits \(N, classes\)"),
+    "label smoothing": (lambda: F.cross_entropy(LOGITS, torch.zeros(5).long(), label_smoothing=2), "between 0 and 1; got 2"),
+    "reduction": (lambda: F.mse_loss(X, X, "average"), "'none', 'mean' or 'sum'; got 'average'"),
+    "weight with gradient": (
+        lambda: F.binary_cross_entropy_with_logits(X, X, torch.ones(3, requires_grad=True)),
+        r"weight without a gradient.*: .detach\(\)",
+    ),
+    "weight shape of a cost": (
+        lambda: F.binary_cross_entropy_with_logits(X, X, pos_weight=torch.ones(5)),
+        r"pos_weight that broadcasts to the input's shape \(5, 3\); got \(5,\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MESSAGES)
+def test_one_sentence(what: str) -> None:
+    """One line, no internals; caught as what torch would raise, or as a wrong value."""
+    wrong, message = MESSAGES[what]
+    with pytest.raises(mm.InputError, match=message) as caught:
+        wrong()
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("expected") or "takes" in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, RuntimeError)
+
+
+def test_nothing_broadcasts_in_silence() -> None:
+    """Every pair of different shapes is refused by every cost that compares elements."""
+    shapes = [(4,), (1, 4), (4, 1), (4, 4), (1, 4, 4)]
+    for loss in (F.quadratic_loss, F.mse_loss, F.binary_cross_entropy_with_logits):
+        for first in shapes:
+            for second in shapes:
+                if first != second:
+                    with pytest.raises(mm.InputError):
+                        loss(torch.randn(first), torch.randn(second))
+
+
+def test_other_errors_pass() -> None:
+    """An error that is not about the arguments is not put into words it does not deserve."""
+
+    class Broken(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
+            if func is nn.functional.linear:
+                raise RuntimeError("out of memory")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    with pytest.raises(RuntimeError, match="out of memory") as caught, torch.no_grad():
+        F.affine(X.as_subclass(Broken), W)
+    assert not isinstance(caught.value, mm.InputError)

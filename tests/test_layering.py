@@ -1,0 +1,96 @@
+"""What may import what; what an import brings; what no backward may call."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "manual_mlp"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Each layer imports only from the ones before it.
+LAYERS = [
+    ["errors"],
+    ["formulas"],
+    ["functions"],
+    ["functional"],
+    ["modules"],
+    ["convert", "network", "perceptron"],
+    ["engine", "testing"],
+    ["plots"],
+    ["training", "benchmark"],
+]
+ORDER = {name: index for index, names in enumerate(LAYERS) for name in names}
+ONLY_TRAINING = {"lightning", "hydra", "omegaconf", "sklearn", "pandas", "torchmetrics"}
+ALLOWED = {("benchmark", "sklearn")}  # a contender there
+
+
+def imports(file: Path) -> list[str]:
+    """The modules a file imports, in full, wherever in it."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names += [f"{module}.{alias.name}" if module == "manual_mlp" else module for alias in node.names]
+    return names
+
+
+def layer(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_run_one_way(file: Path) -> None:
+    name = layer(file)
+    if name == "__init__":
+        return  # the public face; what it brings is tested below
+    assert name in ORDER, f"{name} has no layer yet: give it one in LAYERS"
+    for imported in imports(file):
+        if imported.startswith("manual_mlp."):
+            other = imported.split(".")[1]
+            assert other == name or ORDER.get(other, 99) < ORDER[name], f"{name} imports {imported}"
+        top = imported.split(".")[0]
+        if top in ONLY_TRAINING and name != "training":
+            assert (name, top) in ALLOWED, f"{name} imports {imported}"
+
+
+def test_import_brings_torch_and_nothing_heavier() -> None:
+    heavy = ONLY_TRAINING | {"matplotlib", "pytest", "jax", "onnx"}
+    code = (
+        f"import sys, torch; before = set(sys.modules); import manual_mlp; print({heavy} & sys.modules.keys() - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "set()"
+
+
+FORBIDDEN = {"grad", "backward", "vjp", "jvp", "vmap"}
+
+
+@pytest.mark.parametrize("name", ["formulas", "functions", "functional", "modules", "network", "engine", "convert"])
+def test_derivatives_are_hand_derived(name: str) -> None:
+    """No call of autograd's grad or backward, of torch.func, or of an ATen derivative operator."""
+    file = PACKAGE / f"{name}.py"
+    if not file.exists():
+        pytest.fail(f"{name}.py has gone: take it off this list")
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute):
+            derivative = node.attr.endswith(("_backward", "_backward_data")) and node.attr != "save_for_backward"
+            assert not derivative, f"{name}:{node.lineno} {node.attr}"
+            assert ast.unparse(node) not in ("torch.func", "torch.ops.aten"), f"{name}:{node.lineno}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value)
+            assert not (node.func.attr in FORBIDDEN and owner != "ctx"), f"{name}:{node.lineno} {ast.unparse(node)}"
+
+
+def test_mathematics_stays_on_the_sheet() -> None:
+    """No other core file calls a componentwise function: it asks the sheet."""
+    componentwise = {"sigmoid", "tanh", "exp", "log1p", "expm1", "erf", "erfc", "softmax", "log_softmax", "square"}
+    for name in ("functions", "functional", "modules", "network", "engine"):
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in componentwise:
+                owner = ast.unparse(node.func.value)
+                assert owner in ("sheet", "functional"), f"{name}:{node.lineno} {ast.unparse(node)}"
