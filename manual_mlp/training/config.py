@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from pydoc import locate
 from traceback import walk_tb
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,9 +18,9 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from manual_mlp.errors import InputError
 
@@ -46,7 +47,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error)
     if isinstance(error, OverrideParseException):
-        return f"expected an override of the form key=value, but got {error.override!r}; mend it, and quote it for the shell"
+        return f"expected an override of the form key=value, but got {error.override!r}; mend it or quote it"
     if isinstance(error, ConfigCompositionException):
         return _unknown_key(error)
     if isinstance(error, MissingMandatoryValue):
@@ -110,18 +111,13 @@ def _check_arguments(node: dict, path: str) -> None:
 
 
 def _locate(target: str, path: str) -> Any:
-    try:
-        return get_object(target)
-    except ImportError as error:
+    found = locate(target)
+    if found is None:
         module, _, name = target.rpartition(".")
-        try:
-            known = [other for other in dir(get_object(module)) if not other.startswith("_")]
-        except (ImportError, ValueError):
-            known = []
-        hint = likely(name, known) if get_close_matches(name, known) else "check its spelling, and that it is installed"
-        raise InputError(
-            f"expected {path}._target_ to name a class or function, but there is no {target}; {hint}"
-        ) from error
+        close = get_close_matches(name, dir(locate(module)), n=1) if module else []
+        hint = f"did you mean {module}.{close[0]}?" if close else "check its spelling, and that it is installed"
+        raise InputError(f"expected {path}._target_ to name a class or function, but there is no {target}; {hint}")
+    return found
 
 
 def fits(value: object, hint: Any) -> bool:
@@ -165,15 +161,17 @@ def _unknown_choice(error: MissingConfigException) -> str:
 
 def _unknown_key(error: ConfigCompositionException) -> str:
     cause = error.__cause__
-    if not isinstance(cause, ConfigKeyError):  # Hydra's other reasons name the fix on their further lines
+    if "Ambiguous value" in str(error):  # a list without brackets, or a sweep without -m
+        override = _first_line(error).split("'")[1]
+        return f"expected one value, but got several in {override}; write [1,2] for a list, or add -m for a sweep"
+    if not isinstance(cause, OmegaConfBaseException):  # Hydra's other reasons name the fix on their further lines
         lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
         return f"expected overrides that fit the configuration, but: {'; '.join(lines)}"
-    parent, _, key = str(cause.full_key).rpartition(".")
-    known = [name for name in cause.parent_node or () if name != "hydra" and not str(name).startswith("_")]
+    parent = str(cause.full_key).rpartition(".")[0]
+    names = [name for name in cause.parent_node or () if name != "hydra" and not str(name).startswith("_")]
+    known = [f"{parent}.{name}" if parent else name for name in names]
     where = f"a key of {parent}" if parent else "a group or a key"
-    return (
-        f"expected {where}, but got {cause.full_key}; {likely(key, [f'{parent}.{n}' if parent else n for n in known])}"
-    )
+    return f"expected {where}, but got {cause.full_key}; {likely(str(cause.full_key), known)}"
 
 
 def _before_the_job(error: Exception) -> str | None:

@@ -119,6 +119,11 @@ class DataModule(L.LightningDataModule):
                 f"expected enough rows for a {name} part of {size}, but there are {len(rows[1])}{smallest} "
                 f"({str(error).splitlines()[0].rstrip('.')}); bring more rows or change data.{name}_size"
             ) from error
+        if min(map(len, indices)) < 2:
+            raise InputError(
+                f"expected at least 2 rows in each part, but {name} and the rest got {len(indices[1])} and "
+                f"{len(indices[0])}; bring more rows or change data.{name}_size"
+            )
         left, taken = ((rows[0][index], rows[1][index]) for index in indices)
         return left, taken
 

@@ -119,6 +119,8 @@ def _column(series: "pd.Series") -> np.ndarray:
 
 
 def _feature_matrix(columns: dict[str, np.ndarray], rows: int) -> np.ndarray:
+    if not rows:  # an empty column has no type to judge
+        return np.empty((0, len(columns)))
     for name, values in columns.items():
         if values.shape[:1] != (rows,):
             raise InputError(
@@ -131,7 +133,7 @@ def _feature_matrix(columns: dict[str, np.ndarray], rows: int) -> np.ndarray:
                 f"expected numbers in every feature column, but {name!r} has other values, such as {example!r}; "
                 "encode it as numbers or remove it"
             )
-    blocks = [np.asarray(values, dtype=np.float64).reshape(rows, -1 if rows else 0) for values in columns.values()]
+    blocks = [np.asarray(values, dtype=np.float64).reshape(rows, -1) for values in columns.values()]
     return np.concatenate(blocks, axis=1) if blocks else np.empty((rows, 0))
 
 

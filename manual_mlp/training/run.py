@@ -49,8 +49,8 @@ def _quieten() -> None:
 
 
 def _run(cfg: DictConfig) -> float:
-    L.seed_everything(cfg.seed, verbose=False)
     data: DataModule = build(cfg.data)
+    L.seed_everything(cfg.seed, verbose=False)
     data.setup()
     module = _module(cfg, data)
     if cfg.optimized_metric not in module.figure_names():
@@ -63,13 +63,13 @@ def _run(cfg: DictConfig) -> float:
     seconds = time.perf_counter() - started
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     epoch, figures = _figures(trainer, best)
+    folder = Path(cfg.run_dir)
+    if trainer.is_global_zero and (folder / "metrics.csv").is_file():
+        learning_curves(folder / "metrics.csv").savefig(folder / "learning_curves.png", dpi=120)
+
     trainer.test(module, data, ckpt_path=best, verbose=False)
     figures |= _numbers(trainer)
-
     if trainer.is_global_zero:
-        folder = Path(cfg.run_dir)
-        if (folder / "metrics.csv").is_file():
-            learning_curves(folder / "metrics.csv").savefig(folder / "learning_curves.png", dpi=120)
         print(summary(module, data, trainer, figures, epoch, seconds, folder))
     return figures[cfg.optimized_metric]
 
@@ -78,7 +78,7 @@ def _module(cfg: DictConfig, data: DataModule) -> MLPModule:
     return build(cfg.model, _partial_=True)(
         input_size=data.input_size,
         output_size=data.output_size,
-        class_names=data.class_names,
+        class_names=list(data.class_names),
         target_mean=data.target_mean,
         target_scale=data.target_scale,
         optimizer=build(cfg.optimizer),
@@ -89,10 +89,14 @@ def _trainer(cfg: DictConfig) -> L.Trainer:
     callbacks = [build(node) for node in (cfg.get("callbacks") or {}).values()]
     unwanted: tuple[type, ...] = () if cfg.trainer.enable_progress_bar else (ProgressBar,)
     unwanted += () if cfg.trainer.enable_checkpointing else (Checkpoint,)
-    return build(cfg.trainer, _partial_=True)(
-        callbacks=[callback for callback in callbacks if not isinstance(callback, unwanted)],
-        logger=[build(node) for node in (cfg.get("logger") or {}).values()],
-    )
+    callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)]
+    logger = [build(node) for node in (cfg.get("logger") or {}).values()]
+    try:
+        return build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=logger)
+    except ValueError as error:
+        raise InputError(
+            f"expected options that Lightning's Trainer accepts, but: {error}; correct trainer.*"
+        ) from error
 
 
 def _figures(trainer: L.Trainer, checkpoint: str | None) -> tuple[int, dict[str, float]]:

@@ -1,5 +1,6 @@
 """Where samples come from. `conf/data/*.yaml` names one of these functions in `source`; each returns `Samples`."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 DIGIT_CLASSES = tuple("0123456789")
+MNIST_TRAIN = 60000
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ def mnist(folder: str | None) -> Samples:
     if folder is not None:
         return _idx_folder(Path(folder), DIGIT_CLASSES)
     pixels, labels = _fetch_mnist()
-    features, target = (pixels / 255.0).reshape(-1, 28, 28).astype(np.float32), labels.astype(np.int64)
-    return Samples(features[:60000], target[:60000], DIGIT_CLASSES, (features[60000:], target[60000:]))
+    features, target = pixels.astype(np.float32).reshape(-1, 28, 28) / 255.0, labels.astype(np.int64)
+    train, test = slice(MNIST_TRAIN), slice(MNIST_TRAIN, None)  # openml.org keeps the official order
+    return Samples(features[train], target[train], DIGIT_CLASSES, (features[test], target[test]))
 
 
 def fashion_mnist(folder: str) -> Samples:
@@ -116,7 +119,9 @@ def _idx_path(folder: Path, name: str) -> Path:
 
 def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
     try:
-        return datasets.fetch_openml("mnist_784", version=1, as_frame=False, return_X_y=True, n_retries=0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="A network error occurred")  # the sentence below says it once
+            return datasets.fetch_openml("mnist_784", version=1, as_frame=False, return_X_y=True)
     except ImportError as error:  # scikit-learn parses this file with pandas
         raise InputError(
             "expected pandas for reading MNIST from openml.org, but it is not installed; "

@@ -38,7 +38,16 @@ def summary(
     files = [name for name in FILES if (folder / name).exists()]
     if files:
         files = ["", f"files in {os.path.relpath(folder)}", _wrapped("  ", "  ".join(files))]
-    return "\n".join(["", *lines, "", *_table(figures), *files, ""])
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            *_table({name: figures[name] for name in module.figure_names() if name in figures}),
+            *files,
+            "",
+        ]
+    )
 
 
 def _activations(module: MLPModule) -> str:
