@@ -1,6 +1,7 @@
 """The multi-layer perceptron for PyTorch, every derivative written by hand."""
 
 from manual_mlp import functional
+from manual_mlp.convert import convert, left_alone, revert
 from manual_mlp.errors import InputError
 from manual_mlp.modules import (
     GELU,
@@ -42,5 +43,8 @@ __all__ = [
     "Sigmoid",
     "Softplus",
     "Tanh",
+    "convert",
     "functional",
+    "left_alone",
+    "revert",
 ]

@@ -1,0 +1,185 @@
+"""torch.nn to manual_mlp and back, inside any model, in place.
+
+A layer is converted by giving the same object our class: parameters, hooks, names, mode and state_dict stay, because
+they are never touched. What a layer was is noted on it, so `revert` needs nothing but the model.
+
+Fusion leaves the layers where they are, too. An nn.Sequential that holds a Linear followed by an activation is given a
+forward that computes such a pair as one node. So indexing, slicing and iterating return what they did before:
+`model[0]` is the affine map alone and returns z, `model[1]` is the activation. A pair with a hook on either layer is
+called layer by layer, whenever the hook is added, and fused again when it is removed.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import parametrize
+
+from manual_mlp import functional, functions, modules
+from manual_mlp.errors import InputError
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: modules.Affine,
+    **{plain: getattr(modules, plain.__name__) for plain in modules.ACTIVATION_MODULES},
+}
+_CONVERTED = tuple(OURS.values())
+_ACTIVATIONS = frozenset(_CONVERTED) - {modules.Affine}
+# A layer of such a name that can't be converted is reported: quantised layers share nothing else with nn.Linear.
+_NAMES = frozenset(plain.__name__ for plain in OURS) - {nn.Identity.__name__}
+_WAS = "_class_before_convert"
+
+logger = logging.getLogger(__name__)
+
+
+def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = None, fuse: bool = True) -> nn.Module:
+    """Give every nn.Linear and activation of `model` our forward and backward, in place; returns `model`.
+
+    filter(module, qualified_name) chooses among the layers that could be converted; None takes them all.
+    fuse: compute neighbouring Linear-activation pairs of an nn.Sequential as one node, where both are converted.
+    Layers that can't be converted faithfully are left as they are and named in one warning of the logger
+    "manual_mlp.convert"; `left_alone` returns them. What a model's own forward calls as a function (torch.relu,
+    F.linear, the projections of nn.MultiheadAttention) is no module and stays torch's.
+    Raises InputError for a model that is no nn.Module and a filter that can't be called.
+    """
+    _check_module("convert", model)
+    if filter is not None and not callable(filter):
+        raise InputError(f"expected a filter(module, qualified_name) -> bool; got {filter!r}: pass a function")
+    layers = [(name, module) for name, module in model.named_modules() if _base(module) in OURS]
+    layers = [(name, module) for name, module in layers if _obstacle(module) is None]
+    # The filter has answered for all of them before any is changed: it may raise.
+    for module in [module for name, module in layers if filter is None or filter(module, name)]:
+        vars(module)[_WAS] = _base(module)
+        _set_class(module, OURS[_base(module)])
+    for module in model.modules():
+        if fuse and _fusible(module):
+            _set_class(module, _fusing(_base(module)))  # type: ignore[arg-type] # mypy: a class is not Hashable
+    if remaining := left_alone(model):
+        named = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in remaining.items())
+        logger.warning("layers left as they were: %s", named)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert`, in place: every layer and nn.Sequential gets the class it had. Returns `model`.
+
+    Layers that were ours before `convert` stay ours. Raises InputError for a model that is no nn.Module.
+    """
+    _check_module("revert", model)
+    for module in model.modules():
+        if _WAS in vars(module):
+            _set_class(module, vars(module).pop(_WAS))
+        elif isinstance(module, FusedSequential):
+            _set_class(module, module.plain)
+    return model
+
+
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """Qualified name → reason, for each layer of `model` that `convert` can't convert faithfully."""
+    _check_module("left_alone", model)
+    named = ((name, _obstacle(module)) for name, module in model.named_modules())
+    return {name: reason for name, reason in named if reason is not None}
+
+
+def _check_module(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module to {function}; got {type(model).__name__}: pass the model itself")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of a parametrized one, the class that was parametrized."""
+    kind = type(module)
+    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a layer that does what one of ours does can't be converted; None for any other module."""
+    kind = _base(module)
+    if issubclass(kind, _CONVERTED) or not _NAMES.intersection(base.__name__ for base in kind.__mro__):
+        return None
+    if kind not in OURS:
+        return f"a {kind.__module__}.{kind.__qualname__} may compute something else than torch.nn's own layer"
+    if "forward" in vars(module) or type(module).forward is not kind.forward:
+        return "its forward has been replaced"
+    for name, parameter in module.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            return f"its {name} is no plain floating-point parameter"
+    return None
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """module.__class__ = kind; where parametrize made the module a class of its own, that class, derived from kind.
+
+    A new one each time, since copies of a parametrized module share theirs.
+    """
+    if parametrize.is_parametrized(module):
+        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        kind = type(f"Parametrized{kind.__name__}", (kind,), own)
+    module.__class__ = kind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs in an nn.Sequential
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FusedSequential(nn.Sequential):
+    """The nn.Sequential that it was, whose forward computes an affine map and the activation after it as one node."""
+
+    plain: ClassVar[type[nn.Sequential]] = nn.Sequential
+
+    def forward(self, input: Tensor) -> Tensor:
+        fused = False
+        for layer, following in pairwise([*self, None]):
+            if fused:  # this layer is the activation of the pair before
+                fused = False
+            elif fused := _is_pair(layer, following) and _bare(layer) and _bare(following):
+                row, values = modules.activation_row(following)
+                function = functions.AFFINE_ACTIVATION[row.name]
+                input = functional.apply_affine(function, input, layer.weight, layer.bias, *values)
+            else:
+                input = layer(input)
+        return input
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickled by the class it was: one made at run time can't be found by its name."""
+        _, _, *state = tuple(super().__reduce_ex__(protocol))
+        return _unpickled, (self.plain,), *state
+
+
+@functools.cache
+def _fusing(plain: type[nn.Module]) -> type[nn.Module]:
+    """The class that fuses, for nn.Sequential or a class derived from it."""
+    if plain is nn.Sequential:
+        return FusedSequential
+    return type(f"Fused{plain.__name__}", (FusedSequential, plain), {"plain": plain, "__module__": __name__})
+
+
+def _unpickled(plain: type[nn.Module]) -> nn.Module:
+    kind = _fusing(plain)  # type: ignore[arg-type]
+    return kind.__new__(kind)
+
+
+def _is_pair(affine: Any, activation: Any) -> bool:
+    return type(affine) is modules.Affine and type(activation) in _ACTIVATIONS
+
+
+def _fusible(module: nn.Module) -> bool:
+    """Whether it calls its layers one after the other, by nn.Sequential's own forward, and has a pair among them."""
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        return False
+    return "forward" not in vars(module) and any(_is_pair(*neighbours) for neighbours in pairwise(module))
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether to call the module is to call its class's forward, and nothing else."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (hooks or module._compiled_call_impl or "forward" in module.__dict__ or _has_any_global_hook())
