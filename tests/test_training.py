@@ -1,0 +1,333 @@
+"""The Lightning module and a whole run: what is trained, logged, kept, and told at the end."""
+
+import csv
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import r2_score, root_mean_squared_error
+from torch import nn
+
+import manual_mlp as mm
+from manual_mlp import InputError
+from manual_mlp.plots import learning_curves
+from manual_mlp.training import run as training
+from manual_mlp.training.module import MLPModule, resolve_output_activation
+from manual_mlp.training.nets import COSTS, INITIALISATIONS, NETS, build_net, torch_mlp
+from tests.configs import ROOT, configured
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """run(*overrides) trains and returns the metric; the run folder is tmp_path."""
+    return lambda *overrides: training.run(configured(tmp_path, *overrides))
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def figures(checkpoint: Path) -> dict[str, float]:
+    return torch.load(checkpoint, weights_only=True)["figures"]
+
+
+class TestMainJob:
+    def test_default_reaches_95_percent(self, tmp_path: Path) -> None:
+        """`python train.py` with nothing else, in a folder of its own."""
+        job = subprocess.run([sys.executable, str(ROOT / "train.py")], cwd=tmp_path, capture_output=True, text=True)
+        assert job.returncode == 0, job.stderr
+        accuracy = re.search(r"test accuracy +([\d.]+) %", job.stdout)
+        assert accuracy, job.stdout
+        assert float(accuracy[1]) >= 95
+        summary = job.stdout[job.stdout.index("  data  ") :]
+        assert max(map(len, summary.splitlines())) <= 60
+        assert "Epoch 29: 100%" in job.stdout + job.stderr
+        assert not re.search("Warning|GPU available|Tip|deprecated", job.stdout + job.stderr)
+
+        folder = tmp_path / re.search(r"files in (\S+)", summary)[1]
+        for name in ("best.ckpt", "last.ckpt", "metrics.csv", "learning_curves.png", "train.log", ".hydra"):
+            assert (folder / name).exists()
+            assert name in summary
+        assert "max_epochs=30" in (folder / "train.log").read_text()  # Lightning's messages went there
+
+    def test_sweep_runs_each_job_in_its_folder(self, tmp_path: Path) -> None:
+        command = [sys.executable, str(ROOT / "train.py"), "-m", "data=iris", "optimizer.lr=1,2"]
+        command += ["trainer.max_epochs=1", f"hydra.sweep.dir={tmp_path}", "trainer.enable_progress_bar=false"]
+        job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert job.returncode == 0, job.stderr
+        assert job.stdout.count("test accuracy") == 2
+        assert figures(tmp_path / "0" / "best.ckpt") != figures(tmp_path / "1" / "best.ckpt")
+
+
+class TestRun:
+    @pytest.mark.parametrize("metric", ["val_loss", "val_accuracy", "test_accuracy", "train_loss"])
+    def test_returns_the_metric(self, run, tmp_path: Path, metric: str) -> None:
+        value = run("data=iris", "trainer.max_epochs=3", f"optimized_metric={metric}")
+        logged = [float(row[metric]) for row in rows(tmp_path) if row[metric]]
+        assert any(value == pytest.approx(other, rel=1e-6) for other in logged)
+
+    def test_unknown_metric_is_told_before_training(self, run, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"but got val_acc; did you mean val_accuracy\?"):
+            run("data=iris", "optimized_metric=val_acc")
+        assert not (tmp_path / "metrics.csv").exists()
+
+    def test_best_and_last_checkpoint(self, run, tmp_path: Path) -> None:
+        run("data=diabetes", "trainer.max_epochs=12", "optimizer.lr=0.1")  # so large a step that it gets worse again
+        losses = [float(row["val_loss"]) for row in rows(tmp_path) if row["val_loss"]]
+        assert len(losses) == 12
+        assert min(losses) < losses[-1]
+        assert figures(tmp_path / "best.ckpt")["val_loss"] == pytest.approx(min(losses))
+        assert figures(tmp_path / "last.ckpt")["val_loss"] == pytest.approx(losses[-1])
+
+    def test_csv_has_each_figure_once_an_epoch(self, run, tmp_path: Path) -> None:
+        run("data=iris", "trainer.max_epochs=4")
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert [int(row["epoch"]) for row in rows(tmp_path) if row[name]] == [0, 1, 2, 3]
+        assert len([row for row in rows(tmp_path) if row["test_accuracy"]]) == 1
+
+    def test_no_step_logs(self, run, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[str] = []
+        in_step = []
+        log, step = MLPModule.log, MLPModule._step
+        monkeypatch.setattr(
+            MLPModule, "log", lambda self, name, *a, **k: (calls.append(name), log(self, name, *a, **k))
+        )
+
+        def counted_step(self: MLPModule, stage: str, batch: tuple) -> torch.Tensor:
+            before = len(calls)
+            loss = step(self, stage, batch)
+            in_step.append(len(calls) - before)
+            return loss
+
+        monkeypatch.setattr(MLPModule, "_step", counted_step)
+        run("data=iris", "trainer.max_epochs=3")
+        assert sum(in_step) == 0
+        assert len(in_step) > 30
+        assert len(calls) == 3 * 4 + 2  # train and val, loss and accuracy, three epochs; then test
+
+    def test_same_seed_same_figures(self, run, tmp_path: Path) -> None:
+        results = [run("data=iris", "trainer.max_epochs=3", "model.dropout=0.1", f"seed={seed}") for seed in (1, 1, 2)]
+        assert results[0] == results[1] != results[2]
+
+    def test_early_stopping(self, run, tmp_path: Path) -> None:
+        run("data=iris", "callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=0.0")
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 1
+
+    def test_tensorboard_beside_csv(self, run, tmp_path: Path) -> None:
+        run("data=iris", "logger=tensorboard", "trainer.max_epochs=1")
+        assert list((tmp_path / "tensorboard").glob("events*"))
+        assert (tmp_path / "metrics.csv").exists()
+
+    def test_missing_tensorboard(self, run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+        monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+        with pytest.raises(InputError, match=r"pip install 'manual-mlp\[tensorboard\]'"):
+            run("data=iris", "logger=tensorboard")
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            ["~callbacks", "~logger", "trainer.enable_checkpointing=false"],
+            ["trainer.enable_checkpointing=false"],
+            ["trainer.fast_dev_run=true"],
+            ["trainer.precision=64-true"],
+            ["trainer.precision=bf16-mixed"],
+            ["trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=2"],
+            ["trainer.overfit_batches=1"],
+            ["model.hidden=[]"],
+            ["optimizer._target_=torch.optim.RMSprop", "optimizer.lr=0.01"],
+        ],
+    )
+    def test_ordinary_options_work(self, run, capsys: pytest.CaptureFixture[str], overrides: list[str]) -> None:
+        assert np.isfinite(run("data=iris", "trainer.max_epochs=1", *overrides))
+        assert "test accuracy" in capsys.readouterr().out
+
+    def test_regression_in_the_units_of_the_target(self, run, tmp_path: Path, capsys) -> None:
+        run("data=diabetes", "trainer.max_epochs=2")
+        cfg = configured(tmp_path, "data=diabetes")
+        data = training.build(cfg.data)
+        data.setup()
+        model = MLPModule.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True)
+        scale, mean = data.target_scale[0], data.target_mean[0]
+        with torch.no_grad():
+            prediction = model(data.splits["test"].features).numpy() * scale + mean
+        target = data.splits["test"].target.numpy() * scale + mean
+        logged = rows(tmp_path)[-1]
+        assert float(logged["test_rmse"]) == pytest.approx(root_mean_squared_error(target, prediction), rel=1e-4)
+        assert float(logged["test_r2"]) == pytest.approx(r2_score(target, prediction), rel=1e-4)
+        assert re.search(r"test rmse +\d+", capsys.readouterr().out)
+
+    def test_test_figures_are_those_of_the_best_checkpoint(self, run, tmp_path: Path) -> None:
+        accuracy = run("data=moons", "trainer.max_epochs=3", "optimized_metric=test_accuracy")
+        data = training.build(configured(tmp_path, "data=moons").data)
+        data.setup()
+        model = MLPModule.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True)
+        rows = data.splits["test"]
+        assert accuracy == pytest.approx((model(rows.features).argmax(1) == rows.target).float().mean().item())
+
+    def test_exploding_loss_stops(self, run) -> None:
+        with pytest.raises(InputError, match=r"expected a finite loss, but after epoch 0 .*lower optimizer.lr"):
+            run("data=diabetes", "optimizer=sgd", "optimizer.lr=50")
+
+    @pytest.mark.parametrize(
+        ("override", "sentence"),
+        [
+            ("model.activation=sigmod", r"one of identity, sigmoid, .*got 'sigmod'"),
+            ("model.activation=[relu,relu]", r"one activation for each of the 1 hidden layers; got 2"),
+            ("model.loss=crossentropy", r"model.loss to be one of quadratic, mse, bce, cross_entropy, but got 'cross"),
+            ("model.initialisation=he", r"model.initialisation to be one of torch, glorot, nielsen, but got 'he'"),
+            ("backprop=torch", r"backprop to be one of layers, autograd, but got 'torch'"),
+            ("model.hidden=[0]", r"a positive whole number of neurons; got 0"),
+            ("model.dropout=2", r"a dropout probability between 0 and 1; got 2"),
+            ("optimizer.lr=-1", r"Invalid learning rate: -1; correct optimizer"),
+            ("trainer.accelerator=gpuu", r"Lightning's Trainer accepts, but: .*gpuu"),
+            ("trainer.max_epochs=-7", r"options that Lightning accepts, but: .*-7"),
+            ("callbacks.best.monitor=val_acc", r"options that Lightning accepts, but: .*val_acc"),
+        ],
+    )
+    def test_wrong_options(self, run, override: str, sentence: str) -> None:
+        with pytest.raises(InputError, match=sentence):
+            run("data=iris", "trainer.max_epochs=1", override)
+
+
+class TestBackprop:
+    @pytest.mark.parametrize(
+        "model",
+        [
+            ["model.loss=quadratic"],
+            ["model.loss=quadratic", "model.initialisation=nielsen", "model.hidden=[5,4]", "model.bias=false"],
+            ["model.loss=mse", "model.activation=tanh", "model.initialisation=glorot", "optimizer.lr=0.5"],
+            ["model.loss=bce", "model.activation=relu", "optimizer.lr=0.5"],
+            [
+                "model.loss=cross_entropy",
+                "model.activation=[gelu_tanh,softplus]",
+                "model.hidden=[6,5]",
+                "optimizer=adam",
+            ],
+            ["model.loss=cross_entropy", "model.activation=silu", "model.dropout=0.2", "optimizer.lr=0.1"],
+        ],
+    )
+    def test_layers_and_autograd_give_the_same_figures(self, tmp_path: Path, model: list[str]) -> None:
+        logs = []
+        for backprop in NETS:
+            overrides = ["data=iris", "trainer.max_epochs=4", f"backprop={backprop}", *model]
+            training.run(configured(tmp_path / backprop, *overrides))
+            logs.append(rows(tmp_path / backprop))
+        for ours, theirs in zip(*logs, strict=True):
+            numbers = [{name: float(cell) for name, cell in row.items() if cell} for row in (ours, theirs)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+
+    @pytest.mark.parametrize("initialisation", INITIALISATIONS)
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_same_bits_to_begin_with_and_same_keys(self, initialisation: str, dropout: float) -> None:
+        arguments = {"sizes": [4, 3, 3, 2], "activation": "tanh", "output_activation": "identity", "dropout": dropout}
+        nets = []
+        for backprop in NETS:
+            torch.manual_seed(1)
+            nets.append(build_net(backprop, initialisation, **arguments).state_dict())
+        assert list(nets[0]) == ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]
+        torch.testing.assert_close(nets[0], nets[1], rtol=0, atol=0)
+
+    def test_twin_is_torch_alone(self) -> None:
+        net = torch_mlp([4, 3, 2], "gelu_tanh", "sigmoid", dropout=0.1)
+        assert all(type(module).__module__.startswith("torch.nn") for module in net.modules())
+        assert not isinstance(net[0], mm.Affine)
+        assert all(set(COSTS["layers"]) == set(costs) for costs in COSTS.values())
+
+    def test_checkpoints_interchange(self, tmp_path: Path) -> None:
+        training.run(configured(tmp_path, "data=iris", "trainer.max_epochs=2"))
+        x = torch.randn(5, 4)
+        ours, theirs = (
+            MLPModule.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True, backprop=backprop)(x)
+            for backprop in NETS
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
+class TestModule:
+    def make(self, **options: object) -> MLPModule:
+        return MLPModule(4, 3, class_names=["a", "b", "c"], **options)
+
+    @pytest.mark.parametrize(
+        ("loss", "classification", "expected"),
+        [("quadratic", True, "sigmoid"), ("mse", True, "identity"), ("bce", True, "identity"),
+         ("cross_entropy", True, "identity"), ("quadratic", False, "identity"), ("mse", False, "identity")],
+    )  # fmt: skip
+    def test_auto_output_activation(self, loss: str, classification: bool, expected: str) -> None:
+        assert resolve_output_activation("auto", loss, classification) == expected
+
+    @pytest.mark.parametrize("loss", ["bce", "cross_entropy"])
+    def test_logits_cost_after_another_output_is_refused(self, loss: str) -> None:
+        with pytest.raises(InputError, match=f"output_activation=identity under {loss}, .* but got sigmoid"):
+            self.make(loss=loss, output_activation="sigmoid")
+        with pytest.raises(InputError, match=f"quadratic or mse for a regression, but got {loss}"):
+            MLPModule(4, 1, loss=loss)
+
+    def test_initialisations(self) -> None:
+        torch.manual_seed(0)
+        nielsen, glorot = (MLPModule(400, 300, hidden=[200], initialisation=name) for name in ("nielsen", "glorot"))
+        for parameter in nielsen.parameters():
+            assert abs(parameter.mean()) < 0.2
+            assert parameter.std().item() == pytest.approx(1, abs=0.15)
+        weight, bias = glorot.net[0].weight, glorot.net[0].bias
+        assert weight.abs().max() <= (6 / 600) ** 0.5
+        assert weight.std().item() == pytest.approx((2 / 600) ** 0.5, rel=0.02)
+        assert (bias == 0).all()
+
+    def test_optimizer_is_needed_for_training_only(self) -> None:
+        with pytest.raises(InputError, match=r"expected an optimizer for training"):
+            self.make().configure_optimizers()
+        optimizer = self.make(optimizer=partial(torch.optim.SGD, lr=0.1)).configure_optimizers()
+        assert optimizer.param_groups[0]["lr"] == 0.1
+
+    def test_targets_become_one_hot_for_all_but_cross_entropy(self) -> None:
+        target = torch.tensor([2, 0])
+        assert self.make(loss="quadratic")._as_cost_wants(target).tolist() == [[0, 0, 1], [1, 0, 0]]
+        assert self.make(loss="cross_entropy")._as_cost_wants(target) is target
+
+    def test_cost_is_the_quadratic_cost(self) -> None:
+        module, x, target = self.make(), torch.randn(7, 4), torch.randint(0, 3, (7,))
+        expected = 0.5 * (module(x) - nn.functional.one_hot(target, 3)).square().sum() / 7
+        torch.testing.assert_close(module.training_step((x, target), 0), expected)
+
+    def test_checkpoint_loads_without_hydra(self, tmp_path: Path) -> None:
+        training.run(configured(tmp_path, "data=iris", "trainer.max_epochs=1", "model.activation=[relu]"))
+        program = (
+            "import sys, torch; sys.modules['hydra'] = sys.modules['omegaconf'] = None\n"
+            "from manual_mlp.training.module import MLPModule\n"
+            f"module = MLPModule.load_from_checkpoint({str(tmp_path / 'best.ckpt')!r}, weights_only=True)\n"
+            "print(module(torch.zeros(1, 4)).shape)\n"
+        )
+        job = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+        assert job.stdout.strip() == "torch.Size([1, 3])", job.stderr
+
+    def test_hyperparameters_are_plain(self, tmp_path: Path) -> None:
+        training.run(configured(tmp_path, "data=iris", "trainer.max_epochs=1"))
+        saved = torch.load(tmp_path / "best.ckpt", weights_only=True)["hyper_parameters"]
+        assert "optimizer" not in saved
+        for value in saved.values():
+            assert type(value) in (int, float, str, bool, list), value
+
+
+class TestLearningCurves:
+    def test_draws_what_the_csv_holds(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.csv"
+        path.write_text(
+            "epoch,train_loss,val_loss,val_accuracy,test_loss\n0,,2,0.5,\n0,3,,,\n1,,1,0.7,\n1,2,,,\n1,,,,9\n"
+        )
+        loss, accuracy = learning_curves(path).axes
+        lines = {line.get_label(): line.get_xydata().tolist() for line in loss.get_lines()}
+        assert lines == {"train": [[0, 3], [1, 2]], "val": [[0, 2], [1, 1]]}
+        assert [line.get_xydata().tolist() for line in accuracy.get_lines()] == [[[0, 0.5], [1, 0.7]]]
+        assert (loss.get_ylabel(), accuracy.get_ylabel(), loss.get_xlabel()) == ("loss", "accuracy", "epoch")
+
+    def test_nothing_to_draw(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.csv").write_text("epoch,lr\n0,1\n")
+        with pytest.raises(InputError, match=r"columns such as train_loss .*train first"):
+            learning_curves(tmp_path / "metrics.csv")
