@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import sys
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -274,7 +275,7 @@ class TestTables:
 
     def test_missing_pandas(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = self.write(tmp_path / "t.csv", self.frame)
-        monkeypatch.setitem(__import__("sys").modules, "pandas", None)
+        monkeypatch.setitem(sys.modules, "pandas", None)
         with pytest.raises(InputError, match=r"pip install 'manual-mlp\[table\]'"):
             read_table(path, "y")
 
