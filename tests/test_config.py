@@ -95,7 +95,7 @@ class TestHelp:
         words = set(re.sub("[,;:]", " ", job.stdout).split())
         for group, name in (option.split("=") for option in OPTIONS):
             assert group in words
-                assert name in words
+            assert name in words
 
 
 class TestSentences:
