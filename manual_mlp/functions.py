@@ -33,13 +33,14 @@ class ManualFunction(Function):
     generate_vmap_rule = True
     direct: ClassVar[Callable[..., Any]]
     dual: ClassVar[type[Function]]
+    tangent: Callable[..., Any]
 
     def __init_subclass__(cls) -> None:
         cls.direct = super(Function, cls).apply  # type: ignore[misc]
         if "tangent" in vars(cls):
             rules = dict(vars(cls)) | {
                 "forward": staticmethod(_owning(cls.forward)),
-                "jvp": vars(cls)["tangent"],
+                "jvp": staticmethod(_nesting(cls.tangent)),
                 "generate_vmap_rule": True,
             }
             cls.dual = FunctionMeta(cls.__name__, (Function,), rules)  # type: ignore[assignment]
@@ -57,6 +58,22 @@ def _owning(forward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(map(own, outputs)) if isinstance(outputs, tuple) else own(outputs)
 
     return evaluate
+
+
+def _nesting(tangent: Callable[..., Any]) -> Callable[..., Any]:
+    """`tangent` with forward mode on. Torch has it off here, and a tangent's own tangent is 0 (pytorch#197867)."""
+
+    @functools.wraps(tangent)
+    def evaluate(*args: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return tangent(*args)
+
+    return evaluate
+
+
+def _primals(ctx: Any) -> tuple[Any, ...]:
+    """What a tangent reads: the saved tensors, less the tangents they carry themselves at this level."""
+    return tuple(None if saved is None else forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors)
 
 
 def transforming() -> bool:
@@ -112,7 +129,7 @@ class Affine(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
-        a, weight = ctx.saved_tensors
+        a, weight = _primals(ctx)
         return _affine_tangent(a, weight, a_t, weight_t, bias_t)
 
 
@@ -168,7 +185,7 @@ class Sigmoid(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
+        (a,) = _primals(ctx)
         return sheet.sigmoid_delta(z_t, a)
 
 
@@ -195,7 +212,7 @@ class AffineSigmoid(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
-        a, weight, activation = ctx.saved_tensors
+        a, weight, activation = _primals(ctx)
         z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
         return sheet.sigmoid_delta(z_t, activation)
 
@@ -241,7 +258,7 @@ def _activation_function(row: Activation) -> type[ManualFunction]:
         return delta, *(None for _ in ctx.parameters)
 
     def tangent(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
-        (saved,) = ctx.saved_tensors
+        (saved,) = _primals(ctx)
         return delta_of(z_t, saved, *ctx.parameters)
 
     doc = f"a = {row.G_text}, componentwise.  Saves {row.saves}."
@@ -298,7 +315,7 @@ def _affine_activation_function(row: Activation) -> type[ManualFunction]:
         return *gradients, *(None for _ in ctx.parameters)
 
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
-        a, weight, saved = ctx.saved_tensors
+        a, weight, saved = _primals(ctx)
         z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
         activation_t = delta_of(z_t, saved, *ctx.parameters)
         return (activation_t, z_t) if keeps_z else activation_t
@@ -341,7 +358,7 @@ class Dropout(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor, mask_t: None, keep_t: None) -> Tensor:
-        (mask,) = ctx.saved_tensors
+        (mask,) = _primals(ctx)
         return sheet.dropout(a_t, mask, ctx.keep)
 
 
@@ -383,7 +400,7 @@ class Quadratic(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, prediction_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        prediction, target = ctx.saved_tensors
+        prediction, target = _primals(ctx)
         difference_t = _sum_of(prediction_t, None if target_t is None else -target_t)
         elements_t = ctx.scale * sheet.quadratic_delta(prediction, target) * difference_t
         return sheet.reduce(elements_t, ctx.reduction)
@@ -416,7 +433,7 @@ class BinaryCrossEntropy(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        z, target, weight, pos_weight = ctx.saved_tensors
+        z, target, weight, pos_weight = _primals(ctx)
         elements_t = _sum_of(
             None if z_t is None else sheet.binary_cross_entropy_delta(z, target, pos_weight) * z_t,
             None if target_t is None else sheet.binary_cross_entropy_delta_target(z, pos_weight) * target_t,
@@ -458,7 +475,7 @@ class CrossEntropyOfClass(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
-        z, target, weight = ctx.saved_tensors
+        z, target, weight = _primals(ctx)
         samples_t = (sheet.cross_entropy_delta_of_class(z, target) * z_t).sum(-1)
         return sheet.reduce(samples_t * weight, ctx.reduction, weight)
 
@@ -498,7 +515,7 @@ class CrossEntropy(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        z, target, class_weight, counts = ctx.saved_tensors
+        z, target, class_weight, counts = _primals(ctx)
         shares = sheet.class_shares(target, class_weight, ctx.smoothing)
         samples_t = _sum_of(
             None if z_t is None else (sheet.cross_entropy_delta(z, shares) * z_t).sum(-1),
