@@ -1,0 +1,115 @@
+# ruff: noqa: E501 -- a table, one row a mistake
+"""Plants one mistake at a time into a copy of the package and runs the proofs on it: each must fail.
+
+`python -m tests.mutants` prints the mutants that survive, one a line. torch is imported once; each mutant is a fork.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import sympy.parsing.sympy_parser  # noqa: F401 -- imported before the fork, as torch is
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# What most often notices comes first.
+PROOFS = [f"tests/test_{name}.py" for name in ("examples", "twins", "activations", "modules", "gradients")]
+
+# What is planted: file, the right text (which must occur just once), the wrong one.
+MUTANTS: dict[str, tuple[str, str, str]] = {
+    "sign of ∂C/∂a": ("formulas", "return delta @ weight", "return -delta @ weight"),
+    "∂C/∂W transposed": ("formulas", "rows(delta).t() @ rows(a)", "(rows(delta).t() @ rows(a)).t()"),
+    "bias sum forgotten": ("formulas", "rows(delta).sum(0)", "rows(delta)[0]"),
+    "leading dimensions forgotten": ("formulas", "rows(delta).t() @ rows(a)", "delta.t() @ a"),
+    "1/N forgotten": ("formulas", "        return math.prod(shape[:-1])", "        return 1"),
+    "½ forgotten": ("formulas", "0.5 * (prediction - target)", "(prediction - target)"),
+    "δ of the cost turned round": ("formulas", "    return prediction - target", "    return target - prediction"),
+    "sigmoid 0.05 % off": ("formulas", "return (g * (1 - a)) * a", "return (g * (1 - a)) * a * 1.0005"),
+    "sigmoid factor forgotten": ("formulas", "return (g * (1 - a)) * a", "return g * (1 - a)"),
+    "sigmoid in another order": ("formulas", "return (g * (1 - a)) * a", "return g * ((1 - a) * a)"),
+    "tanh not squared": ("formulas", "return g * (1 - a * a)", "return g * (1 - a)"),
+    "relu at 0": ("formulas", "torch.where(a <= 0, 0, g)", "torch.where(a < 0, 0, g)"),
+    "relu writes into g": ("formulas", "torch.where(a <= 0, 0, g)", "g.masked_fill_(a <= 0, 0)"),
+    "leaky_relu slope 0.05 % off": ("formulas", "g * negative_slope)", "g * (negative_slope * 1.0005))"),
+    "softplus threshold forgotten": ("formulas", "torch.where(z * beta > threshold, g,", "torch.where(z < -1e9, g,"),
+    "softplus without β": ("formulas", "torch.expm1(a * -beta)", "torch.expm1(-a)"),
+    "silu's last term": ("formulas", "(1 + z * (1 - s))", "(1 + z * (1 - s * 1.0005))"),
+    "gelu's tail": ("formulas", "torch.erfc(z * -math.sqrt(1 / 2)) / 2", "(1 + torch.erf(z * math.sqrt(1 / 2))) / 2"),
+    "gelu_tanh's cubic term": ("formulas", "(3 * _GELU_CUBIC)", "(2 * _GELU_CUBIC)"),
+    "formula text": ("formulas", '"g*(1 - a**2)"', '"g*(1 - a)**2"'),
+    "bce: G′ not cancelled": (
+        "formulas",
+        "        return torch.sigmoid(z) - target\n",
+        "        return (torch.sigmoid(z) - target) * torch.sigmoid(z) * (1 - torch.sigmoid(z))\n",
+    ),
+    "cross-entropy without Σ t": ("formulas", " * shares.sum(-1, keepdim=True) - shares", " - shares"),
+    "weighted mean divided by N": (
+        "formulas",
+        "return math.prod(shape) if weight is None else weight.sum()",
+        "return math.prod(shape)",
+    ),
+    "dropout not rescaled": ("formulas", "(mask.to(a.dtype) / keep)", "mask.to(a.dtype)"),
+    "Rosenblatt's sign": ("formulas", "rate * (target - prediction)", "rate * (prediction - target)"),
+    "wrong layer's activation": (
+        "functions",
+        "        delta = sheet.sigmoid_delta(g, activation)\n        return _affine_gradients(ctx, delta, a, weight)",
+        "        delta = sheet.sigmoid_delta(g, activation)\n        return _affine_gradients(ctx, delta, activation, weight)",
+    ),
+    "needs_input_grad of the input ignored": ("functions", "if needs_a else None,\n        sheet", "if True else None,\n        sheet"),
+    "needs_input_grad of the bias ignored": ("functions", "sheet.grad_bias(delta) if needs_bias", "sheet.grad_bias(delta) if True"),
+    "target's gradient with the prediction's sign": ("functions", "-delta if needs_target", "delta if needs_target"),
+    "tangent of the weight forgotten": ("functions", "z_t + sheet.affine(a, weight_t)", "z_t"),
+    "second derivative lost at z": ("functions", "    return delta + g_z\n", "    return delta\n"),
+    "undefined gradient not expected": (
+        "functions",
+        "delta = None if g is None else delta_of(g, saved, *ctx.parameters)\n        return delta, *",
+        "delta = delta_of(g, saved, *ctx.parameters)\n        return delta, *",
+    ),
+    "another initialisation": ("modules", "nn.Linear.reset_parameters(self)", "nn.init.xavier_uniform_(self.weight)"),
+    "keys shifted by dropout": ("modules", "self.add_module(str(2 * index), layer)", "self.add_module(str(len(self)), layer)"),
+}  # fmt: skip
+
+
+def plant(folder: Path, file: str, right: str, wrong: str) -> None:
+    """A copy of package and tests in folder, with one text replaced."""
+    shutil.copytree(ROOT / "manual_mlp", folder / "manual_mlp")
+    shutil.copytree(ROOT / "tests", folder / "tests")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    path = folder / "manual_mlp" / f"{file}.py"
+    text = path.read_text()
+    assert text.count(right) == 1, f"{right!r} occurs {text.count(right)} times in {file}.py: mend the mutant"
+    path.write_text(text.replace(right, wrong))
+
+
+def fails(folder: Path) -> bool:
+    """Whether the proofs notice: pytest's exit code 1, in a fork of this process, on the package in folder."""
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        sys.path[:0] = [str(folder)]
+        for name in [name for name in sys.modules if name.split(".")[0] in ("manual_mlp", "tests")]:
+            del sys.modules[name]
+        os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT), 1)
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *PROOFS]))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 1), f"pytest ended with {code}:\n{(folder / 'log').read_text()[-3000:]}"
+    return code == 1
+
+
+def survivors(mutants: dict[str, tuple[str, str, str]]) -> list[str]:
+    torch.set_num_threads(1)
+    alive = []
+    for name, planted in mutants.items():
+        with tempfile.TemporaryDirectory() as folder:
+            plant(Path(folder), *planted)
+            if not fails(Path(folder)):
+                alive.append(name)
+    return alive
+
+
+if __name__ == "__main__":
+    print("\n".join(survivors(MUTANTS)))
