@@ -18,7 +18,7 @@ def learning_curves(metrics_csv: str | Path) -> Figure:
     Raises: InputError if there is nothing to draw.
     """
     curves = _read(Path(metrics_csv))
-    kinds = list(dict.fromkeys(name.partition("_")[2] for name in curves))
+    kinds = sorted({name.partition("_")[2] for name in curves}, key=lambda kind: (kind != "loss", kind))
     if not kinds:
         raise InputError(
             f"expected columns such as train_loss and val_loss in {metrics_csv}, but there are none; train first"

@@ -141,6 +141,7 @@ class TestRun:
             ["trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=2"],
             ["trainer.overfit_batches=1"],
             ["model.hidden=[]"],
+            ["threads=1"],
             ["optimizer._target_=torch.optim.RMSprop", "optimizer.lr=0.01"],
         ],
     )
@@ -186,6 +187,8 @@ class TestRun:
             ("model.hidden=[0]", r"a positive whole number of neurons; got 0"),
             ("model.dropout=2", r"a dropout probability between 0 and 1; got 2"),
             ("optimizer.lr=-1", r"Invalid learning rate: -1; correct optimizer"),
+            ("threads=0", r"threads to be a whole number from 1 on, or null, but got 0"),
+            ("threads=many", r"threads to be a whole number from 1 on, or null, but got 'many'"),
             ("trainer.accelerator=gpuu", r"Lightning's Trainer accepts, but: .*gpuu"),
             ("trainer.max_epochs=-7", r"options that Lightning accepts, but: .*-7"),
             ("callbacks.best.monitor=val_acc", r"options that Lightning accepts, but: .*val_acc"),

@@ -33,6 +33,7 @@ def run(cfg: DictConfig) -> float:
     """Train, test, draw the curves, print the summary. Returns: the figure that `optimized_metric` names."""
     check(cfg)
     _quieten()
+    _set_threads(cfg.threads)
     try:
         return _run(cfg)
     except MisconfigurationException as error:  # Lightning's word for a wrong option
@@ -47,6 +48,14 @@ def _quieten() -> None:
         logger.propagate = True
     for advice in IRRELEVANT_ADVICE:
         warnings.filterwarnings("ignore", message=f".*{re.escape(advice)}")
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if not isinstance(threads, int) or threads < 1:
+        raise InputError(f"expected threads to be a whole number from 1 on, or null, but got {threads!r}; correct it")
+    torch.set_num_threads(threads)
 
 
 def _run(cfg: DictConfig) -> float:
