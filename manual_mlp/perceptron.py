@@ -46,6 +46,6 @@ class Perceptron(nn.Module):
         """One sample; 1 if it was answered wrongly."""
         prediction = self(x)
         step_weight, step_bias = sheet.perceptron_step(prediction, target, x, rate)
-        self.affine.weight += step_weight
-        self.affine.bias += step_bias
+        self.affine.weight.add_(step_weight)
+        self.affine.bias.add_(step_bias)
         return int(not torch.equal(prediction, target))
