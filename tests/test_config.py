@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from manual_mlp import InputError
@@ -160,6 +161,12 @@ class TestSentences:
     def test_wrong_value(self, tmp_path: Path, overrides: list[str], sentence: str) -> None:
         with pytest.raises(InputError, match=sentence):
             check(configured(tmp_path, *overrides))
+
+    def test_targets_whose_types_cannot_be_read(self, tmp_path: Path) -> None:
+        node = {"_target_": "torch.optim.lr_scheduler.CyclicLR", "_partial_": True, "base_lr": 0.1}
+        check(OmegaConf.create({"scheduler": node}))
+        with pytest.raises(InputError, match=r"did you mean base_lr\?"):
+            check(OmegaConf.create({"scheduler": {**node, "bas_lr": 1}}))
 
     def test_missing_value(self, tmp_path: Path) -> None:
         with pytest.raises(MissingMandatoryValue) as missing:

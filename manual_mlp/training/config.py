@@ -98,16 +98,26 @@ def _check_node(node: object, path: str) -> None:
 def _check_arguments(node: dict, path: str) -> None:
     target = _locate(node["_target_"], path)
     parameters = inspect.signature(target).parameters
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hints = _hints(target)
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in node.keys() - {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}:
-        if key not in parameters and not open_ended:
+        if key not in parameters:
+            if open_ended:
+                continue
             raise InputError(
                 f"expected an argument of {node['_target_']}, but got {path}.{key}; {likely(key, parameters)}"
             )
         hint = hints.get(key, Any)
-        if not fits(node[key], hint):
+        if node[key] != parameters[key].default and not fits(node[key], hint):
             raise InputError(f"expected {path}.{key} to be {_in_words(hint)}, but got {node[key]!r}; correct its value")
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """The declared types; none where a library imports their names for type checkers alone, as WandbLogger does."""
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:
+        return {}
 
 
 def _locate(target: str, path: str) -> Any:

@@ -35,19 +35,12 @@ def summary(
         "epochs": f"0 to {trainer.current_epoch - 1} in {seconds:.1f} s, best: {epoch}",
     }
     lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
+    lines += ["", *_table({name: figures[name] for name in module.figure_names() if name in figures})]
     files = [name for name in FILES if (folder / name).exists()]
     if files:
-        files = ["", f"files in {os.path.relpath(folder)}", _wrapped("  ", "  ".join(files))]
-    return "\n".join(
-        [
-            "",
-            *lines,
-            "",
-            *_table({name: figures[name] for name in module.figure_names() if name in figures}),
-            *files,
-            "",
-        ]
-    )
+        where = os.path.relpath(folder)
+        lines += ["", f"files in {folder if where.startswith('..') else where}", _wrapped("  ", "  ".join(files))]
+    return "\n".join(["", *lines, ""])
 
 
 def _activations(module: MLPModule) -> str:
@@ -79,4 +72,6 @@ def _cell(part: str, kind: str, value: float) -> str:
 
 def _wrapped(indent: str, text: str) -> str:
     hanging = " " * len(indent)
-    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=hanging, break_on_hyphens=False)
+    return textwrap.fill(
+        text, WIDTH, initial_indent=indent, subsequent_indent=hanging, break_on_hyphens=False, break_long_words=False
+    )
