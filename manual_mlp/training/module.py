@@ -1,6 +1,7 @@
 """The Lightning module: a net, a cost, and figures that are summed as tensors and logged once an epoch."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import lightning as L
@@ -21,7 +22,7 @@ class MLPModule(L.LightningModule):
     All hyper-parameters but `optimizer` are plain values, so a checkpoint loads with `weights_only=True`.
     output_activation: a name, or "auto": sigmoid for classification under the quadratic cost, identity otherwise.
     target_mean, target_scale: lead from standardised regression targets back to their units.
-    optimizer: makes the optimizer from the parameters; only training needs it.
+    optimizer: a functools.partial that makes the optimizer from the parameters; only training needs it.
 
     Logs train_loss, val_loss, test_loss; in classification train_accuracy, val_accuracy, test_accuracy; in regression,
     in the units of the target, val_rmse, test_rmse, and val_r2, test_r2.
@@ -46,7 +47,7 @@ class MLPModule(L.LightningModule):
         bias: bool = True,
         dropout: float = 0.0,
         backprop: str = "layers",
-        optimizer: Callable[..., Optimizer] | None = None,
+        optimizer: partial[Optimizer] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="optimizer")

@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -25,14 +26,15 @@ def summary(
 ) -> str:
     """figures: by name, such as test_accuracy. epoch: the one whose parameters are kept, counted from 0."""
     rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
+    last = trainer.current_epoch - 1  # not known where the training ran in processes that have ended (ddp_spawn)
     facts = {
         "data": f"{data.name} ({rows})",
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
         "cost": module.loss,
-        "optimizer": _optimizer(trainer.optimizers[0]),
+        "optimizer": _optimizer(module.optimizer),
         "backprop": str(module.hparams["backprop"]),
-        "epochs": f"0 to {trainer.current_epoch - 1} in {seconds:.1f} s, best: {epoch}",
+        "epochs": f"best {epoch}" + (f" of 0 to {last}" if last >= epoch else "") + f", in {seconds:.1f} s",
     }
     lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
     lines += ["", *_table({name: figures[name] for name in module.figure_names() if name in figures})]
@@ -49,10 +51,12 @@ def _activations(module: MLPModule) -> str:
     return ", ".join([names] * (len(module.sizes) > 2) + [f"output {module.output_activation}"])
 
 
-def _optimizer(optimizer: Optimizer) -> str:
+def _optimizer(optimizer: partial[Optimizer] | None) -> str:
     """Its name and what it was given that is not zero, false or null."""
-    given = [f"{name} {value}" for name, value in optimizer.defaults.items() if value]
-    return ", ".join([type(optimizer).__name__, *given])
+    if optimizer is None:
+        return "none"
+    name = getattr(optimizer.func, "__name__", repr(optimizer.func))
+    return ", ".join([name, *(f"{key} {value}" for key, value in optimizer.keywords.items() if value)])
 
 
 def _table(figures: dict[str, float]) -> list[str]:
