@@ -143,19 +143,18 @@ def silu_delta(g: Tensor, z: Tensor) -> Tensor:
 def gelu_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g (Φ(z) + z φ(z)), with Φ by erfc, which keeps the lower tail."""
     cdf = torch.erfc(z * -math.sqrt(1 / 2)) / 2
-    density = torch.exp(z * z * -0.5) * (1 / math.sqrt(2 * math.pi))
+    # 1/√(2π), written out: torch.compile takes math.pi for a symbol, and fails on the second layer that uses it.
+    density = torch.exp(z * z * -0.5) * 0.3989422804014327
     return g * (cdf + z * density)
-
-
-_GELU_SLOPE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 @rounded_once
 def gelu_tanh_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g (s + 2 z s (1 − s) u′), s = σ(2u), u = √(2/π)(z + 0.044715 z³); s = ½(1 + tanh u), but keeps the tail."""
+    root, cubic = 0.7978845608028654, 0.044715  # √(2/π), written out as above
     square = z * z
-    s = torch.sigmoid(z * (1 + square * _GELU_CUBIC) * (2 * _GELU_SLOPE))
-    slope = (1 + square * (3 * _GELU_CUBIC)) * _GELU_SLOPE
+    s = torch.sigmoid(z * (1 + square * cubic) * (2 * root))
+    slope = (1 + square * (3 * cubic)) * root
     return g * (s + 2 * z * s * (1 - s) * slope)
 
 

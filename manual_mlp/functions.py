@@ -88,7 +88,9 @@ def apply(function: type[ManualFunction], *args: Any) -> Any:
     called alone.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*args)
+        # Dynamo passes a context to a forward with *parameters when no argument requires a gradient.
+        needed = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        return function.apply(*args) if needed else function.forward(*args)
     if transforming():
         return function.dual.apply(*args)
     if not torch.is_grad_enabled():
