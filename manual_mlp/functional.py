@@ -47,7 +47,7 @@ def apply_affine(
     if torch.is_autocast_enabled(_device_type(input)):
         input, weight, bias = _autocast(input), _autocast(weight), None if bias is None else _autocast(bias)
     # What torch would take: complex numbers, and shapes that broadcast.
-    if weight.is_complex() or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+    if weight.dtype.is_complex or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         raise InputError(_affine_problem(input, weight, bias))
     try:
         output = apply(function, input, weight, bias, *parameters)
@@ -62,7 +62,7 @@ def _affine_problem(input: Tensor, weight: Tensor, bias: Tensor | None) -> str |
     """What is wrong with the arguments of an affine map, in a sentence; None if it is something else."""
     named = [("input", input), ("weight", weight), *([] if bias is None else [("bias", bias)])]
     for name, tensor in named:
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             return _not_real(f"{name} of an affine map", tensor)
     if weight.dim() != 2:
         return f"expected a weight of shape (out_features, in_features); got shape {tuple(weight.shape)}"
@@ -89,7 +89,7 @@ def _mix_problem(named: list[tuple[str, Tensor]]) -> str | None:
 
 
 def _not_real(name: str, tensor: Tensor) -> str:
-    fix = "split it into its real and imaginary parts" if tensor.is_complex() else "call .float() on it"
+    fix = "split it into its real and imaginary parts" if tensor.dtype.is_complex else "call .float() on it"
     return f"expected a real floating-point {name}; got {tensor.dtype}: {fix}"
 
 
@@ -101,14 +101,14 @@ def _device_type(tensor: Tensor) -> str:
 
 def _autocast(tensor: Tensor) -> Tensor:
     """To autocast's dtype, as torch does for a linear layer: floating point but not float64."""
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if not tensor.dtype.is_floating_point or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(_device_type(tensor)))
 
 
 def _activation(name: str, input: Tensor, *parameters: float, inplace: bool = False) -> Tensor:
     """One componentwise Function; refuses what torch would promote or differentiate without conjugates."""
-    if not input.is_floating_point():
+    if not input.dtype.is_floating_point:
         raise InputError(_not_real("input of an activation", input))
     if not inplace:
         return apply(functions.ACTIVATION[name], input, *parameters)
@@ -257,7 +257,7 @@ def cross_entropy(
         came = f"{tuple(input.shape)}" + ("" if weight is None else f" with a weight of shape {tuple(weight.shape)}")
         raise InputError(f"expected logits (N, classes) and a weight (classes,); got {came}")
     z = input.movedim(class_dim, -1)
-    if target.is_floating_point():
+    if target.dtype.is_floating_point:
         if target.shape != input.shape:
             raise InputError(_target_problem(input, target))
         _, target = _pair(input, target)
@@ -311,7 +311,7 @@ def _check_reduction(reduction: str) -> None:
 
 def _real_cost(input: Tensor) -> Tensor:
     """A cost is computed in float32 under autocast, as torch does."""
-    if not input.is_floating_point():
+    if not input.dtype.is_floating_point:
         raise InputError(_not_real("prediction", input))
     if input.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(_device_type(input)):
         return input.float()
@@ -327,7 +327,7 @@ def _pair(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             f"expected prediction and target of the same shape; got {tuple(input.shape)} and "
             f"{tuple(target.shape)}, which would broadcast to something else{hint}"
         )
-    input, target = _real_cost(input), target if not target.is_floating_point() else _real_cost(target)
+    input, target = _real_cost(input), target if not target.dtype.is_floating_point else _real_cost(target)
     if input.dtype != target.dtype or input.device != target.device:
         raise InputError(str(_mix_problem([("target", target), ("prediction", input)])))
     return input, target

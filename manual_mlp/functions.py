@@ -88,14 +88,20 @@ def apply(function: type[ManualFunction], *args: Any) -> Any:
     called alone.
     """
     if torch.compiler.is_compiling():
-        # Dynamo passes a context to a forward with *parameters when no argument requires a gradient.
-        needed = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-        return function.apply(*args) if needed else function.forward(*args)
+        return function.apply(*args) if _differentiated(args) else function.forward(*args)
     if transforming():
         return function.dual.apply(*args)
     if not torch.is_grad_enabled():
         return function.forward(*args)
     return function.direct(*args)
+
+
+def _differentiated(args: tuple[Any, ...]) -> bool:
+    """Whether a graph needs the backward. Without it dynamo fails on a forward that takes *parameters, and an exported
+    program, which is for inference, would not be of plain operators."""
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return False
+    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 def _save_all(ctx: Any, *tensors: Tensor | None) -> None:
