@@ -7,7 +7,7 @@ Call a Function by `apply(Function, *arguments)`. In every backward g = ∂C/∂
 expanded or strided: it is read, never written. Tensors are saved only for a gradient that somebody needs.
 
 One way around these backwards is torch's own (pytorch#193279, in torch 2.13): torch.compile(torch.func.grad(f)), and
-vjp or jacrev alike, differentiate the forward and call no custom backward. The numbers are right, the formula is ATen's.
+vjp or jacrev alike, differentiate the forward and call no custom backward. The numbers are right, the formula ATen's.
 Compile f and call .backward() instead, or leave the transform uncompiled.
 """
 

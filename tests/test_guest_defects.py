@@ -1,4 +1,4 @@
-"""Defects of torch itself that reach this package. Each test says when torch has mended one: then drop what it names."""
+"""Defects of torch itself that reach this package. A test says when torch has mended one: then drop what it names."""
 
 from typing import Any
 
