@@ -165,10 +165,12 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """a ⊙ m / (1 − p) with P(m = 0) = p, any shape; draws the mask that torch.nn.functional.dropout draws on the CPU.
 
-    Raises InputError for p outside [0, 1].
+    Raises InputError for p outside [0, 1], and for integer or complex input.
     """
     if not 0 <= p <= 1:
         raise InputError(f"expected a dropout probability between 0 and 1; got {p}")
+    if not input.dtype.is_floating_point:
+        raise InputError(_not_real("input of dropout", input))
     if not training or p == 0:
         return input
     mask = torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function, FunctionMeta
 
 from manual_mlp import formulas as sheet
+from manual_mlp.errors import InputError
 from manual_mlp.formulas import ACTIVATIONS, Activation
 
 Gradients = tuple[Tensor | None, ...]
@@ -108,9 +109,18 @@ def _differentiated(args: tuple[Any, ...]) -> bool:
     return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
-def _save_all(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+def _refuse_complex(tensor: Tensor) -> None:
+    if tensor.dtype.is_complex:
+        raise InputError(
+            f"expected a real tensor; got {tensor.dtype}, and the backward formulas have no conjugates: "
+            "split it into its real and imaginary parts"
+        )
+
+
+def _save_all(ctx: Any, first: Tensor, *more: Tensor | None) -> None:
+    _refuse_complex(first)
+    ctx.save_for_backward(first, *more)
+    ctx.save_for_forward(first, *more)
     ctx.set_materialize_grads(False)
 
 
@@ -148,6 +158,7 @@ class Affine(ManualFunction):
 def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
     """∂C/∂W needs a, ∂C/∂a needs W: a frozen weight keeps no input alive, a fixed input no weight."""
     needs_a, needs_weight, _ = ctx.needs_input_grad[:3]
+    _refuse_complex(weight)
     ctx.save_for_backward(a if needs_weight else None, weight if needs_a else None, *also)
     ctx.set_materialize_grads(False)
 
