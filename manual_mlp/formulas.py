@@ -345,10 +345,14 @@ def cross_entropy_of_class(z: Tensor, target: Tensor) -> Tensor:
     return -torch.log_softmax(z, -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
+def onehot(z: Tensor, target: Tensor) -> Tensor:
+    """1 at each sample's class, 0 elsewhere, in z's shape and dtype. Scattered: a class out of range is an error."""
+    return torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1)
+
+
 def cross_entropy_delta_of_class(z: Tensor, target: Tensor) -> Tensor:
     """δ^L = softmax(z) − onehot."""
-    onehot = target.unsqueeze(-1) == torch.arange(z.shape[-1], device=z.device)
-    return torch.softmax(z, -1) - onehot.to(z.dtype)
+    return torch.softmax(z, -1) - onehot(z, target)
 
 
 def class_shares(target: Tensor, class_weight: Tensor | None, smoothing: float) -> Tensor:

@@ -263,10 +263,7 @@ def cross_entropy(
         if target.shape != input.shape:
             raise InputError(_target_problem(input, target))
         _, target = _pair(input, target)
-        counts = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device)
-        return apply(
-            functions.CrossEntropy, z, target.movedim(class_dim, -1), weight, counts, label_smoothing, reduction
-        )
+        return apply(functions.CrossEntropy, z, target.movedim(class_dim, -1), weight, label_smoothing, reduction)
     return _cross_entropy_of_class(z, target, weight, ignore_index, reduction, label_smoothing)
 
 
@@ -275,17 +272,12 @@ def _cross_entropy_of_class(
 ) -> Tensor:
     if target.dtype not in (torch.int64, torch.uint8) or target.shape != z.shape[:-1]:
         raise InputError(_target_problem(z, target))
-    kept = target != ignore_index
-    # The dtype of the indices: gather takes int64 only.
-    target = torch.where(kept, target, 0).long()
     try:
-        samples = kept.to(z.dtype) if weight is None else kept * weight[target]
-        if label_smoothing == 0:
-            return apply(functions.CrossEntropyOfClass, z, target, samples, reduction)
-        onehot = torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1)
-        return apply(functions.CrossEntropy, z, onehot, weight, samples, label_smoothing, reduction)
+        return apply(functions.CrossEntropyOfClass, z, target, weight, ignore_index, label_smoothing, reduction)
     except (IndexError, RuntimeError) as error:
-        raise InputError(_labels_problem(z, target, ignore_index) or str(error)) from error
+        if problem := _labels_problem(z, target, ignore_index):
+            raise InputError(problem) from error
+        raise
 
 
 def _target_problem(input: Tensor, target: Tensor) -> str:
@@ -298,6 +290,7 @@ def _target_problem(input: Tensor, target: Tensor) -> str:
 
 def _labels_problem(z: Tensor, target: Tensor, ignore_index: int) -> str | None:
     classes = z.shape[-1]
+    target = torch.where(target != ignore_index, target, 0)
     if target.numel() == 0 or (int(target.min()) >= 0 and int(target.max()) < classes):
         return None
     return (

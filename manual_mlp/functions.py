@@ -468,54 +468,76 @@ def _weighted(elements: Tensor, weight: Tensor | None) -> Tensor:
     return elements if weight is None else elements * weight
 
 
-def _kept(samples: Tensor, counts: Tensor) -> Tensor:
-    """0 for a sample that is ignored, even where its own cost is infinite."""
-    return torch.where(counts != 0, samples, 0)
-
-
 class CrossEntropyOfClass(ManualFunction):
-    """C = −Σ_n w_n log softmax(z)_class / divisor; the divisor of "mean" is Σ w_n.
+    """C = −Σ_n Σ_c t_c log softmax(z)_c / divisor, over the samples whose class is not `ignored`.
 
-    z (…, classes), target (…) class indices, weight (…) of each sample.  Saves all.
+    t_c = w_c ((1 − ε) onehot_c + ε/classes), so −w_class log softmax(z)_class if ε = 0; mean: divisor Σ w_class.
+    z (…, classes), target (…) class indices, class_weight (classes,) or None, smoothing ε.  Saves the tensors.
     """
 
     @staticmethod
-    def forward(z: Tensor, target: Tensor, weight: Tensor, reduction: str) -> Tensor:
-        return sheet.reduce(_kept(sheet.cross_entropy_of_class(z, target) * weight, weight), reduction, weight)
+    def forward(
+        z: Tensor, target: Tensor, class_weight: Tensor | None, ignored: int, smoothing: float, reduction: str
+    ) -> Tensor:
+        target, kept, counts = _samples(z, target, class_weight, ignored)
+        if smoothing == 0:
+            costs = sheet.cross_entropy_of_class(z, target) * counts
+        else:
+            costs = sheet.cross_entropy(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing))
+        # 0 for a sample that is ignored, even where its own cost is infinite
+        return sheet.reduce(torch.where(kept, costs, 0), reduction, counts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.reduction = inputs
+        *tensors, ctx.ignored, ctx.smoothing, ctx.reduction = inputs
         _save_all(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         if g is None:
-            return None, None, None, None
-        z, target, weight = ctx.saved_tensors
-        share = sheet.share(g, target.shape, ctx.reduction, weight) * weight
-        return sheet.cross_entropy_delta_of_class(z, target) * share.unsqueeze(-1), None, None, None
+            return (None,) * 6
+        z, target, class_weight = ctx.saved_tensors
+        target, kept, counts = _samples(z, target, class_weight, ctx.ignored)
+        share = torch.where(kept, sheet.share(g, target.shape, ctx.reduction, counts), 0)
+        delta, factor = _delta_of_class(z, target, class_weight, counts, ctx.smoothing)
+        return delta * (share if factor is None else share * factor).unsqueeze(-1), *(None,) * 5
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
-        z, target, weight = _primals(ctx)
-        samples_t = (sheet.cross_entropy_delta_of_class(z, target) * z_t).sum(-1)
-        return sheet.reduce(samples_t * weight, ctx.reduction, weight)
+        z, target, class_weight = _primals(ctx)
+        target, kept, counts = _samples(z, target, class_weight, ctx.ignored)
+        delta, factor = _delta_of_class(z, target, class_weight, counts, ctx.smoothing)
+        costs_t = (delta * z_t).sum(-1)
+        costs_t = costs_t if factor is None else costs_t * factor
+        return sheet.reduce(torch.where(kept, costs_t, 0), ctx.reduction, counts)
+
+
+def _samples(z: Tensor, target: Tensor, class_weight: Tensor | None, ignored: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each sample: its class, 0 if it is ignored; whether it is kept; what it counts, w_class, in the mean."""
+    kept = target != ignored
+    target = torch.where(kept, target, 0).long()  # gather takes int64 only
+    return target, kept, kept.to(z.dtype) if class_weight is None else kept * class_weight[target]
+
+
+def _delta_of_class(
+    z: Tensor, target: Tensor, class_weight: Tensor | None, counts: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor | None]:
+    """δ of each sample, and the weight of the sample where δ does not hold it already."""
+    if smoothing == 0:
+        return sheet.cross_entropy_delta_of_class(z, target), counts
+    return sheet.cross_entropy_delta(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing)), None
 
 
 class CrossEntropy(ManualFunction):
-    """C = −Σ_n Σ_c t_c log softmax(z)_c / divisor, t_c = w_c ((1 − ε) ŷ_c + ε/classes); mean: divisor Σ counts.
+    """C = −Σ_n Σ_c t_c log softmax(z)_c / divisor, t_c = w_c ((1 − ε) ŷ_c + ε/classes); mean: divisor N.
 
-    z and target (…, classes), a probability for each class; class_weight (classes,) or None; smoothing ε; counts (…),
-    what each sample counts in the mean, 0 for one that is ignored.  Saves the tensors.
+    z and target (…, classes), a probability for each class; class_weight (classes,) or None; smoothing ε.  Saves the
+    tensors.
     """
 
     @staticmethod
-    def forward(
-        z: Tensor, target: Tensor, class_weight: Tensor | None, counts: Tensor, smoothing: float, reduction: str
-    ) -> Tensor:
-        shares = sheet.class_shares(target, class_weight, smoothing)
-        return sheet.reduce(_kept(sheet.cross_entropy(z, shares), counts), reduction, counts)
+    def forward(z: Tensor, target: Tensor, class_weight: Tensor | None, smoothing: float, reduction: str) -> Tensor:
+        return sheet.reduce(sheet.cross_entropy(z, sheet.class_shares(target, class_weight, smoothing)), reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -525,25 +547,25 @@ class CrossEntropy(ManualFunction):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         if g is None:
-            return (None,) * 6
-        z, target, class_weight, counts = ctx.saved_tensors
-        share = _kept(sheet.share(g, counts.shape, ctx.reduction, counts), counts).unsqueeze(-1)
+            return (None,) * 5
+        z, target, class_weight = ctx.saved_tensors
+        share = sheet.share(g, z.shape[:-1], ctx.reduction).unsqueeze(-1)
         needs_z, needs_target, *_ = ctx.needs_input_grad
         shares = sheet.class_shares(target, class_weight, ctx.smoothing)
         return (
             sheet.cross_entropy_delta(z, shares) * share if needs_z else None,
             sheet.cross_entropy_delta_target(z, class_weight, ctx.smoothing) * share if needs_target else None,
-            *(None, None, None, None),
+            *(None, None, None),
         )
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        z, target, class_weight, counts = _primals(ctx)
+        z, target, class_weight = _primals(ctx)
         shares = sheet.class_shares(target, class_weight, ctx.smoothing)
-        samples_t = _sum_of(
+        costs_t = _sum_of(
             None if z_t is None else (sheet.cross_entropy_delta(z, shares) * z_t).sum(-1),
             None
             if target_t is None
             else (sheet.cross_entropy_delta_target(z, class_weight, ctx.smoothing) * target_t).sum(-1),
         )
-        return sheet.reduce(_kept(samples_t, counts), ctx.reduction, counts)
+        return sheet.reduce(costs_t, ctx.reduction)
