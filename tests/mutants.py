@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # What most often notices comes first.
-PROOFS = [f"tests/test_{name}.py" for name in ("examples", "twins", "activations", "modules", "gradients")]
+PROOFS = ["examples", "twins", "activations", "modules", "gradients"]
 
 # What is planted: file, the right text (which must occur just once), the wrong one.
 MUTANTS: dict[str, tuple[str, str, str]] = {
@@ -85,8 +85,11 @@ def plant(folder: Path, file: str, right: str, wrong: str) -> None:
     path.write_text(text.replace(right, wrong))
 
 
-def fails(folder: Path) -> bool:
+def fails(folder: Path, file: str) -> bool:
     """Whether the proofs notice: pytest's exit code 1, in a fork of this process, on the package in folder."""
+    # The proofs of the activations read the sheet alone.
+    names = [name for name in PROOFS if name != "activations" or file == "formulas"]
+    proofs = [f"tests/test_{name}.py" for name in names]
     child = os.fork()
     if child == 0:
         os.chdir(folder)
@@ -94,7 +97,7 @@ def fails(folder: Path) -> bool:
         for name in [name for name in sys.modules if name.split(".")[0] in ("manual_mlp", "tests")]:
             del sys.modules[name]
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT), 1)
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *PROOFS]))
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *proofs]))
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     assert code in (0, 1), f"pytest ended with {code}:\n{(folder / 'log').read_text()[-3000:]}"
@@ -107,7 +110,7 @@ def survivors(mutants: dict[str, tuple[str, str, str]]) -> list[str]:
     for name, planted in mutants.items():
         with tempfile.TemporaryDirectory() as folder:
             plant(Path(folder), *planted)
-            if not fails(Path(folder)):
+            if not fails(Path(folder), planted[0]):
                 alive.append(name)
     return alive
 
