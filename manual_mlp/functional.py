@@ -112,11 +112,16 @@ def _activation(name: str, input: Tensor, *parameters: float, inplace: bool = Fa
         raise InputError(_not_real("input of an activation", input))
     if not inplace:
         return apply(functions.ACTIVATION[name], input, *parameters)
-    if torch.compiler.is_compiling() or functions.transforming():
+    if torch.compiler.is_compiling() or functions.transforming() or _two_outputs_on_a_view(name, input):
         # An in-place Function has no place there; copy_ is torch's own way to write, and composes with all of it.
         return input.copy_(apply(functions.ACTIVATION[name], input.clone(), *parameters))
     output = apply(functions.INPLACE[name], input, *parameters)
     return output[0] if isinstance(output, tuple) else output
+
+
+def _two_outputs_on_a_view(name: str, input: Tensor) -> bool:
+    """What autograd refuses of an in-place Function; those in z return it as the second output."""
+    return sheet.ACTIVATIONS[name].saves == "z" and input._is_view()
 
 
 def identity(input: Tensor) -> Tensor:

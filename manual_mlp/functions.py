@@ -43,26 +43,8 @@ class ManualFunction(Function):
     def __init_subclass__(cls) -> None:
         cls.direct = super(Function, cls).apply  # type: ignore[misc]
         if "tangent" in vars(cls):
-            rules = dict(vars(cls)) | {
-                "forward": staticmethod(_owning(cls.forward)),
-                "jvp": staticmethod(_nesting(cls.tangent)),
-                "generate_vmap_rule": True,
-            }
+            rules = dict(vars(cls)) | {"jvp": staticmethod(_nesting(cls.tangent)), "generate_vmap_rule": True}
             cls.dual = FunctionMeta(cls.__name__, (Function,), rules)  # type: ignore[assignment]
-
-
-def _owning(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """forward without views: a linear map of three dimensions is one, and autograd can't hang a tangent on it."""
-
-    def own(output: Tensor) -> Tensor:
-        return output.clone() if output._is_view() else output
-
-    @functools.wraps(forward)
-    def evaluate(*args: Any) -> Any:
-        outputs = forward(*args)
-        return tuple(map(own, outputs)) if isinstance(outputs, tuple) else own(outputs)
-
-    return evaluate
 
 
 def _nesting(tangent: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,7 +116,7 @@ class Affine(ManualFunction):
 
     @staticmethod
     def forward(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return sheet.affine(a, weight, bias)
+        return _own(sheet.affine(a, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -153,6 +135,14 @@ class Affine(ManualFunction):
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         a, weight = _primals(ctx)
         return _affine_tangent(a, weight, a_t, weight_t, bias_t)
+
+
+def _own(z: Tensor) -> Tensor:
+    """z, but no view, which torch's affine map returns of other than two dimensions: autograd lets no view that a
+    Function returns be written in place, and gives it no tangent."""
+    if z.dim() == 2 or torch.compiler.is_compiling():
+        return z
+    return torch.ops.aten._unsafe_view.default(z, z.shape)
 
 
 def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
@@ -323,7 +313,7 @@ def _affine_activation_function(row: Activation) -> type[ManualFunction]:
     def forward(a: Tensor, weight: Tensor, bias: Tensor | None, *parameters: float) -> Tensor | tuple[Tensor, Tensor]:
         z = sheet.affine(a, weight, bias)
         activation = G(z, *parameters)
-        return (activation, z) if keeps_z else activation
+        return (activation, _own(z)) if keeps_z else activation
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         a, weight, _, *ctx.parameters = inputs
