@@ -4,6 +4,7 @@
 initialisation and state_dict are torch's own.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -245,6 +246,12 @@ class MLP(nn.Sequential):
             self.add_module(str(2 * index), layer)
             if dropout > 0 and index < len(activations) - 1:
                 self.add_module(str(2 * index + 1), Dropout(dropout))
+
+    def __getitem__(self, index: Any) -> Any:
+        """A layer; for a slice, an nn.Sequential of those layers, under their keys."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
 
 def _checked_sizes(sizes: Sequence[int]) -> list[int]:
