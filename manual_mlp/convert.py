@@ -40,8 +40,8 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
 
     filter(module, qualified_name) chooses among the layers that could be converted; None takes them all.
     fuse: compute neighbouring Linear-activation pairs of an nn.Sequential as one node, where both are converted.
-    Layers that can't be converted faithfully are left as they are and named in one warning of the logger
-    "manual_mlp.convert"; `left_alone` returns them. What a model's own forward calls as a function (torch.relu,
+    Layers that can't be converted faithfully are left as they are and named, with the reason, in a warning of the
+    logger "manual_mlp.convert"; `left_alone` returns them. What a model's own forward calls as a function (torch.relu,
     F.linear, the projections of nn.MultiheadAttention) is no module and stays torch's.
     Raises InputError for a model that is no nn.Module and a filter that can't be called.
     """
@@ -57,9 +57,10 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
     for module in model.modules():
         if fuse and _fusible(module):
             _set_class(module, _fusing(_base(module)))  # type: ignore[arg-type] # mypy: a class is not Hashable
-    if remaining := left_alone(model):
-        named = "; ".join(f"{name or 'the model itself'}: {why}" for name, why in remaining.items())
-        logger.warning("layers left as they were: %s", named)
+    remaining = left_alone(model)
+    for reason in dict.fromkeys(remaining.values()):
+        names = [name or "the model itself" for name, why in remaining.items() if why == reason]
+        logger.warning("left as it was: %s (%s)", ", ".join(names), reason)
     return model
 
 

@@ -507,7 +507,7 @@ def test_left_alone_and_reported_by_name(case: str, caplog: pytest.LogCaptureFix
     assert list(mm.left_alone(model)) == ["odd"]
     assert reason in mm.left_alone(model)["odd"]
     (record,) = caplog.records
-    assert record.getMessage() == f"layers left as they were: odd: {mm.left_alone(model)['odd']}"
+    assert record.getMessage() == f"left as it was: odd ({mm.left_alone(model)['odd']})"
 
 
 def test_nothing_to_report_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
