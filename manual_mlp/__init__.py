@@ -1,6 +1,6 @@
 """The multi-layer perceptron for PyTorch, every derivative written by hand."""
 
-from manual_mlp import functional
+from manual_mlp import functional, testing
 from manual_mlp.convert import convert, left_alone, revert
 from manual_mlp.errors import InputError
 from manual_mlp.modules import (
@@ -45,6 +45,7 @@ __all__ = [
     "Tanh",
     "convert",
     "functional",
+    "testing",
     "left_alone",
     "revert",
 ]

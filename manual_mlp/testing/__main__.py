@@ -1,0 +1,102 @@
+"""`python -m manual_mlp.testing`: the battery on this package, or on `package.module:function`."""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manual_mlp import formulas, functional, functions
+from manual_mlp.errors import InputError
+from manual_mlp.testing.battery import check_gradients
+from manual_mlp.testing.checks import CHECKS, Subject, run
+from manual_mlp.testing.report import Report, lines
+
+
+def package_subjects() -> list[Subject]:
+    """Every Function of the package: each row of the sheet alone and fused, the affine map, dropout, the costs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, weight, bias, prediction, target = draw(5, 3), draw(4, 3), draw(4), draw(5, 4), draw(5, 4)
+    subjects = [Subject("affine", functional.affine, (x, weight, bias))]
+    for name, row in formulas.ACTIVATIONS.items():
+        parameters = tuple(default for _, default in row.parameters)
+        if name in functions.ACTIVATION:
+            alone = functools.partial(functions.apply, functions.ACTIVATION[name])
+            subjects.append(Subject(name, alone, (prediction, *parameters)))
+        fused = functools.partial(functional.apply_affine, functions.AFFINE_ACTIVATION[name])
+        subjects.append(Subject(f"affine + {name}", fused, (x, weight, bias, *parameters)))
+    drop = functools.partial(functions.apply, functions.Dropout)
+    subjects.append(Subject("dropout", drop, (prediction, prediction > -0.5, 0.7)))
+    classes = torch.tensor([0, 3, 1, 1, 2])
+    costs: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
+        "quadratic_loss": (functional.quadratic_loss, target),
+        "mse_loss": (functional.mse_loss, target),
+        "binary_cross_entropy_with_logits": (functional.binary_cross_entropy_with_logits, target),
+        "cross_entropy of classes": (functional.cross_entropy, classes),
+        "cross_entropy of probabilities": (functional.cross_entropy, target),
+    }
+    return subjects + [Subject(name, cost, (prediction, goal)) for name, (cost, goal) in costs.items()]
+
+
+def _imported(path: str) -> Any:
+    """What `package.module:name` names. Raises InputError if there is no such thing."""
+    module, _, name = path.partition(":")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"expected package.module:name of something that can be imported; got {path!r}: {error}"
+        ) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The battery on the package, or on what the arguments name. Returns the exit status: 1 if a check failed."""
+    parser = argparse.ArgumentParser(prog="python -m manual_mlp.testing", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("function", nargs="?", help="package.module:function of yours; without it, this whole package")
+    parser.add_argument("--inputs", help="package.module:make_inputs, a function that returns the inputs")
+    parser.add_argument("--reference", help="package.module:function that yours should equal")
+    parser.add_argument("--compile", action="store_true", help="ask torch.compile too (seconds for each function)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the tensors are small, and idle threads cost more than they give
+    try:
+        if options.function is None:
+            return _whole_package(options.compile)
+        if options.inputs is None:
+            parser.error("expected --inputs package.module:make_inputs beside the function")
+        reference = _imported(options.reference) if options.reference else None
+        report = check_gradients(
+            _imported(options.function), _imported(options.inputs)(), reference, compile=options.compile
+        )
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return int(bool(report.failed))
+
+
+def _whole_package(compile: bool) -> int:
+    """One line for each Function, and the rows that failed."""
+    reports = []
+    for subject in package_subjects():
+        subject = dataclasses.replace(subject, compile=compile)
+        reports.append(Report(subject.name, tuple(run(name, subject) for name in CHECKS)))
+        print(f"{subject.name:<34} {reports[-1].totals()}", flush=True)
+        for row in reports[-1].failed:
+            print("\n".join(lines(row, 80)))
+    failed = sum(bool(report.failed) for report in reports)
+    print(f"{len(reports)} Functions, {len(CHECKS)} checks each: {failed or 'none'} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

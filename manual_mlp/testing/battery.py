@@ -1,0 +1,95 @@
+"""Running the checks: on anything differentiable, and as pytest tests."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manual_mlp.errors import InputError
+from manual_mlp.testing.checks import CHECKS, Inputs, Subject, is_real, leaves, run, sentence
+from manual_mlp.testing.report import NOT_APPLICABLE, Report
+
+
+def check_gradients(
+    function: Callable[..., Any],
+    inputs: Iterable[Any],
+    reference: Callable[..., Any] | None = None,
+    *,
+    compile: bool = False,
+) -> Report:
+    """The battery on a differentiable function, an autograd.Function (its class or its apply) or a module.
+
+    inputs: a tensor or a tuple of what the function takes; floating-point tensors are copied to float64 and
+    differentiated, everything else is passed on. Keep them small: finite differences visit each element. A module's
+    parameters are inputs too. reference: a function of the same inputs that must agree to 1e-12 with its derivatives.
+    compile: whether torch.compile is asked too.
+
+    Raises InputError for no floating-point input, or a function that fails on these inputs or returns no tensor.
+    """
+    subject = _subject(function, inputs, reference, compile)
+    return Report(subject.name, tuple(run(name, subject) for name in CHECKS))
+
+
+def _subject(
+    function: Any, inputs: Iterable[Any], reference: Callable[..., Any] | None = None, compile: bool = False
+) -> Subject:
+    values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    name = getattr(function, "__name__", type(function).__name__)
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        function = function.apply
+    if isinstance(function, nn.Module):
+        function, values = _of_parameters(function, values)
+        if isinstance(reference, nn.Module):
+            reference, _ = _of_parameters(reference, ())
+    subject = Subject(name, function, values, reference, compile)
+    if not leaves(subject.inputs()):
+        raise InputError(f"expected inputs with a floating-point tensor to differentiate; got {len(values)} others")
+    try:
+        output = subject(*subject.inputs())
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"expected {name} to run on float64 copies of these inputs, but: {sentence(error)}") from error
+    if not output.requires_grad:
+        raise InputError(f"expected {name} to be differentiable; its output requires no gradient: is it detached?")
+    return subject
+
+
+def _of_parameters(module: nn.Module, inputs: Inputs) -> tuple[Callable[..., Any], Inputs]:
+    """A module as a function of its inputs and its parameters."""
+    state = {name: value.detach() for name, value in module.named_parameters()}
+    buffers = {name: value.detach() for name, value in module.named_buffers()}
+    names = list(state)
+
+    def function(*values: Any) -> Any:
+        split = len(values) - len(names)
+        dtype = next((value.dtype for value in values if is_real(value)), torch.float64)
+        held = {name: value.to(dtype) if is_real(value) else value for name, value in buffers.items()}
+        given = dict(zip(names, values[split:], strict=True))
+        return torch.func.functional_call(module, {**held, **given}, values[:split])
+
+    return function, (*inputs, *state.values())
+
+
+def gradient_tests(
+    function: Callable[..., Any],
+    make_inputs: Callable[[], Iterable[Any]],
+    reference: Callable[..., Any] | None = None,
+    *,
+    compile: bool = False,
+) -> Callable[[str], None]:
+    """A pytest test for each check: `test_mine = gradient_tests(mine, make_inputs)` in a test file.
+
+    make_inputs gives the inputs anew for each. A check that does not apply is skipped with its reason.
+    """
+    import pytest
+
+    @pytest.mark.parametrize("check", list(CHECKS))
+    def test(check: str) -> None:
+        row = run(check, _subject(function, make_inputs(), reference, compile))
+        if row.outcome == NOT_APPLICABLE:
+            pytest.skip(row.seen)
+        Report(getattr(function, "__name__", "function"), (row,)).raise_if_failed()
+
+    return test

@@ -1,0 +1,47 @@
+"""Whose nodes are in the graph of a model."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from manual_mlp import functions
+from manual_mlp.testing.checks import nodes_of, output_of
+
+# Accumulation, views, copies and casts: they compute nothing.
+_COMPUTES_NOTHING = """
+AccumulateGrad Alias AsStrided Clone Copy CopySlices Detach Diagonal Expand Flatten Movedim Narrow Permute Reshape
+ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose ToCopy Unbind Unfold UnsafeView Unsqueeze View
+"""
+ALLOWED = frozenset(_COMPUTES_NOTHING.split())
+
+
+def _is_ours(node: Any) -> bool:
+    return issubclass(getattr(type(node), "_forward_cls", object), functions.ManualFunction)
+
+
+def _operation(name: str) -> str:
+    """ViewBackward0 as View."""
+    return name.rstrip("0123456789").removesuffix("Backwards").removesuffix("Backward")
+
+
+def assert_manual_backward(model: Callable[..., Any], x: Any, allow: Collection[str] = ()) -> None:
+    """Fails if any node of the graph of model(x) is not one of this package's.
+
+    x: the input, or a tuple of inputs. Accumulation, views, copies and casts are allowed, and the nodes named in
+    `allow`, such as "AddBackward0" for a residual connection. Raises AssertionError, listing the others.
+    """
+    output = output_of(model(*x) if isinstance(x, tuple) else model(x))
+    nodes = nodes_of(output)
+    if not nodes:
+        raise AssertionError(
+            "expected a graph of manual_mlp's nodes; the output has no graph at all: is grad mode off?"
+        )
+    names = [node.name().split("::")[-1] for node in nodes if not _is_ours(node)]
+    plain = {name: name.rstrip("0123456789").removesuffix("Backwards").removesuffix("Backward") for name in names}
+    foreign = sorted(
+        {name for name in names if name.split("::")[-1] not in allow and plain[name].split("::")[-1] not in ALLOWED}
+    )
+    if foreign:
+        raise AssertionError(
+            f"expected every affine map, activation and cost to be manual_mlp's; the graph has {', '.join(foreign)}: "
+            "convert the model, or name what may stay in allow=(…)"
+        )

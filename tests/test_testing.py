@@ -1,0 +1,173 @@
+"""The battery as a tool: reports, the pytest helper, the graph, the command line; and no false alarm."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as torch_functional
+
+import manual_mlp as mm
+from manual_mlp import testing
+from manual_mlp.testing.__main__ import main, package_subjects
+from manual_mlp.testing.checks import CHECKS, run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+TORCHS_OWN = {
+    "linear": (torch_functional.linear, (random(5, 3), random(4, 3), random(4))),
+    "sigmoid": (torch.sigmoid, (random(5, 4),)),
+    "tanh": (torch.tanh, (random(5, 4),)),
+    "softplus": (torch_functional.softplus, (random(5, 4),)),
+    "layer_norm": (lambda x, w, b: torch_functional.layer_norm(x, (4,), w, b), (random(5, 4), random(4), random(4))),
+    "conv2d": (torch_functional.conv2d, (random(2, 2, 4, 4), random(3, 2, 2, 2), random(3))),
+}
+
+
+@pytest.mark.parametrize("name", TORCHS_OWN)
+def test_no_false_alarm(name: str) -> None:
+    function, inputs = TORCHS_OWN[name]
+    report = testing.check_gradients(function, inputs, function, compile=name == "linear")
+    report.raise_if_failed()
+    assert len(report.rows) == len(CHECKS)
+
+
+@pytest.mark.parametrize("subject", package_subjects(), ids=lambda subject: subject.name)
+def test_the_package_passes(subject: testing.checks.Subject) -> None:
+    testing.Report(subject.name, tuple(run(check, subject) for check in CHECKS)).raise_if_failed()
+
+
+def test_every_row_of_the_sheet_is_a_subject() -> None:
+    names = {subject.name for subject in package_subjects()}
+    assert {f"affine + {name}" for name in mm.formulas.ACTIVATIONS} <= names
+
+
+def test_a_module_and_its_parameters() -> None:
+    """A module's parameters are inputs; a module is compared with another by its parameters' order."""
+    torch.manual_seed(0)
+    net, twin = mm.MLP([3, 4, 2]), nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2), nn.Sigmoid())
+    report = testing.check_gradients(net, random(5, 3), twin)
+    report.raise_if_failed()
+    assert report.name == "MLP"
+    assert report["reference, second derivative"].outcome == "passed"
+    assert report["tails"].outcome == "n/a"
+
+
+def halved(x: Tensor) -> Tensor:
+    """Its derivative is wrong by a factor: the half is not differentiated."""
+    return x.sin() - (x / 2).sin().detach()
+
+
+def test_report_reads_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row a check; what failed says how far, where and why; nothing is wider than the terminal."""
+    report = testing.check_gradients(halved, torch.tensor([0.1, 0.2, 3.0]))
+    row = report["first derivative"]
+    assert row.outcome == "failed"
+    assert row.error is not None
+    assert row.error > 0.1
+    assert re.fullmatch(r"gradient 0 \[\d\]", row.where)
+    for columns in (60, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = str(report).splitlines()
+        assert max(map(len, lines)) <= columns
+        assert sum(" passed" in line or " failed" in line or " n/a" in line for line in lines) >= len(CHECKS)
+        assert "Usual cause:" in str(report)
+    with pytest.raises(testing.GradientError, match=r"halved: \d+ checks failed") as caught:
+        report.raise_if_failed()
+    assert "first derivative" in str(caught.value)
+
+
+test_sigmoid = testing.gradient_tests(mm.functional.sigmoid, lambda: (random(4, 3),), torch.sigmoid)
+
+
+def test_pytest_helper_fails_and_skips() -> None:
+    test = testing.gradient_tests(halved, lambda: torch.tensor([0.1, 0.2]))
+    with pytest.raises(testing.GradientError):
+        test("first derivative")
+    with pytest.raises(pytest.skip.Exception, match="no reference"):
+        test("reference")
+    test("deterministic")
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "message"),
+    [
+        (torch.sigmoid, (torch.ones(3).long(),), "floating-point tensor to differentiate"),
+        (torch.argmax, (torch.ones(3),), "returns a floating-point tensor"),
+        (lambda x: x.detach(), (torch.ones(3),), "requires no gradient: is it detached"),
+        (lambda x: x @ torch.ones(4), (torch.ones(3),), "to run on float64 copies of these inputs"),
+    ],
+)
+def test_wrong_use(function: object, inputs: tuple[Tensor, ...], message: str) -> None:
+    with pytest.raises(mm.InputError, match=message):
+        testing.check_gradients(function, inputs)  # type: ignore[arg-type]
+
+
+class TestAssertManualBackward:
+    x = torch.randn(5, 4)
+
+    def test_ours_pass(self) -> None:
+        for activation in ("sigmoid", "gelu", "softplus"):
+            testing.assert_manual_backward(mm.MLP([4, 3, 2], activation, dropout=0.2), self.x)
+        apart = nn.Sequential(mm.Affine(4, 3), mm.ReLU(), mm.Affine(3, 2))
+        testing.assert_manual_backward(apart, self.x.unsqueeze(0))
+        testing.assert_manual_backward(lambda x: mm.QuadraticLoss()(apart(x), torch.zeros(5, 2)), self.x)
+        testing.assert_manual_backward(lambda x: apart(x.double().float()[:, [0, 1, 2, 3]].view(5, 1, 4)), self.x)
+
+    @pytest.mark.parametrize(
+        ("model", "node"),
+        [
+            (nn.Linear(4, 3), "AddmmBackward0"),
+            (nn.Sequential(mm.Affine(4, 3), nn.Sigmoid()), "SigmoidBackward0"),
+            (lambda x: nn.MSELoss()(mm.MLP([4, 2])(x), torch.zeros(5, 2)), "MseLossBackward0"),
+            (lambda x: nn.CrossEntropyLoss()(mm.MLP([4, 2])(x), torch.zeros(5).long()), "LogSoftmaxBackward0"),
+            (lambda x: mm.MLP([4, 4])(x).exp(), "ExpBackward0"),
+        ],
+    )
+    def test_others_are_named(self, model: object, node: str) -> None:
+        with pytest.raises(AssertionError, match=node):
+            testing.assert_manual_backward(model, self.x)  # type: ignore[arg-type]
+
+    def test_what_may_stay(self) -> None:
+        net = mm.MLP([4, 4])
+        with pytest.raises(AssertionError, match="AddBackward0"):
+            testing.assert_manual_backward(lambda x: net(x) + x, self.x)
+        testing.assert_manual_backward(lambda x: net(x) + x, self.x, allow=("AddBackward0",))
+
+    def test_no_graph(self) -> None:
+        with pytest.raises(AssertionError, match="no graph at all"), torch.no_grad():
+            testing.assert_manual_backward(mm.MLP([4, 4]), self.x)
+
+
+class TestCommandLine:
+    def test_on_a_users_function(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ["torch:sigmoid", "--inputs", "tests.test_testing:make_inputs", "--reference", "torch:sigmoid"]
+        assert main(arguments) == 0
+        assert "0 failed" in capsys.readouterr().out
+        assert main(["tests.test_testing:halved", "--inputs", "tests.test_testing:make_inputs"]) == 1
+        assert "Usual cause" in capsys.readouterr().out
+
+    def test_mistakes_are_told(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for path in ("torch:sigmoyd", "nowhere:f", "torch"):
+            assert main([path, "--inputs", "tests.test_testing:make_inputs"]) == 2
+            assert "expected package.module:name" in capsys.readouterr().err
+
+    def test_on_the_package(self) -> None:
+        result = subprocess.run(
+            [sys.executable, "-m", "manual_mlp.testing"], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert result.stdout.rstrip().endswith(f"{len(CHECKS)} checks each: none failed")
+        assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def make_inputs() -> tuple[Tensor, ...]:
+    return (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)),)
