@@ -29,6 +29,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -276,6 +277,119 @@ def activation(name: str, **parameters: float | str) -> tuple[Activation, tuple[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The same rows written in place, for the engine, which keeps no graph: equal to 1e-12, not to the bit
+# ---------------------------------------------------------------------------------------------------------------------
+
+_nn: Any = torch._C._nn  # torch.nn.functional's own operators, whose stubs don't know out=
+InPlace = Callable[..., Any]
+"""What both forms of a row in place look like; every tensor (N, n_l), all but g may be destroyed:
+
+    G_(z, a, *parameters)                        a := G(z); for a row that saves a, z may be the same buffer
+    delta_(g, a, z, work, mask, *parameters)     g := δ; z is there for a row that saves z, work is scratch, mask bool
+"""
+
+
+def _identity_delta_(g: Tensor, *_: Any) -> None:
+    """δ = g, which it is already."""
+
+
+def _sigmoid_delta_(g: Tensor, a: Tensor, *_: Any) -> None:
+    """δ = g · (a − a²)."""
+    g.mul_(a.addcmul_(a, a, value=-1))
+
+
+def _tanh_delta_(g: Tensor, a: Tensor, *_: Any) -> None:
+    """δ = g − g a²."""
+    g.addcmul_(g, a.mul_(a), value=-1)
+
+
+def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor) -> None:
+    """δ = 0 where a ≤ 0, else g; not by a product, in which an infinite g would become NaN."""
+    g.masked_fill_(torch.le(a, 0, out=mask), 0)
+
+
+def _leaky_relu_delta_(
+    g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, negative_slope: float
+) -> None:
+    """δ = g where a (or z) > 0, else s g."""
+    positive = torch.gt(a if z is None else z, 0, out=mask)
+    torch.where(positive, g, torch.mul(g, negative_slope, out=work), out=g)
+
+
+def _softplus_(z: Tensor, a: Tensor, beta: float, threshold: float) -> None:
+    _nn.softplus(z, beta, threshold, out=a)
+
+
+def _softplus_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, beta: float, threshold: float) -> None:
+    """δ = g · (−expm1(−βa)), and g beyond the certain end of the curve: see `softplus_delta`."""
+    certain = (threshold + math.log1p(math.exp(-threshold))) * (1 + 8 * torch.finfo(a.dtype).eps)
+    torch.lt(a.mul_(-beta), -certain, out=mask)
+    g.mul_(a.expm1_().neg_().masked_fill_(mask, 1))
+
+
+def _softplus_delta_in_z_(
+    g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor, beta: float, threshold: float
+) -> None:
+    """δ = g σ(βz), and g where βz > threshold."""
+    torch.gt(z.mul_(beta), threshold, out=mask)
+    g.mul_(z.sigmoid_().masked_fill_(mask, 1))
+
+
+def _silu_delta_(g: Tensor, a: Tensor, z: Tensor, *_: Any) -> None:
+    """δ = g (s + a (1 − s)), s = σ(z), a = z s."""
+    s = z.sigmoid_()
+    g.mul_(a.addcmul_(a, s, value=-1).add_(s))
+
+
+def _gelu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
+    """δ = g (Φ(z) + z φ(z))."""
+    cdf = torch.mul(z, -math.sqrt(1 / 2), out=a).erfc_().mul_(0.5)
+    density = torch.mul(z, z, out=work).mul_(-0.5).exp_().mul_(0.3989422804014327)
+    g.mul_(cdf.addcmul_(z, density))
+
+
+def _gelu_tanh_(z: Tensor, a: Tensor) -> None:
+    _nn.gelu(z, approximate="tanh", out=a)
+
+
+def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
+    """δ = g (s + 2 z s (1 − s) u′): see `gelu_tanh_delta`."""
+    root, cubic = 0.7978845608028654, 0.044715
+    square = torch.mul(z, z, out=work)
+    s = torch.mul(square, cubic, out=a).add_(1).mul_(z).mul_(2 * root).sigmoid_()
+    slope = square.mul_(3 * cubic).add_(1).mul_(z).mul_(2 * root)
+    product = torch.mul(s, s, out=z).neg_().add_(s)
+    g.mul_(s.addcmul_(product, slope))
+
+
+_IN_PLACE: dict[str, tuple[InPlace, InPlace]] = {
+    "identity": (lambda z, a: None if z is a else a.copy_(z), _identity_delta_),
+    "sigmoid": (lambda z, a: torch.sigmoid(z, out=a), _sigmoid_delta_),
+    "tanh": (lambda z, a: torch.tanh(z, out=a), _tanh_delta_),
+    "relu": (lambda z, a: torch.clamp_min(z, 0, out=a), _relu_delta_),
+    "leaky_relu": (lambda z, a, slope: _nn.leaky_relu(z, slope, out=a), _leaky_relu_delta_),
+    "leaky_relu_in_z": (lambda z, a, slope: _nn.leaky_relu(z, slope, out=a), _leaky_relu_delta_),
+    "softplus": (_softplus_, _softplus_delta_),
+    "softplus_in_z": (_softplus_, _softplus_delta_in_z_),
+    "silu": (lambda z, a: _nn.silu(z, out=a), _silu_delta_),
+    "gelu": (lambda z, a: _nn.gelu(z, out=a), _gelu_delta_),
+    "gelu_tanh": (_gelu_tanh_, _gelu_tanh_delta_),
+}
+
+
+def in_place(row: Activation) -> tuple[InPlace, InPlace]:
+    """G_ and delta_ of a row; of one that has none of its own, its formulas and a copy."""
+
+    def G_(z: Tensor, a: Tensor, *parameters: float) -> None:
+        a.copy_(row.G(z, *parameters))
+
+    def delta_(g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, *parameters: float) -> None:
+        g.copy_(row.delta(g, a if z is None else z, *parameters))
+
+    return _IN_PLACE.get(row.name, (G_, delta_))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Costs: C of each element or sample, and its derivative, before the reduction multiplies by 1/N
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -375,6 +489,107 @@ def cross_entropy_delta_target(z: Tensor, class_weight: Tensor | None, smoothing
     """∂C/∂ŷ_c = −w_c (1 − ε) log softmax(z)_c."""
     delta = torch.log_softmax(z, -1) * (smoothing - 1)
     return delta if class_weight is None else delta * class_weight
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Costs of a whole net: prediction (N, n_L) ↦ C and δ^L, and both at once in place
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One row of the table of costs: sums, and the weights that make the cost and its derivative of them.
+
+    total   prediction, target ↦ C / total_weight, a scalar
+    delta   prediction, target ↦ ∂C/∂a^L / delta_weight, (N, n_L)
+    both_   prediction, target, delta, work, column, out: both in place, in delta and the scalar out;
+            work, (N, n_L) as delta is, and column (N, 1) are scratch
+    total_weight, delta_weight   N, n_L ↦ a constant
+    logits  whether the prediction is z^L: the output activation is then the identity
+    """
+
+    total: Callable[[Tensor, Tensor], Tensor]
+    delta: Callable[[Tensor, Tensor], Tensor]
+    both_: Callable[..., None]
+    total_weight: Callable[[int, int], float]
+    delta_weight: Callable[[int, int], float]
+    logits: bool
+
+
+def _per_sample(n: int, outputs: int) -> float:
+    return 1 / n
+
+
+def _per_element(n: int, outputs: int) -> float:
+    return 1 / (n * outputs)
+
+
+def _quadratic_(prediction: Tensor, target: Tensor, delta: Tensor, work: Tensor, column: Tensor, out: Tensor) -> None:
+    """delta := a − ŷ, out := Σ (a − ŷ)²."""
+    torch.sub(prediction, target, out=delta)
+    flat = delta.view(-1)
+    torch.dot(flat, flat, out=out)
+
+
+def _binary_cross_entropy_(z: Tensor, target: Tensor, delta: Tensor, work: Tensor, column: Tensor, out: Tensor) -> None:
+    """delta := σ(z) − ŷ, out := Σ softplus(z) − ŷ z."""
+    torch.sigmoid(z, out=delta).sub_(target)
+    # Beyond 40, e^−z is below the last digit of z.
+    _nn.softplus(z, 1.0, 40.0, out=work).addcmul_(target, z, value=-1)
+    torch.sum(work, (0, 1), out=out)
+
+
+def _cross_entropy_(z: Tensor, target: Tensor, delta: Tensor, work: Tensor, column: Tensor, out: Tensor) -> None:
+    """delta := softmax(z) Σ t − t, out := −Σ t log softmax(z); t a onehot, if the target is of class indices."""
+    torch.log_softmax(z, 1, out=work)
+    torch.exp(work, out=delta)
+    if target.dim() == 1:
+        index = target.unsqueeze(1)
+        torch.gather(work, 1, index, out=column)
+        delta.scatter_(1, index, -1, reduce="add")
+        torch.sum(column, (0, 1), out=out)
+    else:
+        torch.sum(target, 1, keepdim=True, out=column)
+        delta.mul_(column).sub_(target)
+        torch.sum(work.mul_(target), (0, 1), out=out)
+    out.neg_()
+
+
+def _cross_entropy_sum(z: Tensor, target: Tensor) -> Tensor:
+    return (cross_entropy_of_class if target.dim() == 1 else cross_entropy)(z, target).sum()
+
+
+def _cross_entropy_delta(z: Tensor, target: Tensor) -> Tensor:
+    return (cross_entropy_delta_of_class if target.dim() == 1 else cross_entropy_delta)(z, target)
+
+
+def _squares(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).square().sum()
+
+
+def _binary_cross_entropy_sum(z: Tensor, target: Tensor) -> Tensor:
+    return binary_cross_entropy(z, target).sum()
+
+
+COSTS: dict[str, Cost] = {
+    "quadratic": Cost(
+        _squares, quadratic_delta, _quadratic_, lambda n, outputs: 0.5 / n, lambda n, outputs: 1 / n, logits=False
+    ),
+    "mse": Cost(
+        _squares, quadratic_delta, _quadratic_, _per_element, lambda n, outputs: 2 / (n * outputs), logits=False
+    ),
+    "bce": Cost(
+        _binary_cross_entropy_sum,
+        binary_cross_entropy_delta,
+        _binary_cross_entropy_,
+        _per_element,
+        _per_element,
+        logits=True,
+    ),
+    "cross_entropy": Cost(
+        _cross_entropy_sum, _cross_entropy_delta, _cross_entropy_, _per_sample, _per_sample, logits=True
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,309 @@
+"""The whole net at once: its layers, the δ recursion over them (steps 1 to 4), and net and cost as one Function.
+
+`layers_of(model)` reads a model as a list of layers. `network_loss(model, input, target)` is one node of autograd: its
+gradients work in any optimizer, in DistributedDataParallel, with clipping and accumulation. It saves for backward what
+steps 2 to 4 read and nothing else: of silu and gelu z alone, from which a is recomputed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manual_mlp import formulas as sheet
+from manual_mlp import functional, functions, modules
+from manual_mlp.errors import InputError
+from manual_mlp.formulas import COSTS, Activation, Cost
+
+
+@dataclass
+class Layer:
+    """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}), and the dropout that follows it, if any.
+
+    affine      the module that owns W^l (n_{l+1}, n_l) and b^l (n_{l+1},) or None
+    row, parameters   the activation's row of the sheet and the values of its parameters
+    """
+
+    affine: Any
+    row: Activation = sheet.ACTIVATIONS["identity"]
+    parameters: tuple[float, ...] = ()
+    dropout: nn.Dropout | None = None
+    activated: bool = field(default=False, repr=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.affine.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.affine.bias
+
+    @property
+    def drops(self) -> bool:
+        return self.dropout is not None and self.dropout.training and self.dropout.p > 0
+
+
+_AFFINE = (nn.Linear, modules.Affine)
+_DROPOUT = (nn.Dropout, modules.Dropout)
+_ACTIVATIONS = {*modules.ACTIVATION_MODULES, *(getattr(modules, kind.__name__) for kind in modules.ACTIVATION_MODULES)}
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The layers of an mm.MLP, or of an nn.Sequential (nested ones too) of affine maps, activations and dropouts.
+
+    Each activation follows an affine map, each dropout an activation or an affine map. Raises InputError for anything
+    else in it, for hooks, which would not be called, and for layers that don't fit each other.
+    """
+    layers: list[Layer] = []
+    for name, module in _leaves(model, ""):
+        _read(layers, name, module)
+    if not layers:
+        raise InputError("expected a net with at least one affine layer; got none: add an mm.Affine or an nn.Linear")
+    for before, after in pairwise(layers):
+        if before.weight.shape[0] != after.weight.shape[1]:
+            raise InputError(
+                f"expected a layer of in_features={before.weight.shape[0]} after {before.affine}; got {after.affine}"
+            )
+    return layers
+
+
+def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a nested nn.Sequential calls, in order, by qualified name."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise InputError(f"expected layers without hooks, since none would be called; got one on {name!r}: remove it")
+    if not isinstance(module, nn.Sequential):
+        yield name, module
+        return
+    inherited = getattr(module, "plain", type(module))  # of a converted one, the class it was
+    if inherited.forward is not nn.Sequential.forward or "forward" in vars(module):
+        raise InputError(f"expected an nn.Sequential with its own forward; {name or 'the model'!r} has replaced it")
+    for key, child in module._modules.items():
+        assert child is not None
+        yield from _leaves(child, f"{name}.{key}" if name else key)
+
+
+def sequences_of(model: nn.Module) -> list[nn.Module]:
+    """The model's nn.Sequentials, itself included: what decides which layers there are."""
+    return [module for module in model.modules() if isinstance(module, nn.Sequential)]
+
+
+def _read(layers: list[Layer], name: str, module: nn.Module) -> None:
+    """Append a layer, or complete the last one with an activation or a dropout."""
+    kind, last = type(module), layers[-1] if layers else None
+    if kind in _AFFINE:
+        layers.append(Layer(module))
+    elif isinstance(module, modules.AffineActivation) and kind is modules.AffineActivation:
+        row = sheet.ACTIVATIONS[module.activation]
+        layers.append(Layer(module, row, module.parameter_values, activated=True))
+    elif kind in (nn.Identity, modules.Identity):
+        pass
+    elif kind in _ACTIVATIONS and last is not None and not last.activated and last.dropout is None:
+        last.row, last.parameters = modules.activation_row(module)
+        last.activated = True
+    elif isinstance(module, nn.Dropout) and kind in _DROPOUT and last is not None and last.dropout is None:
+        last.dropout = module
+    else:
+        raise InputError(
+            "expected affine maps, each with at most one activation and one dropout after it; "
+            f"got {kind.__name__} at {name or 'the model itself'!r}: train such a net by its layers"
+        )
+
+
+def cost_of(loss: str, layers: list[Layer]) -> Cost:
+    """The row of a cost. Raises InputError for an unknown name, and for a logits cost after an activation."""
+    if loss not in COSTS:
+        raise InputError(f"expected a loss, one of {', '.join(COSTS)}; got {loss!r}")
+    if COSTS[loss].logits and layers[-1].row.name != "identity":
+        raise InputError(
+            f"expected a net that gives logits, for the loss {loss!r}; got one that ends in {layers[-1].row.name}, "
+            'which would train wrongly: take output_activation="identity"'
+        )
+    return COSTS[loss]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps 1 to 4, out of place
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+Tensors = Sequence[Any]  # of each layer a tensor; or None, where it has no bias or no mask
+Needs = tuple[bool, tuple[bool, ...], tuple[bool, ...]]
+
+
+@dataclass(frozen=True)
+class Net:
+    """What the recursion needs to know beside tensors; L − 1 layers, indexed from 0: layer l leads from a[l] to a[l+1].
+
+    rows, parameters   of each layer's activation
+    keep      1 − p of the dropout after each layer, None without one
+    """
+
+    rows: tuple[Activation, ...]
+    parameters: tuple[tuple[float, ...], ...]
+    keep: tuple[float | None, ...]
+    cost: Cost
+
+    def activate(self, layer: int, z: Tensor) -> Tensor:
+        return self.rows[layer].G(z, *self.parameters[layer])
+
+    def dropped(self, layer: int, a: Tensor, mask: Tensor | None) -> Tensor:
+        keep = self.keep[layer]
+        return a if mask is None or keep is None else sheet.dropout(a, mask, keep)
+
+    def forward(self, x: Tensor, weights: Tensors, biases: Tensors, masks: Tensors) -> tuple[Tensor, list[Tensor]]:
+        """Step 1: the prediction a^L and, of each layer, a or z, whichever its row saves."""
+        a, saved = x, []
+        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            z = sheet.affine(a, weight, bias)
+            a = self.activate(layer, z)
+            saved.append(z if self.rows[layer].saves == "z" else a)
+            a = self.dropped(layer, a, masks[layer])
+        return a, saved
+
+    def input_of(self, layer: int, x: Tensor, saved: list[Tensor], masks: Tensors) -> Tensor:
+        """a^l, what layer l read: recomputed where z was saved."""
+        if layer == 0:
+            return x
+        before = layer - 1
+        a = self.activate(before, saved[before]) if self.rows[before].saves == "z" else saved[before]
+        return self.dropped(before, a, masks[before])
+
+    def gradients(
+        self, g: Tensor, x: Tensor, target: Tensor, weights: Tensors, saved: list[Tensor], masks: Tensors, needs: Needs
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+        """Steps 2 to 4: ∂C/∂x, ∂C/∂W^l, ∂C/∂b^l, those that are needed; g = ∂(what is differentiated)/∂C."""
+        needs_x, needs_weight, needs_bias = needs
+        layers = len(weights)
+        prediction = self.input_of(layers, x, saved, masks)
+        n, outputs = prediction.shape
+        delta = self.cost.delta(prediction, target) * (g * self.cost.delta_weight(n, outputs))
+        grad_weight: list[Tensor | None] = [None] * layers
+        grad_bias: list[Tensor | None] = [None] * layers
+        for layer in range(layers - 1, -1, -1):
+            delta = self.rows[layer].delta(
+                self.dropped(layer, delta, masks[layer]), saved[layer], *self.parameters[layer]
+            )
+            if needs_weight[layer]:
+                grad_weight[layer] = sheet.grad_weight(delta, self.input_of(layer, x, saved, masks))
+            if needs_bias[layer]:
+                grad_bias[layer] = sheet.grad_bias(delta)
+            if not (needs_x or any(needs_weight[:layer]) or any(needs_bias[:layer])):
+                return None, grad_weight, grad_bias
+            delta = sheet.grad_input(delta, weights[layer])
+        return delta, grad_weight, grad_bias
+
+
+class NetworkCost(torch.autograd.Function):
+    """C of a whole net as one node.  x (N, n_1), target, then all W^l, all b^l and all masks, or None → scalar C.
+
+    Saves x, target, the parameters, the masks, and a or z of each layer. A second derivative is taken of the same
+    recursion, its steps recorded and its activations computed again from x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, net: Net, x: Tensor, target: Tensor, *tensors: Tensor | None) -> Tensor:
+        weights, biases, masks = _thirds(tensors)
+        prediction, saved = net.forward(x, weights, biases, masks)
+        ctx.net = net
+        ctx.save_for_backward(x, target, *tensors, *saved)
+        n, outputs = prediction.shape
+        return net.cost.total(prediction, target) * net.cost.total_weight(n, outputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        net: Net = ctx.net
+        layers = len(net.rows)
+        x, target, *tensors = ctx.saved_tensors
+        weights, biases, masks = _thirds(tensors[: 3 * layers])
+        saved = tensors[3 * layers :]
+        if torch.is_grad_enabled():  # create_graph: what was saved has no history
+            _, saved = net.forward(x, weights, biases, masks)
+        needs_weight, needs_bias, _ = _thirds(ctx.needs_input_grad[3:])
+        needs = (ctx.needs_input_grad[1], needs_weight, needs_bias)
+        grad_x, grad_weight, grad_bias = net.gradients(g, x, target, weights, saved, masks, needs)
+        return None, grad_x if needs[0] else None, None, *grad_weight, *grad_bias, *(None for _ in masks)
+
+
+def _thirds(items: Any) -> tuple[Any, Any, Any]:
+    """The items of all weights, of all biases and of all masks."""
+    n = len(items) // 3
+    return items[:n], items[n : 2 * n], items[2 * n :]
+
+
+def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "quadratic") -> Tensor:
+    """C of the model's prediction, the whole net and its cost as one node of the graph.
+
+    input (N, n_1), target (N, n_L), or class indices (N,) for "cross_entropy" → scalar, as
+    `functional.COSTS[loss](model(input), target)`: which it is under autocast, a compiler or a transform, with a
+    target that requires a gradient, and on tensors of other dimensions.
+    Raises InputError as `layers_of`, for an unknown loss, a logits cost after an activation, and as the loss itself.
+    """
+    layers = layers_of(model)
+    cost = cost_of(loss, layers)
+    if _needs_layers(input, target):
+        return functional.COSTS[loss](model(input), target)
+    check_batch(layers, input, target, loss)
+    masks = [_mask(layer, input) for layer in layers]
+    net = Net(
+        tuple(layer.row for layer in layers),
+        tuple(layer.parameters for layer in layers),
+        tuple(None if mask is None else _keep(layer) for layer, mask in zip(layers, masks, strict=True)),
+        cost,
+    )
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return NetworkCost.apply(net, input, target, *weights, *biases, *masks)
+
+
+def _needs_layers(input: Tensor, target: Tensor) -> bool:
+    special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
+    return special or torch.is_autocast_enabled(input.device.type)
+
+
+def _mask(layer: Layer, input: Tensor) -> Tensor | None:
+    """The mask that functional.dropout draws, in the same order."""
+    if not layer.drops or layer.dropout is None:
+        return None
+    shape = (input.shape[0], layer.weight.shape[0])
+    return torch.empty(shape, dtype=torch.bool, device=input.device).bernoulli_(1 - layer.dropout.p)
+
+
+def _keep(layer: Layer) -> float:
+    assert layer.dropout is not None
+    return 1 - layer.dropout.p or 1.0
+
+
+def check_batch(layers: list[Layer], input: Tensor, target: Tensor, loss: str) -> None:
+    """Raises InputError for an input (N, n_1) or a target that the net and the cost can't take."""
+    weight, outputs = layers[0].weight, layers[-1].weight.shape[0]
+    if input.dim() != 2 or input.shape[1] != weight.shape[1]:
+        raise InputError(f"expected an input of shape (N, {weight.shape[1]}); got {tuple(input.shape)}: .flatten(1) it")
+    if input.dtype != weight.dtype or input.device != weight.device:
+        raise InputError(
+            f"expected an input of {weight.dtype} on {weight.device}, as the weights; "
+            f"got {input.dtype} on {input.device}: call .to() on it"
+        )
+    if loss == "cross_entropy" and target.dim() == 1:
+        fits = target.dtype == torch.int64 and target.shape == input.shape[:1]
+    else:
+        fits = target.dtype == input.dtype and target.shape == (input.shape[0], outputs)
+    if not fits or target.device != input.device:
+        indices = f", or class indices ({input.shape[0]},) of torch.int64" if loss == "cross_entropy" else ""
+        raise InputError(
+            f"expected a target of shape ({input.shape[0]}, {outputs}) and {input.dtype}{indices}, on {input.device}; "
+            f"got {tuple(target.shape)} of {target.dtype} on {target.device}: reshape it, or call .to() on it"
+        )
+
+
+class NetworkLoss(nn.Module):
+    """`network_loss` as a module: (input, target) ↦ C. The model stays a child, and can be called by itself."""
+
+    def __init__(self, model: nn.Module, loss: str = "quadratic") -> None:
+        super().__init__()
+        cost_of(loss, layers_of(model))
+        self.model, self.loss = model, loss
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return network_loss(self.model, input, target, self.loss)
