@@ -45,7 +45,7 @@ __all__ = [
     "Tanh",
     "convert",
     "functional",
-    "testing",
     "left_alone",
     "revert",
+    "testing",
 ]

@@ -22,10 +22,7 @@ from torch.nn.utils import parametrize
 from manual_mlp import functional, functions, modules
 from manual_mlp.errors import InputError
 
-OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: modules.Affine,
-    **{plain: getattr(modules, plain.__name__) for plain in modules.ACTIVATION_MODULES},
-}
+OURS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: modules.Affine, **modules.OURS}
 _CONVERTED = tuple(OURS.values())
 _ACTIVATIONS = frozenset(_CONVERTED) - {modules.Affine}
 # A layer of such a name that can't be converted is reported: quantised layers share nothing else with nn.Linear.

@@ -256,22 +256,27 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# What `activation=` takes.
+NAMES = tuple(name for name in ACTIVATIONS if not name.endswith("_in_z"))
+
+
 def activation(name: str, **parameters: float | str) -> tuple[Activation, tuple[float, ...]]:
     """The row of an activation and the values of its parameters, by torch's names for both.
 
     Raises InputError for an unknown name or parameter.
     """
-    if name == "gelu" and parameters.pop("approximate", "none") == "tanh":
+    if name == "gelu" and (form := parameters.pop("approximate", "none")) != "none":
+        if form != "tanh":
+            raise InputError(f"expected gelu's approximate to be 'none' or 'tanh'; got {form!r}")
         name = "gelu_tanh"
-    if name not in ACTIVATIONS:
-        known = ", ".join(row for row in ACTIVATIONS if not row.endswith("_in_z"))
-        raise InputError(f"expected the name of an activation, one of {known}; got {name!r}")
+    if name not in NAMES:
+        raise InputError(f"expected the name of an activation, one of {', '.join(NAMES)}; got {name!r}")
     row = ACTIVATIONS[name]
     if unknown := parameters.keys() - dict(row.parameters).keys():
         takes = ", ".join(dict(row.parameters)) or "no parameters"
         raise InputError(f"activation {name!r} takes {takes}; got {', '.join(sorted(unknown))}")
     values = tuple(float(parameters.get(parameter, default)) for parameter, default in row.parameters)
-    if (name == "softplus" and values[1] < 20) or (name == "leaky_relu" and values[0] < 0):
+    if (name == "softplus" and (values[1] < 20 or values[0] == 0)) or (name == "leaky_relu" and values[0] < 0):
         row = ACTIVATIONS[f"{name}_in_z"]
     return row, values
 
@@ -284,7 +289,7 @@ _nn: Any = torch._C._nn  # torch.nn.functional's own operators, whose stubs don'
 InPlace = Callable[..., Any]
 """What both forms of a row in place look like; every tensor (N, n_l), all but g may be destroyed:
 
-    G_(z, a, *parameters)                        a := G(z); for a row that saves a, z may be the same buffer
+    G_(z, *parameters, out=a)                    a := G(z); for a row that saves a, z may be the same buffer
     delta_(g, a, z, work, mask, *parameters)     g := δ; z is there for a row that saves z, work is scratch, mask bool
 """
 
@@ -316,10 +321,6 @@ def _leaky_relu_delta_(
     torch.where(positive, g, torch.mul(g, negative_slope, out=work), out=g)
 
 
-def _softplus_(z: Tensor, a: Tensor, beta: float, threshold: float) -> None:
-    _nn.softplus(z, beta, threshold, out=a)
-
-
 def _softplus_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, beta: float, threshold: float) -> None:
     """δ = g · (−expm1(−βa)), and g beyond the certain end of the curve: see `softplus_delta`."""
     certain = (threshold + math.log1p(math.exp(-threshold))) * (1 + 8 * torch.finfo(a.dtype).eps)
@@ -348,10 +349,6 @@ def _gelu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) ->
     g.mul_(cdf.addcmul_(z, density))
 
 
-def _gelu_tanh_(z: Tensor, a: Tensor) -> None:
-    _nn.gelu(z, approximate="tanh", out=a)
-
-
 def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
     """δ = g (s + 2 z s (1 − s) u′): see `gelu_tanh_delta`."""
     root, cubic = 0.7978845608028654, 0.044715
@@ -363,25 +360,25 @@ def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tenso
 
 
 _IN_PLACE: dict[str, tuple[InPlace, InPlace]] = {
-    "identity": (lambda z, a: None if z is a else a.copy_(z), _identity_delta_),
-    "sigmoid": (lambda z, a: torch.sigmoid(z, out=a), _sigmoid_delta_),
-    "tanh": (lambda z, a: torch.tanh(z, out=a), _tanh_delta_),
-    "relu": (lambda z, a: torch.clamp_min(z, 0, out=a), _relu_delta_),
-    "leaky_relu": (lambda z, a, slope: _nn.leaky_relu(z, slope, out=a), _leaky_relu_delta_),
-    "leaky_relu_in_z": (lambda z, a, slope: _nn.leaky_relu(z, slope, out=a), _leaky_relu_delta_),
-    "softplus": (_softplus_, _softplus_delta_),
-    "softplus_in_z": (_softplus_, _softplus_delta_in_z_),
-    "silu": (lambda z, a: _nn.silu(z, out=a), _silu_delta_),
-    "gelu": (lambda z, a: _nn.gelu(z, out=a), _gelu_delta_),
-    "gelu_tanh": (_gelu_tanh_, _gelu_tanh_delta_),
+    "identity": (lambda z, out: out if out is z else out.copy_(z), _identity_delta_),
+    "sigmoid": (torch.sigmoid, _sigmoid_delta_),
+    "tanh": (torch.tanh, _tanh_delta_),
+    "relu": (functools.partial(torch.clamp_min, min=0), _relu_delta_),
+    "leaky_relu": (_nn.leaky_relu, _leaky_relu_delta_),
+    "leaky_relu_in_z": (_nn.leaky_relu, _leaky_relu_delta_),
+    "softplus": (_nn.softplus, _softplus_delta_),
+    "softplus_in_z": (_nn.softplus, _softplus_delta_in_z_),
+    "silu": (_nn.silu, _silu_delta_),
+    "gelu": (_nn.gelu, _gelu_delta_),
+    "gelu_tanh": (functools.partial(_nn.gelu, approximate="tanh"), _gelu_tanh_delta_),
 }
 
 
 def in_place(row: Activation) -> tuple[InPlace, InPlace]:
     """G_ and delta_ of a row; of one that has none of its own, its formulas and a copy."""
 
-    def G_(z: Tensor, a: Tensor, *parameters: float) -> None:
-        a.copy_(row.G(z, *parameters))
+    def G_(z: Tensor, *parameters: float, out: Tensor) -> None:
+        out.copy_(row.G(z, *parameters))
 
     def delta_(g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, *parameters: float) -> None:
         g.copy_(row.delta(g, a if z is None else z, *parameters))
@@ -408,7 +405,12 @@ def divisor(shape: torch.Size, reduction: str, weight: Tensor | None = None) -> 
 
 def reduce(elements: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
     """Σ elements / divisor, or the elements themselves for "none". NaN at N = 0, as in torch."""
-    return elements if reduction == "none" else elements.sum() / divisor(elements.shape, reduction, weight)
+    if reduction == "none":
+        return elements
+    if weight is None and reduction != "sum":
+        # By way of the mean, since a sum overflows in float16.
+        return elements.mean() * (elements.shape[-1] if reduction == "samples" else 1)
+    return elements.sum() / divisor(elements.shape, reduction, weight)
 
 
 def share(g: Tensor, shape: torch.Size, reduction: str, weight: Tensor | None = None) -> Tensor:
@@ -502,8 +504,8 @@ class Cost:
 
     total   prediction, target ↦ C / total_weight, a scalar
     delta   prediction, target ↦ ∂C/∂a^L / delta_weight, (N, n_L)
-    both_   prediction, target, delta, work, column, out: both in place, in delta and the scalar out;
-            work, (N, n_L) as delta is, and column (N, 1) are scratch
+    both_   prediction, target, delta, flat, work, column, out: both in place, in delta and the scalar out; flat is
+            delta as one vector, work (N, n_L) and column (N, 1) are scratch
     total_weight, delta_weight   N, n_L ↦ a constant
     logits  whether the prediction is z^L: the output activation is then the identity
     """
@@ -524,14 +526,17 @@ def _per_element(n: int, outputs: int) -> float:
     return 1 / (n * outputs)
 
 
-def _quadratic_(prediction: Tensor, target: Tensor, delta: Tensor, work: Tensor, column: Tensor, out: Tensor) -> None:
+def _quadratic_(
+    prediction: Tensor, target: Tensor, delta: Tensor, flat: Tensor, work: Tensor, column: Tensor, out: Tensor
+) -> None:
     """delta := a − ŷ, out := Σ (a − ŷ)²."""
     torch.sub(prediction, target, out=delta)
-    flat = delta.view(-1)
     torch.dot(flat, flat, out=out)
 
 
-def _binary_cross_entropy_(z: Tensor, target: Tensor, delta: Tensor, work: Tensor, column: Tensor, out: Tensor) -> None:
+def _binary_cross_entropy_(
+    z: Tensor, target: Tensor, delta: Tensor, flat: Tensor, work: Tensor, column: Tensor, out: Tensor
+) -> None:
     """delta := σ(z) − ŷ, out := Σ softplus(z) − ŷ z."""
     torch.sigmoid(z, out=delta).sub_(target)
     # Beyond 40, e^−z is below the last digit of z.
@@ -539,7 +544,9 @@ def _binary_cross_entropy_(z: Tensor, target: Tensor, delta: Tensor, work: Tenso
     torch.sum(work, (0, 1), out=out)
 
 
-def _cross_entropy_(z: Tensor, target: Tensor, delta: Tensor, work: Tensor, column: Tensor, out: Tensor) -> None:
+def _cross_entropy_(
+    z: Tensor, target: Tensor, delta: Tensor, flat: Tensor, work: Tensor, column: Tensor, out: Tensor
+) -> None:
     """delta := softmax(z) Σ t − t, out := −Σ t log softmax(z); t a onehot, if the target is of class indices."""
     torch.log_softmax(z, 1, out=work)
     torch.exp(work, out=delta)
@@ -564,7 +571,7 @@ def _cross_entropy_delta(z: Tensor, target: Tensor) -> Tensor:
 
 
 def _squares(prediction: Tensor, target: Tensor) -> Tensor:
-    return (prediction - target).square().sum()
+    return F.mse_loss(prediction, target, reduction="sum")
 
 
 def _binary_cross_entropy_sum(z: Tensor, target: Tensor) -> Tensor:

@@ -112,16 +112,10 @@ def _activation(name: str, input: Tensor, *parameters: float, inplace: bool = Fa
         raise InputError(_not_real("input of an activation", input))
     if not inplace:
         return apply(functions.ACTIVATION[name], input, *parameters)
-    if torch.compiler.is_compiling() or functions.transforming() or _two_outputs_on_a_view(name, input):
-        # An in-place Function has no place there; copy_ is torch's own way to write, and composes with all of it.
-        return input.copy_(apply(functions.ACTIVATION[name], input.clone(), *parameters))
-    output = apply(functions.INPLACE[name], input, *parameters)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _two_outputs_on_a_view(name: str, input: Tensor) -> bool:
-    """What autograd refuses of an in-place Function; those in z return it as the second output."""
-    return sheet.ACTIVATIONS[name].saves == "z" and input._is_view()
+    if name in functions.INPLACE and not torch.compiler.is_compiling() and not functions.transforming():
+        return apply(functions.INPLACE[name], input, *parameters)
+    # A row in z keeps a copy of it, as torch does. And under transforms copy_ is the way to write that composes.
+    return input.copy_(apply(functions.ACTIVATION[name], input.clone(), *parameters))
 
 
 def identity(input: Tensor) -> Tensor:
@@ -167,7 +161,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     return _activation(row.name, input)
 
 
-def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """a ⊙ m / (1 − p) with P(m = 0) = p, any shape; draws the mask that torch.nn.functional.dropout draws on the CPU.
 
     Raises InputError for p outside [0, 1], and for integer or complex input.
@@ -180,7 +174,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         return input
     mask = torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)
     # At p = 1 the mask is 0 everywhere and there is nothing to rescale.
-    return apply(functions.Dropout, input, mask, 1 - p or 1.0)
+    output = apply(functions.Dropout, input, mask, 1 - p or 1.0)
+    return input.copy_(output) if inplace else output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,6 +254,8 @@ def cross_entropy(
         raise InputError(f"expected a label_smoothing between 0 and 1; got {label_smoothing}")
     input = _real_cost(input)
     weight = _constant("weight", weight, input)
+    if target.dtype.is_floating_point and ignore_index >= 0:
+        raise InputError(f"expected class indices beside ignore_index={ignore_index}; got a probability for each class")
     class_dim = min(1, input.dim() - 1)
     if input.dim() == 0 or (weight is not None and weight.shape != (input.shape[class_dim],)):
         came = f"{tuple(input.shape)}" + ("" if weight is None else f" with a weight of shape {tuple(weight.shape)}")

@@ -279,27 +279,23 @@ def _activation_function(row: Activation) -> type[ManualFunction]:
 
 
 def _inplace_function(row: Activation) -> type[ManualFunction]:
-    """z := G(z), outside transforms. A row in z keeps a copy, as torch does, and returns it as a second output."""
-    G, delta_of, keeps_z = _parts(row)
+    """z := G(z) for a row in a, outside transforms. (A row in z has to keep a copy: `functional` makes it.)"""
+    G, delta_of, _ = _parts(row)
 
-    def forward(z: Tensor, *parameters: float) -> Tensor | tuple[Tensor, Tensor]:
-        if keeps_z:
-            copy = z.clone()
-            return z.copy_(G(copy, *parameters)), copy
+    def forward(z: Tensor, *parameters: float) -> Tensor:
         return z.copy_(G(z, *parameters))
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         z, *ctx.parameters = inputs
         ctx.mark_dirty(z)
-        saved = output[1] if keeps_z else output
-        _save_all(ctx, saved)
+        _save_all(ctx, output)
 
-    def backward(ctx: Any, g: Tensor | None, g_z: Tensor | None = None) -> Gradients:
-        (saved,) = ctx.saved_tensors
-        delta = None if g is None else delta_of(g, saved, *ctx.parameters)
-        return _plus(delta, g_z), *(None for _ in ctx.parameters)
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        (a,) = ctx.saved_tensors
+        delta = None if g is None else delta_of(g, a, *ctx.parameters)
+        return delta, *(None for _ in ctx.parameters)
 
-    doc = f"z := {row.G_text}, componentwise, in place.  Saves {row.saves}."
+    doc = f"z := {row.G_text}, componentwise, in place.  Saves a."
     return _define(_title(row) + "_", doc, forward=forward, setup_context=setup_context, backward=backward)
 
 
@@ -345,7 +341,7 @@ def _title(row: Activation) -> str:
 # The identity alone needs no node, and fused it is the affine map.
 _NONLINEAR = {name: row for name, row in ACTIVATIONS.items() if name != "identity"}
 ACTIVATION = {name: _activation_function(row) for name, row in _NONLINEAR.items()} | {"sigmoid": Sigmoid}
-INPLACE = {name: _inplace_function(row) for name, row in _NONLINEAR.items()}
+INPLACE = {name: _inplace_function(row) for name, row in _NONLINEAR.items() if row.saves == "a"}
 AFFINE_ACTIVATION = {name: _affine_activation_function(row) for name, row in _NONLINEAR.items()} | {
     "identity": Affine,
     "sigmoid": AffineSigmoid,

@@ -4,6 +4,7 @@
 initialisation and state_dict are torch's own.
 """
 
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,11 @@ from manual_mlp import functional, functions
 from manual_mlp.errors import InputError
 
 
-def _check_size(name: str, size: Any) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+def _size(name: str, size: Any) -> int:
+    """A number of neurons, of any whole type (NumPy's too)."""
+    if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
         raise InputError(f"expected {name} to be a positive whole number of neurons; got {size!r}")
+    return operator.index(size)
 
 
 class Affine(nn.Linear):
@@ -32,9 +35,7 @@ class Affine(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
-        _check_size("in_features", in_features)
-        _check_size("out_features", out_features)
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(_size("in_features", in_features), _size("out_features", out_features), bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.affine(input, self.weight, self.bias)
@@ -96,36 +97,40 @@ class GELU(nn.GELU):
 class Dropout(nn.Dropout):
     """a ⊙ m / (1 − p) in training, the input in evaluation; δ = g ⊙ m / (1 − p)."""
 
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__(p)
-
     def forward(self, input: Tensor) -> Tensor:
-        return functional.dropout(input, self.p, self.training)
+        return functional.dropout(input, self.p, self.training, self.inplace)
 
 
-ACTIVATION_MODULES: dict[type[nn.Module], str] = {
-    nn.Identity: "identity",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Softplus: "softplus",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-}
+_KINDS = (
+    ("identity", nn.Identity, Identity),
+    ("sigmoid", nn.Sigmoid, Sigmoid),
+    ("tanh", nn.Tanh, Tanh),
+    ("relu", nn.ReLU, ReLU),
+    ("leaky_relu", nn.LeakyReLU, LeakyReLU),
+    ("softplus", nn.Softplus, Softplus),
+    ("silu", nn.SiLU, SiLU),
+    ("gelu", nn.GELU, GELU),
+)
+# torch's activation classes to ours, and both to their names; a subclass may compute something else.
+OURS: dict[type[nn.Module], type[nn.Module]] = {theirs: ours for _, theirs, ours in _KINDS}
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {kind: name for name, *kinds in _KINDS for kind in kinds}
 
 
 def activation_row(activation: str | nn.Module) -> tuple[sheet.Activation, tuple[float, ...]]:
-    """The row and parameters of an activation given by name, or by a module of torch's or ours with its arguments."""
+    """The row and parameters of an activation given by name, or by a module of torch's or ours with its arguments.
+
+    Raises InputError for anything else.
+    """
     if isinstance(activation, str):
         return sheet.activation(activation)
-    for kind, name in ACTIVATION_MODULES.items():
-        if isinstance(activation, kind):
-            arguments = {
-                key: getattr(activation, key) for key in getattr(kind, "__constants__", ()) if key != "inplace"
-            }
-            return sheet.activation(name, **arguments)
-    raise InputError(f"expected the name of an activation or an activation module; got {activation!r}")
+    kind = type(activation)
+    if kind not in ACTIVATION_MODULES:
+        raise InputError(
+            f"expected the name of an activation or an activation module, one of {', '.join(sheet.NAMES)}; "
+            f"got {activation!r}" + (": call it, as in nn.ReLU()" if isinstance(activation, type) else "")
+        )
+    names = set(getattr(kind, "__constants__", ())) - {"inplace"}
+    return sheet.activation(ACTIVATION_MODULES[kind], **{key: getattr(activation, key) for key in names})
 
 
 class AffineActivation(nn.Module):
@@ -148,14 +153,12 @@ class AffineActivation(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        _check_size("in_features", in_features)
-        _check_size("out_features", out_features)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features = _size("in_features", in_features), _size("out_features", out_features)
         row, self.parameter_values = activation_row(activation)
         self.activation = row.name
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
         self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+            "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         )
         self.reset_parameters()
 
@@ -255,23 +258,21 @@ class MLP(nn.Sequential):
 
 
 def _checked_sizes(sizes: Sequence[int]) -> list[int]:
-    sizes = list(sizes)
-    if len(sizes) < 2:
+    if not hasattr(sizes, "__len__") or isinstance(sizes, str) or len(sizes) < 2:
         raise InputError(
             f"expected at least two sizes, of the input and the output, such as [784, 30, 10]; got {sizes}"
         )
-    for index, size in enumerate(sizes):
-        _check_size(f"sizes[{index}]", size)
-    return sizes
+    return [_size(f"sizes[{index}]", size) for index, size in enumerate(sizes)]
 
 
 def _one_per_hidden_layer(
     activation: str | nn.Module | Sequence[str | nn.Module], hidden: int
 ) -> list[str | nn.Module]:
-    if isinstance(activation, str | nn.Module):
-        return [activation] * hidden
-    if len(activation) != hidden:
-        raise InputError(
-            f"expected one activation for each of the {hidden} hidden layers; got {len(activation)}: {activation}"
-        )
-    return list(activation)
+    if isinstance(activation, list | tuple):
+        if len(activation) != hidden:
+            raise InputError(
+                f"expected one activation for each of the {hidden} hidden layers; got {len(activation)}: {activation}"
+            )
+        return list(activation)
+    activation_row(activation)  # type: ignore[arg-type] # refused here, in its words, even without a hidden layer
+    return [activation] * hidden  # type: ignore[list-item]

@@ -5,7 +5,7 @@ gradients work in any optimizer, in DistributedDataParallel, with clipping and a
 steps 2 to 4 read and nothing else: of silu and gelu z alone, from which a is recomputed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -48,7 +48,6 @@ class Layer:
 
 _AFFINE = (nn.Linear, modules.Affine)
 _DROPOUT = (nn.Dropout, modules.Dropout)
-_ACTIVATIONS = {*modules.ACTIVATION_MODULES, *(getattr(modules, kind.__name__) for kind in modules.ACTIVATION_MODULES)}
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -100,7 +99,7 @@ def _read(layers: list[Layer], name: str, module: nn.Module) -> None:
         layers.append(Layer(module, row, module.parameter_values, activated=True))
     elif kind in (nn.Identity, modules.Identity):
         pass
-    elif kind in _ACTIVATIONS and last is not None and not last.activated and last.dropout is None:
+    elif kind in modules.ACTIVATION_MODULES and last is not None and not last.activated and last.dropout is None:
         last.row, last.parameters = modules.activation_row(module)
         last.activated = True
     elif isinstance(module, nn.Dropout) and kind in _DROPOUT and last is not None and last.dropout is None:
@@ -129,108 +128,100 @@ def cost_of(loss: str, layers: list[Layer]) -> Cost:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-Tensors = Sequence[Any]  # of each layer a tensor; or None, where it has no bias or no mask
-Needs = tuple[bool, tuple[bool, ...], tuple[bool, ...]]
-
-
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Net:
-    """What the recursion needs to know beside tensors; L − 1 layers, indexed from 0: layer l leads from a[l] to a[l+1].
+    """What the recursion needs to know beside tensors: layer l leads from a^l to a^{l+1}, counted from 0 here.
 
-    rows, parameters   of each layer's activation
-    keep      1 − p of the dropout after each layer, None without one
+    steps    of each layer: G, delta, the values of the row's parameters, and whether z is saved
+    keeps    1 − p of the dropout after each layer; empty if none draws
     """
 
-    rows: tuple[Activation, ...]
-    parameters: tuple[tuple[float, ...], ...]
-    keep: tuple[float | None, ...]
+    layers: list[Layer]
+    steps: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[float, ...], bool]]
+    keeps: list[float | None]
     cost: Cost
 
-    def activate(self, layer: int, z: Tensor) -> Tensor:
-        return self.rows[layer].G(z, *self.parameters[layer])
-
-    def dropped(self, layer: int, a: Tensor, mask: Tensor | None) -> Tensor:
-        keep = self.keep[layer]
-        return a if mask is None or keep is None else sheet.dropout(a, mask, keep)
-
-    def forward(self, x: Tensor, weights: Tensors, biases: Tensors, masks: Tensors) -> tuple[Tensor, list[Tensor]]:
-        """Step 1: the prediction a^L and, of each layer, a or z, whichever its row saves."""
+    def forward(self, x: Tensor, weights: Sequence[Any], biases: Sequence[Any], masks: Sequence[Any]) -> list[Tensor]:
+        """Step 1: a or z of each layer, whichever its row saves, and the prediction a^L."""
         a, saved = x, []
-        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            z = sheet.affine(a, weight, bias)
-            a = self.activate(layer, z)
-            saved.append(z if self.rows[layer].saves == "z" else a)
-            a = self.dropped(layer, a, masks[layer])
-        return a, saved
+        for layer, (G, _, parameters, saves_z) in enumerate(self.steps):
+            z = sheet.affine(a, weights[layer], biases[layer])
+            a = G(z, *parameters)
+            saved.append(z if saves_z else a)
+            if masks:
+                a = self.dropped(layer, a, masks)
+        return [*saved, a]
 
-    def input_of(self, layer: int, x: Tensor, saved: list[Tensor], masks: Tensors) -> Tensor:
-        """a^l, what layer l read: recomputed where z was saved."""
+    def dropped(self, layer: int, a: Tensor, masks: Sequence[Any]) -> Tensor:
+        keep = self.keeps[layer]
+        return a if keep is None else sheet.dropout(a, masks[layer], keep)
+
+    def input_of(self, layer: int, x: Tensor, saved: Sequence[Tensor], masks: Sequence[Any]) -> Tensor:
+        """a^l, what a layer reads: computed again where z was saved."""
         if layer == 0:
             return x
-        before = layer - 1
-        a = self.activate(before, saved[before]) if self.rows[before].saves == "z" else saved[before]
-        return self.dropped(before, a, masks[before])
+        G, _, parameters, saves_z = self.steps[layer - 1]
+        a = G(saved[layer - 1], *parameters) if saves_z else saved[layer - 1]
+        return self.dropped(layer - 1, a, masks) if masks else a
 
     def gradients(
-        self, g: Tensor, x: Tensor, target: Tensor, weights: Tensors, saved: list[Tensor], masks: Tensors, needs: Needs
+        self,
+        g: Tensor,
+        x: Tensor,
+        target: Tensor,
+        weights: Sequence[Any],
+        saved: Sequence[Tensor],
+        masks: Sequence[Any],
+        needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-        """Steps 2 to 4: ∂C/∂x, ∂C/∂W^l, ∂C/∂b^l, those that are needed; g = ∂(what is differentiated)/∂C."""
-        needs_x, needs_weight, needs_bias = needs
-        layers = len(weights)
-        prediction = self.input_of(layers, x, saved, masks)
-        n, outputs = prediction.shape
-        delta = self.cost.delta(prediction, target) * (g * self.cost.delta_weight(n, outputs))
-        grad_weight: list[Tensor | None] = [None] * layers
-        grad_bias: list[Tensor | None] = [None] * layers
-        for layer in range(layers - 1, -1, -1):
-            delta = self.rows[layer].delta(
-                self.dropped(layer, delta, masks[layer]), saved[layer], *self.parameters[layer]
-            )
-            if needs_weight[layer]:
-                grad_weight[layer] = sheet.grad_weight(delta, self.input_of(layer, x, saved, masks))
-            if needs_bias[layer]:
-                grad_bias[layer] = sheet.grad_bias(delta)
-            if not (needs_x or any(needs_weight[:layer]) or any(needs_bias[:layer])):
-                return None, grad_weight, grad_bias
+        """Steps 2 to 4: ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l that are needed, each times g. needs: x, all W, all b."""
+        n = len(weights)
+        *saved, prediction = saved
+        delta = self.cost.delta(prediction, target) * (g * self.cost.delta_weight(*prediction.shape))
+        grad_weights: list[Tensor | None] = [None] * n
+        grad_biases: list[Tensor | None] = [None] * n
+        for layer in range(n - 1, -1, -1):
+            _, delta_of, parameters, _ = self.steps[layer]
+            if masks:
+                delta = self.dropped(layer, delta, masks)
+            delta = delta_of(delta, saved[layer], *parameters)
+            if needs[1 + layer]:
+                grad_weights[layer] = sheet.grad_weight(delta, self.input_of(layer, x, saved, masks))
+            if needs[1 + n + layer]:
+                grad_biases[layer] = sheet.grad_bias(delta)
+            if not (needs[0] or any(needs[1 : 1 + layer]) or any(needs[1 + n : 1 + n + layer])):
+                return None, grad_weights, grad_biases
             delta = sheet.grad_input(delta, weights[layer])
-        return delta, grad_weight, grad_bias
+        return delta, grad_weights, grad_biases
 
 
 class NetworkCost(torch.autograd.Function):
-    """C of a whole net as one node.  x (N, n_1), target, then all W^l, all b^l and all masks, or None → scalar C.
+    """C of a whole net as one node.  x (N, n_1), target, then all W^l, all b^l, and masks if any → scalar C.
 
-    Saves x, target, the parameters, the masks, and a or z of each layer. A second derivative is taken of the same
-    recursion, its steps recorded and its activations computed again from x.
+    Saves x, target, parameters, masks, the prediction, and a or z of each layer. A second derivative is taken of the
+    same recursion, recorded, its activations computed again from x.
     """
 
     @staticmethod
     def forward(ctx: Any, net: Net, x: Tensor, target: Tensor, *tensors: Tensor | None) -> Tensor:
-        weights, biases, masks = _thirds(tensors)
-        prediction, saved = net.forward(x, weights, biases, masks)
+        n = len(net.steps)
+        saved = net.forward(x, tensors[:n], tensors[n : 2 * n], tensors[2 * n :])
         ctx.net = net
         ctx.save_for_backward(x, target, *tensors, *saved)
-        n, outputs = prediction.shape
-        return net.cost.total(prediction, target) * net.cost.total_weight(n, outputs)
+        prediction = saved[-1]
+        return net.cost.total(prediction, target) * net.cost.total_weight(*prediction.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         net: Net = ctx.net
-        layers = len(net.rows)
+        n, m = len(net.steps), 2 * len(net.steps) + len(net.keeps)
         x, target, *tensors = ctx.saved_tensors
-        weights, biases, masks = _thirds(tensors[: 3 * layers])
-        saved = tensors[3 * layers :]
+        weights, biases, masks, saved = tensors[:n], tensors[n : 2 * n], tensors[2 * n : m], tensors[m:]
         if torch.is_grad_enabled():  # create_graph: what was saved has no history
-            _, saved = net.forward(x, weights, biases, masks)
-        needs_weight, needs_bias, _ = _thirds(ctx.needs_input_grad[3:])
-        needs = (ctx.needs_input_grad[1], needs_weight, needs_bias)
-        grad_x, grad_weight, grad_bias = net.gradients(g, x, target, weights, saved, masks, needs)
-        return None, grad_x if needs[0] else None, None, *grad_weight, *grad_bias, *(None for _ in masks)
-
-
-def _thirds(items: Any) -> tuple[Any, Any, Any]:
-    """The items of all weights, of all biases and of all masks."""
-    n = len(items) // 3
-    return items[:n], items[n : 2 * n], items[2 * n :]
+            saved = net.forward(x, weights, biases, masks)
+        _, needs_x, _, *needs = ctx.needs_input_grad
+        grad_x, grad_weights, grad_biases = net.gradients(g, x, target, weights, saved, masks, (needs_x, *needs))
+        return None, grad_x, None, *grad_weights, *grad_biases, *(None for _ in masks)
 
 
 def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "quadratic") -> Tensor:
@@ -243,36 +234,27 @@ def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "q
     """
     layers = layers_of(model)
     cost = cost_of(loss, layers)
-    if _needs_layers(input, target):
+    special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
+    if special or torch.is_autocast_enabled(input.device.type):
         return functional.COSTS[loss](model(input), target)
     check_batch(layers, input, target, loss)
-    masks = [_mask(layer, input) for layer in layers]
-    net = Net(
-        tuple(layer.row for layer in layers),
-        tuple(layer.parameters for layer in layers),
-        tuple(None if mask is None else _keep(layer) for layer, mask in zip(layers, masks, strict=True)),
-        cost,
-    )
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    return NetworkCost.apply(net, input, target, *weights, *biases, *masks)
+    steps = [(layer.row.G, layer.row.delta, layer.parameters, layer.row.saves == "z") for layer in layers]
+    masks, keeps = _masks(layers, input) if any(layer.drops for layer in layers) else ([], [])
+    return NetworkCost.apply(Net(layers, steps, keeps, cost), input, target, *weights, *biases, *masks)
 
 
-def _needs_layers(input: Tensor, target: Tensor) -> bool:
-    special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
-    return special or torch.is_autocast_enabled(input.device.type)
-
-
-def _mask(layer: Layer, input: Tensor) -> Tensor | None:
-    """The mask that functional.dropout draws, in the same order."""
-    if not layer.drops or layer.dropout is None:
-        return None
-    shape = (input.shape[0], layer.weight.shape[0])
-    return torch.empty(shape, dtype=torch.bool, device=input.device).bernoulli_(1 - layer.dropout.p)
-
-
-def _keep(layer: Layer) -> float:
-    assert layer.dropout is not None
-    return 1 - layer.dropout.p or 1.0
+def _masks(layers: list[Layer], input: Tensor) -> tuple[list[Tensor | None], list[float | None]]:
+    """The masks that functional.dropout draws, in the same order, and 1 − p of each."""
+    masks: list[Tensor | None] = []
+    keeps: list[float | None] = []
+    for layer in layers:
+        p = layer.dropout.p if layer.drops and layer.dropout is not None else None
+        shape = (input.shape[0], layer.weight.shape[0])
+        mask = None if p is None else torch.empty(shape, dtype=torch.bool, device=input.device).bernoulli_(1 - p)
+        masks.append(mask)
+        keeps.append(None if p is None else 1 - p or 1.0)
+    return masks, keeps
 
 
 def check_batch(layers: list[Layer], input: Tensor, target: Tensor, loss: str) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -193,6 +194,58 @@ def test_one_activation_per_hidden_layer() -> None:
     assert [layer.activation for layer in net] == ["tanh", "leaky_relu", "identity"]
     assert net[1].parameter_values == (0.2,)
     assert [name for name, _ in net.named_parameters()] == ["0.weight", "2.weight", "4.weight"]
+
+
+def test_sizes_of_any_whole_type() -> None:
+    """NumPy's too."""
+    sizes = np.array([4, 3, 2])
+    assert mm.MLP(sizes).sizes == [4, 3, 2]
+    assert mm.Affine(sizes[0], sizes[1]).weight.shape == (3, 4)
+
+
+def test_a_subclass_is_not_its_activation() -> None:
+    """Its forward may compute something else."""
+
+    class Shifted(nn.ReLU):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) + 1
+
+    with pytest.raises(mm.InputError, match="got Shifted"):
+        mm.AffineActivation(2, 3, Shifted())
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_dropout_in_place(p: float) -> None:
+    a = torch.randn(20, 10, requires_grad=True)
+    z = a * 1
+    torch.manual_seed(1)
+    dropped = mm.Dropout(p, inplace=True)(z)
+    assert dropped.data_ptr() == z.data_ptr()
+    torch.manual_seed(1)
+    assert torch.equal(dropped, mm.Dropout(p)(a))
+    (gradient,) = torch.autograd.grad(dropped.sum(), a)
+    assert torch.equal(gradient, torch.autograd.grad(_dropped(a, p).sum(), a)[0])
+
+
+def _dropped(a: torch.Tensor, p: float) -> torch.Tensor:
+    torch.manual_seed(1)
+    return nn.functional.dropout(a, p)
+
+
+@pytest.mark.parametrize("loss", [mm.MSELoss(), mm.BCEWithLogitsLoss(), mm.QuadraticLoss()])
+def test_float16_costs_do_not_overflow(loss: nn.Module) -> None:
+    """The sum of 40,000 elements is beyond float16, their mean is not."""
+    z = torch.randn(4096, 10).half() * 3
+    exact = loss(z.double(), torch.zeros_like(z).double())
+    # One rounding of the result.
+    torch.testing.assert_close(loss(z, torch.zeros_like(z)).double(), exact, rtol=2e-3, atol=0)
+
+
+def test_softplus_of_beta_zero() -> None:
+    """a is infinite there, and torch's gradient a half."""
+    for G in (mm.functional.softplus, nn.functional.softplus):
+        z = torch.tensor([1.0], requires_grad=True)
+        assert torch.autograd.grad(G(z, 0.0), z)[0].item() == 0.5
 
 
 def test_linear_neuron() -> None:
