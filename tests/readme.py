@@ -13,7 +13,8 @@ def formula_table() -> str:
     lines = ["| name | G(z) | δ = g ⊙ G′ | keeps |", "|---|---|---|---|"]
     for name, row in ACTIVATIONS.items():
         parameters = "".join(f" {parameter}={default:g}" for parameter, default in row.parameters)
-        lines.append(f"| {name}{parameters} | `{row.G_text}` | `{row.delta_text}` | {'–' if name == 'identity' else row.saves} |")
+        keeps = "–" if name == "identity" else row.saves
+        lines.append(f"| {name}{parameters} | `{row.G_text}` | `{row.delta_text}` | {keeps} |")
     where = ", ".join(f"`{symbol}` = `{meaning}`" for symbol, meaning in SYMBOLS.items())
     notes = (
         f"{where}. A row `…_in_z` is what the row above it becomes when a alone no longer tells on which side of the "
