@@ -5,8 +5,10 @@ Every formula is the sheet's, in place. Plain SGD is done by the matrix product 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +20,25 @@ from manual_mlp.network import Layer, check_batch, cost_of, layers_of, sequences
 _PLANS = 8  # kinds of batches whose buffers are kept
 _CHUNK = 1 << 18  # numbers that train_epoch gathers at once: 1 MB of float32 stays in the cache
 
-Rates = list[tuple[float, float]] | None
-"""(β, α) of w := βw + α ∂C/∂w for each group of the optimizer; None if it takes the step itself."""
+Rates = tuple[tuple[float, float], ...]
+"""(β, α) of w := βw + α ∂C/∂w for each group of the optimizer; (), where it takes the step itself."""
 Pair = tuple[Tensor | None, Tensor | None]
+Call = Callable[..., Any]
 
 
 @dataclass(slots=True)
 class _Parameters:
-    """One layer's W^l and b^l, detached, and so of the same memory.
+    """One layer's (W^l, b^l), detached, and so of the same memory; None where missing.
 
-    weight, weight_t, bias   what products read; rounded copies of W^l and b^l if mixed
-    own, gradient            (W, b) and (∂C/∂W, ∂C/∂b), None where frozen, and the optimizer's groups of the two
-    rounded                  (∂C/∂W, ∂C/∂b) as mixed products give them
+    own, gradient   the parameters and their .grad, None where frozen too; groups: the optimizer's
+    read            what products read: the parameters or, if mixed, copies of them in compute_dtype
     """
 
-    weight: Tensor
-    weight_t: Tensor
-    bias: Tensor | None
+    both: tuple[Tensor, Tensor | None]
     own: Pair
     gradient: Pair
+    read: tuple[Tensor, Tensor | None]
     groups: tuple[int, int]
-    master: Pair
-    rounded: tuple[Tensor, Tensor] | None
 
 
 class _Stage:
@@ -47,52 +46,52 @@ class _Stage:
 
     def __init__(self, layer: Layer, n: int, like: Tensor, scratch: Tensor, bits: Tensor) -> None:
         shape = (n, layer.weight.shape[0])
-        self.parameters = layer.parameters
-        self.G_, self.delta_ = sheet.in_place(layer.row)
+        self.row, self.parameters = layer.row, layer.parameters
         self.a, self.delta = like.new_empty(shape), like.new_empty(shape)
         self.saved_z = like.new_empty(shape) if layer.row.saves == "z" else None
         self.z = self.a if self.saved_z is None else self.saved_z
         self.delta_t = self.delta.t()
         self.work, self.mask = (flat[: math.prod(shape)].view(shape) for flat in (scratch, bits))
-        self.linear = layer.row.name == "identity"
         self.dropout = layer.dropout
         if self.dropout is not None:
-            self.drawn, self.scale, self.output = torch.empty_like(self.mask), self.a.clone(), self.a.clone()
+            self.drawn, self.scale, self.dropped = (torch.empty_like(of) for of in (self.mask, self.a, self.a))
 
-    def draw(self) -> Tensor | None:
-        """m / (1 − p), with the mask that functional.dropout draws; None without dropout."""
-        if self.dropout is None or not self.dropout.training or self.dropout.p == 0:
-            return None
+    def draw(self) -> None:
+        """scale := m / (1 − p), with the mask that functional.dropout draws."""
+        assert self.dropout is not None
         keep = 1 - self.dropout.p
-        return self.scale.copy_(self.drawn.bernoulli_(keep)).div_(keep or 1.0)
+        self.scale.copy_(self.drawn.bernoulli_(keep)).div_(keep or 1.0)
 
 
 class _Plan:
-    """The buffers for batches of N rows, made in inference mode: autograd then keeps no books on them."""
+    """The buffers for batches of N rows, and the five steps on them as a list of calls.
 
-    def __init__(self, engine: "BackpropEngine", n: int, input: Tensor, target: Tensor) -> None:
-        layers = engine._layers
-        outputs = layers[-1].weight.shape[0]
-        largest = n * max(layer.weight.shape[0] for layer in layers)
-        with torch.inference_mode():
-            like = torch.empty(0, dtype=engine.compute_dtype or input.dtype, device=input.device)
-            scratch, bits = like.new_empty(largest), like.new_empty(largest, dtype=torch.bool)
-            self.stages = [_Stage(layer, n, like, scratch, bits) for layer in layers]
-            self.ones = like.new_ones(n)
-            # What the cost reads and writes is in the parameters' dtype.
-            self.column = torch.empty(n, 1, dtype=input.dtype, device=input.device)
-            self.delta, self.work = self.stages[-1].delta, self.stages[-1].work
-            self.input = self.prediction = None
-            if engine.compute_dtype is not None:
-                self.input = like.new_empty(n, input.shape[1])
-                self.prediction, self.delta, self.work = (self.column.new_empty(n, outputs) for _ in range(3))
+    Buffers are made in inference mode: autograd then keeps no books on them. The calls are made once for the
+    optimizer's rates and the dropouts that draw; a step only runs through them.
+    """
+
+    def __init__(self, engine: "BackpropEngine", input: Tensor, target: Tensor) -> None:
+        self.engine, n, outputs = engine, len(input), engine._layers[-1].weight.shape[0]
         self.total_weight = engine._cost.total_weight(n, outputs)
         self.delta_weight = engine._cost.delta_weight(n, outputs)
+        with torch.inference_mode():
+            like = torch.empty(0, dtype=engine.compute_dtype or input.dtype, device=input.device)
+            largest = n * max(layer.weight.shape[0] for layer in engine._layers)
+            scratch, bits = like.new_empty(largest), like.new_empty(largest, dtype=torch.bool)
+            self.stages = [_Stage(layer, n, like, scratch, bits) for layer in engine._layers]
+            self.ones, self.input = like.new_ones(n), like.new_empty(input.shape if engine.compute_dtype else 0)
+            # What the cost reads and writes is in the parameters' dtype.
+            real = torch.empty(3, n, outputs, dtype=input.dtype, device=input.device)
+            self.prediction, self.delta, self.work = real
+            self.column = real.new_empty(n, 1)
+            self.cost = real.new_empty(())
+            if engine.compute_dtype is None:
+                self.delta = self.stages[-1].delta
+            self.flat = self.delta.view(-1)
         batches = max(1, _CHUNK // (n * input.shape[1]))
-        self.chunk = [
-            torch.empty(batches * n, *data.shape[1:], dtype=data.dtype, device=data.device) for data in (input, target)
-        ]
+        self.chunk = [data.new_empty(batches * n, *data.shape[1:]) for data in (input, target)]
         self.batches = list(zip(*(data.split(n) for data in self.chunk), strict=True))
+        self.made_for: object = None
 
     def gathered(self, input: Tensor, target: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows of `order`, which are whole batches, batch by batch."""
@@ -101,6 +100,121 @@ class _Plan:
             for data, chunk in zip((input, target), self.chunk, strict=True):
                 torch.index_select(data, 0, rows, out=chunk[: len(rows)])
             yield from self.batches[: len(rows) // n]
+
+    def run(self, input: Tensor, target: Tensor, out: Tensor) -> None:
+        """The five steps, in inference mode; out := C / total_weight."""
+        if self.rounding:
+            for call in self.rounding:
+                call()
+            input = self.input.copy_(input)
+        self.first(input)
+        for call in self.forward:
+            call()
+        self.both_(self.prediction, target, self.delta, self.flat, self.work, self.column, out)
+        for call in self.backward:
+            call()
+        for call in self.last:
+            call(input)
+
+    def make(self, rates: Rates, drops: list[bool]) -> None:
+        """The calls for these rates and dropouts, unless they are there: first and last read the input."""
+        if self.made_for == (rates, drops):
+            return
+        self.made_for = rates, drops
+        self.both_ = self.engine._cost.both_
+        inputs: list[Tensor | None] = [None]
+        self.rounding: list[Call] = []
+        self.forward: list[Call] = []
+        self.backward: list[Call] = []
+        self.last: list[Call] = []
+        with torch.inference_mode():
+            for p, stage, drop in zip(self.engine._parameters, self.stages, drops, strict=True):
+                self._step_1(p, stage, drop, inputs)
+            a, delta = inputs.pop(), self.stages[-1].delta
+            if self.engine.compute_dtype is None:
+                self.prediction = a
+            else:
+                self.forward.append(partial(self.prediction.copy_, a))
+                self.backward.append(partial(delta.copy_, self.delta))
+            for layer in range(len(self.stages) - 1, self.engine._first - 1, -1):
+                self._steps_2_and_3(layer, drops[layer])
+                self._steps_4_and_5(layer, inputs[layer], rates)
+
+    def _step_1(self, p: _Parameters, stage: _Stage, drop: bool, inputs: list[Tensor | None]) -> None:
+        """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1})."""
+        weight, bias = p.read
+        a = inputs[-1]
+        if self.engine.compute_dtype is not None:
+            pairs = zip(p.read, p.both, strict=True)
+            self.rounding += [partial(copy.copy_, own) for copy, own in pairs if copy is not None and own is not None]
+        if bias is None:
+            affine = partial(torch.mm, mat2=weight.t(), out=stage.z)
+        else:
+            affine = partial(torch.addmm, bias, mat2=weight.t(), out=stage.z)
+        if a is None:
+            self.first = affine
+        else:
+            self.forward.append(partial(affine, a))
+        if stage.row.name != "identity":
+            G_, _ = sheet.in_place(stage.row)
+            self.forward.append(partial(G_, stage.z, *stage.parameters, out=stage.a))
+        if drop:
+            self.forward += [stage.draw, partial(torch.mul, stage.a, stage.scale, out=stage.dropped)]
+        inputs.append(stage.dropped if drop else stage.a)
+
+    def _steps_2_and_3(self, layer: int, drop: bool) -> None:
+        """δ^{l+1} = g ⊙ G′(z^{l+1}), and what arrives at the layer before, δ^{l+1} W^l, with the old W^l."""
+        stage = self.stages[layer]
+        if drop:
+            self.backward.append(partial(stage.delta.mul_, stage.scale))
+        if stage.row.name != "identity":
+            _, delta_ = sheet.in_place(stage.row)
+            tensors = stage.delta, stage.a, stage.saved_z, stage.work, stage.mask
+            self.backward.append(partial(delta_, *tensors, *stage.parameters))
+        if layer > self.engine._first:
+            weight, _ = self.engine._parameters[layer].read
+            self.backward.append(partial(torch.mm, stage.delta, weight, out=self.stages[layer - 1].delta))
+
+    def _steps_4_and_5(self, layer: int, a: Tensor | None, rates: Rates) -> None:
+        """w := βw + α ∂C/∂w, with rates; without, ∂C/∂w into its own buffer."""
+        p, stage = self.engine._parameters[layer], self.stages[layer]
+        (weight, bias), groups = (p.own, p.groups) if rates else (p.gradient, (0, 0))
+        (beta, alpha), (beta_b, alpha_b) = ((rates or ((0.0, 1.0),))[group] for group in groups)
+        alpha, alpha_b = alpha * self.delta_weight, alpha_b * self.delta_weight
+        mixed = self.engine.compute_dtype is not None
+        if weight is not None:
+            call: Call
+            if mixed:
+                call = partial(_add_rounded, weight, torch.empty_like(p.read[0]), stage.delta_t, beta, alpha)
+            else:
+                call = partial(weight.addmm_, stage.delta_t, beta=beta, alpha=alpha)
+            if a is None:
+                self.last.append(call)
+            else:
+                self.backward.append(partial(call, a))
+        if bias is not None and mixed:
+            self.backward.append(
+                partial(_add_sum, bias, stage.delta.new_empty(len(bias)), stage.delta, beta_b, alpha_b)
+            )
+        elif bias is not None:
+            self.backward.append(partial(bias.addmv_, stage.delta_t, self.ones, beta=beta_b, alpha=alpha_b))
+
+
+def _add_rounded(to: Tensor, rounded: Tensor, delta_t: Tensor, beta: float, alpha: float, a: Tensor) -> None:
+    _add(to, torch.mm(delta_t, a, out=rounded), beta, alpha)
+
+
+def _add_sum(to: Tensor, rounded: Tensor, delta: Tensor, beta: float, alpha: float) -> None:
+    _add(to, torch.sum(delta, 0, out=rounded), beta, alpha)
+
+
+def _add(to: Tensor, gradient: Tensor, beta: float, alpha: float) -> None:
+    """to := β to + α gradient, in the dtype of `to`."""
+    if beta == 0:
+        to.zero_()
+    elif beta != 1:
+        to.mul_(beta)
+    to.add_(gradient, alpha=alpha)
 
 
 class BackpropEngine:
@@ -132,15 +246,15 @@ class BackpropEngine:
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
         """One training step: input (N, n_1), target (N, n_L) or class indices (N,) → C before the step, a scalar."""
-        plan, rates = self._planned(input, target), self._rates()
-        cost = self._pass(plan, input, target, rates)
-        if rates is None:
+        rates = self._rates()
+        cost = self._pass(input, target, rates)
+        if not rates:
             self._step_optimizer()
         return cost
 
     def compute_gradients(self, input: Tensor, target: Tensor) -> Tensor:
         """Steps 1 to 4: fills the parameters' .grad (it does not add to it) → C. Arguments as `step`."""
-        return self._pass(self._planned(input, target), input, target, None)
+        return self._pass(input, target, ())
 
     def train_epoch(
         self, input: Tensor, target: Tensor, batch_size: int, generator: torch.Generator | None = None
@@ -151,109 +265,43 @@ class BackpropEngine:
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"expected a batch_size of at least 1; got {batch_size!r}")
-        check_batch(self._layers, input, target, self.loss)
-        self._check_labels(target)
+        self._check(input, target)
         order = torch.randperm(len(input), generator=generator, device=generator.device if generator else None)
         order, rates = order.to(input.device), self._rates()
         costs = torch.empty(math.ceil(len(input) / batch_size), dtype=input.dtype, device=input.device)
-        outs = iter(costs.unbind())
         whole = len(input) // batch_size * batch_size
-        for rows, n in ((order[:whole], batch_size), (order[whole:], len(input) - whole)):
+        outs = costs.unbind()
+        for n, rows, out in ((batch_size, order[:whole], outs), (len(input) - whole, order[whole:], outs[-1:])):
             if len(rows):
-                plan = self._planned(input[:n], target[:n])
-                self._train(plan, plan.gathered(input, target, rows), outs, rates)
+                plan = self._planned(input[:n], target[:n], rates)
+                self._train(plan, zip(plan.gathered(input, target, rows), out, strict=False), rates)
         return costs.sum() * self._cost.total_weight(len(input), self._layers[-1].weight.shape[0])
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # The five steps
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def _pass(self, plan: _Plan, input: Tensor, target: Tensor, rates: Rates) -> Tensor:
+    def _pass(self, input: Tensor, target: Tensor, rates: Rates) -> Tensor:
         """Steps 1 to 4, or to 5 given rates → C, an ordinary tensor."""
-        cost = torch.empty((), dtype=input.dtype, device=input.device)
+        plan = self._planned(input, target, rates)
         try:
             with torch.inference_mode():
-                self._recursion(plan, input, target, cost, rates)
-                cost.mul_(plan.total_weight)
+                plan.run(input, target, plan.cost)
         except (IndexError, RuntimeError):
-            self._check_labels(target)
+            self._check(input, target)
             raise
-        if rates is None:
+        if not rates:
             self._give_gradients()
-        return cost
+        return plan.cost * plan.total_weight
 
-    def _train(
-        self, plan: _Plan, batches: Iterator[tuple[Tensor, Tensor]], outs: Iterator[Tensor], rates: Rates
-    ) -> None:
-        """A step for each batch; its cost, undivided, goes into the next of outs."""
-        if rates is not None:
+    def _train(self, plan: _Plan, batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]], rates: Rates) -> None:
+        """A step for each (input, target), out; out := the cost, undivided."""
+        if rates:
             with torch.inference_mode():
-                for input, target in batches:
-                    self._recursion(plan, input, target, next(outs), rates)
+                for (input, target), out in batches:
+                    plan.run(input, target, out)
             return
-        for input, target in batches:
+        for (input, target), out in batches:
             with torch.inference_mode():
-                self._recursion(plan, input, target, next(outs), None)
+                plan.run(input, target, out)
             self._give_gradients()
             self._step_optimizer()
-
-    def _recursion(self, plan: _Plan, input: Tensor, target: Tensor, out: Tensor, rates: Rates) -> None:
-        """The five steps, in inference mode; out := C / total_weight."""
-        a, scales = self._round(plan, input), []
-        inputs: list[Tensor] = []
-        for p, stage in zip(self._parameters, plan.stages, strict=True):
-            inputs.append(a)
-            if p.bias is None:
-                torch.mm(a, p.weight_t, out=stage.z)
-            else:
-                torch.addmm(p.bias, a, p.weight_t, out=stage.z)
-            if not stage.linear:
-                stage.G_(stage.z, stage.a, *stage.parameters)
-            scales.append(stage.draw())
-            a = stage.a if scales[-1] is None else torch.mul(stage.a, scales[-1], out=stage.output)
-        prediction = a if plan.prediction is None else plan.prediction.copy_(a)
-        self._cost.both_(prediction, target, plan.delta, plan.work, plan.column, out)
-        if plan.prediction is not None:
-            stage.delta.copy_(plan.delta)
-        first = self._first
-        for layer in range(len(inputs) - 1, first - 1, -1):
-            p, stage = self._parameters[layer], plan.stages[layer]
-            if (scale := scales[layer]) is not None:
-                stage.delta.mul_(scale)
-            if not stage.linear:
-                stage.delta_(stage.delta, stage.a, stage.saved_z, stage.work, stage.mask, *stage.parameters)
-            if layer > first:
-                torch.mm(stage.delta, p.weight, out=plan.stages[layer - 1].delta)
-            self._write(p, stage, inputs[layer], plan, rates)
-
-    def _round(self, plan: _Plan, input: Tensor) -> Tensor:
-        """a^1; if mixed, it and all parameters rounded to compute_dtype."""
-        if plan.input is None:
-            return input
-        for p in self._parameters:
-            for copy, master in zip((p.weight, p.bias), p.master, strict=True):
-                if copy is not None and master is not None:
-                    copy.copy_(master)
-        return plan.input.copy_(input)
-
-    def _write(self, p: _Parameters, stage: _Stage, a: Tensor, plan: _Plan, rates: Rates) -> None:
-        """Steps 4 and 5, w := βw + α ∂C/∂w, or step 4 alone, ∂C/∂w into its buffer."""
-        weight, bias = p.gradient if rates is None else p.own
-        beta, alpha = (0.0, 1.0) if rates is None else rates[p.groups[0]]
-        if p.rounded is not None:
-            torch.mm(stage.delta_t, a, out=p.rounded[0])
-            torch.sum(stage.delta, 0, out=p.rounded[1])
-            _add(weight, p.rounded[0], beta, alpha * plan.delta_weight)
-        elif weight is not None:
-            weight.addmm_(stage.delta_t, a, beta=beta, alpha=alpha * plan.delta_weight)
-        if bias is None:
-            return
-        if rates is not None:
-            beta, alpha = rates[p.groups[1]]
-        if p.rounded is not None:
-            _add(bias, p.rounded[1], beta, alpha * plan.delta_weight)
-        else:
-            bias.addmv_(stage.delta_t, plan.ones, beta=beta, alpha=alpha * plan.delta_weight)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Parameters, optimizer and plans
@@ -263,6 +311,7 @@ class BackpropEngine:
         """Reads the model and the optimizer, and checks that they belong together."""
         self._layers = layers_of(self.model)
         self._cost = cost_of(self.loss, self._layers)
+        self._dropouts = [layer.dropout for layer in self._layers]
         self._groups = self.optimizer.param_groups
         self._plans: dict[object, _Plan] = {}
         owned = [(layer.affine._parameters, name) for layer in self._layers for name in ("weight", "bias")]
@@ -286,15 +335,14 @@ class BackpropEngine:
 
     def _read(self, layer: Layer, group_of: dict[int, int]) -> _Parameters:
         """One layer's tensors, made outside inference mode: gradients and parameters are ordinary ones."""
-        own = _trained(layer.weight), _trained(layer.bias)
-        gradient = _like(own[0]), _like(own[1])
-        groups = group_of.get(id(layer.weight), 0), group_of.get(id(layer.bias), 0)
-        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-        master, rounded = (weight, bias), None
+        weight, bias = layer.weight, layer.bias
+        both = weight.detach(), None if bias is None else bias.detach()
+        own = both[0] if weight.requires_grad else None, both[1] if bias is not None and bias.requires_grad else None
+        gradient = _empty(own[0]), _empty(own[1])
+        read = both
         if self.compute_dtype is not None:
-            weight, bias = weight.to(self.compute_dtype), None if bias is None else bias.to(self.compute_dtype)
-            rounded = (torch.empty_like(weight), weight.new_empty(len(weight)))
-        return _Parameters(weight, weight.t(), bias, own, gradient, groups, master, rounded)
+            read = both[0].to(self.compute_dtype), None if both[1] is None else both[1].to(self.compute_dtype)
+        return _Parameters(both, own, gradient, read, (group_of.get(id(weight), 0), group_of.get(id(bias), 0)))
 
     def _check_parameters(self, group_of: dict[int, int]) -> None:
         parameters = [watched[2] for watched in self._watched]
@@ -315,19 +363,21 @@ class BackpropEngine:
                 "got another set: make the optimizer after the model has its final parameters"
             )
 
-    def _planned(self, input: Tensor, target: Tensor) -> _Plan:
+    def _planned(self, input: Tensor, target: Tensor, rates: Rates) -> _Plan:
         """The plan for such a batch; made anew, with all checks, after anything it was made from has changed."""
         if self._changed():
             self._prepare()
         if torch.is_autocast_enabled(input.device.type):
             raise InputError("expected no autocast around the engine: it would not take part; use compute_dtype")
-        kind = (input.shape, target.shape, input.dtype, target.dtype, input.device, target.device)
+        # A wrong dtype or device of the input is torch's to notice, before anything is written.
+        kind = input.shape, target.shape, target.dtype
         plan = self._plans.get(kind)
         if plan is None:
-            check_batch(self._layers, input, target, self.loss)
+            self._check(input, target)
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
-            plan = self._plans[kind] = _Plan(self, len(input), input, target)
+            plan = self._plans[kind] = _Plan(self, input, target)
+        plan.make(rates, [d is not None and d.training and d.p > 0 for d in self._dropouts])
         return plan
 
     def _changed(self) -> bool:
@@ -339,19 +389,19 @@ class BackpropEngine:
         return modules or self.optimizer.param_groups is not self._groups
 
     def _rates(self) -> Rates:
-        """Of a plain SGD, w := (1 − LR λ) w − LR ∂C/∂w; None for anything more."""
+        """Of a plain SGD: w := (1 − LR λ) w − LR ∂C/∂w."""
         optimizer = self.optimizer
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         if type(optimizer) is not torch.optim.SGD or self.max_grad_norm is not None or hooks:
-            return None
+            return ()
         rates = []
         for group in optimizer.param_groups:
             lr = group["lr"]
-            if group["momentum"] != 0 or group["maximize"] or not isinstance(lr, float | int):
-                return None
+            if group["momentum"] != 0 or group["maximize"] or isinstance(lr, Tensor):
+                return ()
             rates.append((1.0 - lr * group["weight_decay"], -lr))
         optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks about
-        return rates
+        return tuple(rates)
 
     def _give_gradients(self) -> None:
         for parameter, gradient in self._gradients:
@@ -362,7 +412,11 @@ class BackpropEngine:
             nn.utils.clip_grad_norm_([parameter for parameter, _ in self._gradients], self.max_grad_norm)
         self.optimizer.step()
 
-    def _check_labels(self, target: Tensor) -> None:
+    def _check(self, input: Tensor, target: Tensor) -> None:
+        """Raises InputError for a batch that does not fit, or is empty, or has labels out of range."""
+        check_batch(self._layers, input, target, self.loss)
+        if len(input) == 0:
+            raise InputError("expected a batch with at least one row; got none, whose mean cost is no number")
         classes = self._layers[-1].weight.shape[0]
         if self.loss == "cross_entropy" and target.dim() == 1 and len(target):
             low, high = int(target.min()), int(target.max())
@@ -373,16 +427,5 @@ class BackpropEngine:
                 )
 
 
-def _trained(parameter: Tensor | None) -> Tensor | None:
-    return parameter.detach() if parameter is not None and parameter.requires_grad else None
-
-
-def _like(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.empty_like(tensor)
-
-
-def _add(to: Tensor | None, gradient: Tensor, beta: float, alpha: float) -> None:
-    """to := β to + α gradient, of another dtype."""
-    if to is not None:
-        to.zero_() if beta == 0 else to.mul_(beta)
-        to.add_(gradient, alpha=alpha)
+def _empty(like: Tensor | None) -> Tensor | None:
+    return None if like is None else torch.empty_like(like)

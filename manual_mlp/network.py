@@ -136,7 +136,6 @@ class Net:
     keeps    1 − p of the dropout after each layer; empty if none draws
     """
 
-    layers: list[Layer]
     steps: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[float, ...], bool]]
     keeps: list[float | None]
     cost: Cost
@@ -241,7 +240,7 @@ def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "q
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     steps = [(layer.row.G, layer.row.delta, layer.parameters, layer.row.saves == "z") for layer in layers]
     masks, keeps = _masks(layers, input) if any(layer.drops for layer in layers) else ([], [])
-    return NetworkCost.apply(Net(layers, steps, keeps, cost), input, target, *weights, *biases, *masks)
+    return NetworkCost.apply(Net(steps, keeps, cost), input, target, *weights, *biases, *masks)
 
 
 def _masks(layers: list[Layer], input: Tensor) -> tuple[list[Tensor | None], list[float | None]]:

@@ -1,6 +1,6 @@
 """The engine beside autograd and torch.optim: 100 steps to 1e-12; and what it notices, honours and refuses."""
 
-import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +46,7 @@ def net(row: str = "sigmoid", parameters: tuple[float, ...] = (), loss: str = "q
     """Ours, 4-5-6-3, the row in every layer but before a logits cost."""
     last = row if loss in ("quadratic", "mse") else "identity"
     sizes = [4, 5, 6, 3]
-    layers = [mm.AffineActivation(i, o, "identity", bias, dtype=double) for i, o in zip(sizes, sizes[1:], strict=False)]
+    layers = [mm.AffineActivation(i, o, "identity", bias, dtype=double) for i, o in itertools.pairwise(sizes)]
     for layer, name in zip(layers, (row, row, last), strict=True):
         layer.activation, layer.parameter_values = name, parameters if name == row else ()
     return nn.Sequential(*layers)
@@ -126,7 +126,7 @@ def test_in_place_form_is_the_row(row: Activation, parameters: tuple[float, ...]
     G_, delta_ = sheet.in_place(row)
     z_ = z.clone()
     a = z_ if row.saves == "a" else torch.full_like(z, torch.nan)
-    G_(z_, a, *parameters)
+    G_(z_, *parameters, out=a)
     torch.testing.assert_close(a, expected_a, rtol=eps, atol=eps)
     work, mask = torch.full_like(z, torch.nan), torch.ones_like(z, dtype=torch.bool)
     delta_(g, a, None if row.saves == "a" else z_, work, mask, *parameters)
@@ -147,7 +147,7 @@ def test_a_row_without_forms_of_its_own_is_copied() -> None:
     row = Activation("cube", lambda z: z**3, lambda g, z: g * (3 * z * z), "z", "z**3", "g*3*z**2")
     G_, delta_ = sheet.in_place(row)
     z, a, g = torch.linspace(-1, 1, 5), torch.empty(5), torch.ones(5)
-    G_(z, a)
+    G_(z, out=a)
     delta_(g, a, z, torch.empty(5), torch.empty(5, dtype=torch.bool))
     torch.testing.assert_close(a, z**3)
     torch.testing.assert_close(g, 3 * z * z)
