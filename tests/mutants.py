@@ -39,7 +39,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "softplus without β": ("formulas", "torch.expm1(a * -beta)", "torch.expm1(-a)"),
     "silu's last term": ("formulas", "(1 + z * (1 - s))", "(1 + z * (1 - s * 1.0005))"),
     "gelu's tail": ("formulas", "torch.erfc(z * -math.sqrt(1 / 2)) / 2", "(1 + torch.erf(z * math.sqrt(1 / 2))) / 2"),
-    "gelu_tanh's cubic term": ("formulas", "(3 * cubic)", "(2 * cubic)"),
+    "gelu_tanh's cubic term": ("formulas", "slope = (1 + square * (3 * cubic))", "slope = (1 + square * (2 * cubic))"),
     "formula text": ("formulas", '"g*(1 - a**2)"', '"g*(1 - a)**2"'),
     "bce: G′ not cancelled": (
         "formulas",
