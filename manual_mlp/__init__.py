@@ -2,6 +2,7 @@
 
 from manual_mlp import functional, testing
 from manual_mlp.convert import convert, left_alone, revert
+from manual_mlp.engine import BackpropEngine
 from manual_mlp.errors import InputError
 from manual_mlp.modules import (
     GELU,
@@ -30,6 +31,7 @@ __all__ = [
     "Affine",
     "AffineActivation",
     "BCEWithLogitsLoss",
+    "BackpropEngine",
     "CrossEntropyLoss",
     "Dropout",
     "Identity",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
-from manual_mlp.network import Layer, check_batch, cost_of, layers_of, sequences_of
+from manual_mlp.network import Layer, check_batch, cost_of, net_of
 
 _PLANS = 8  # kinds of batches whose buffers are kept
 _CHUNK = 1 << 18  # numbers that train_epoch gathers at once: 1 MB of float32 stays in the cache
@@ -242,6 +242,10 @@ class BackpropEngine:
         self.max_grad_norm, self.compute_dtype = max_grad_norm, compute_dtype
         if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
             raise InputError(f"expected a torch.optim.SGD, Adam or AdamW; got {type(optimizer).__name__}")
+        if any(group["differentiable"] for group in optimizer.param_groups):
+            raise InputError("expected an optimizer without differentiable=True, since the engine keeps no graph")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InputError(f"expected a max_grad_norm above 0, or None; got {max_grad_norm}")
         self._prepare()
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
@@ -309,7 +313,8 @@ class BackpropEngine:
 
     def _prepare(self) -> None:
         """Reads the model and the optimizer, and checks that they belong together."""
-        self._layers = layers_of(self.model)
+        self._net = net_of(self.model)
+        self._layers = self._net.layers
         self._cost = cost_of(self.loss, self._layers)
         self._dropouts = [layer.dropout for layer in self._layers]
         self._groups = self.optimizer.param_groups
@@ -320,7 +325,6 @@ class BackpropEngine:
             for of, name in owned
             if (parameter := of[name]) is not None
         ]
-        self._modules = [(module, tuple(module._modules.values())) for module in sequences_of(self.model)]
         group_of = {id(parameter): i for i, group in enumerate(self._groups) for parameter in group["params"]}
         self._check_parameters(group_of)
         self._parameters = [self._read(layer, group_of) for layer in self._layers]
@@ -385,8 +389,7 @@ class BackpropEngine:
             same = of.get(name) is parameter and parameter.data_ptr() == pointer
             if not same or parameter.requires_grad is not trained:
                 return True
-        modules = any(tuple(module._modules.values()) != children for module, children in self._modules)
-        return modules or self.optimizer.param_groups is not self._groups
+        return self._net.changed(self.model) or self.optimizer.param_groups is not self._groups
 
     def _rates(self) -> Rates:
         """Of a plain SGD: w := (1 − LR λ) w − LR ∂C/∂w."""
@@ -414,7 +417,7 @@ class BackpropEngine:
 
     def _check(self, input: Tensor, target: Tensor) -> None:
         """Raises InputError for a batch that does not fit, or is empty, or has labels out of range."""
-        check_batch(self._layers, input, target, self.loss)
+        check_batch(self._layers[0].weight, len(self._layers[-1].weight), input, target, self.loss)
         if len(input) == 0:
             raise InputError("expected a batch with at least one row; got none, whose mean cost is no number")
         classes = self._layers[-1].weight.shape[0]

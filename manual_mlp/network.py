@@ -5,10 +5,11 @@ gradients work in any optimizer, in DistributedDataParallel, with clipping and a
 steps 2 to 4 read and nothing else: of silu and gelu z alone, from which a is recomputed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +85,6 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _leaves(child, f"{name}.{key}" if name else key)
 
 
-def sequences_of(model: nn.Module) -> list[nn.Module]:
-    """The model's nn.Sequentials, itself included: what decides which layers there are."""
-    return [module for module in model.modules() if isinstance(module, nn.Sequential)]
-
-
 def _read(layers: list[Layer], name: str, module: nn.Module) -> None:
     """Append a layer, or complete the last one with an activation or a dropout."""
     kind, last = type(module), layers[-1] if layers else None
@@ -128,99 +124,126 @@ def cost_of(loss: str, layers: list[Layer]) -> Cost:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Net:
-    """What the recursion needs to know beside tensors: layer l leads from a^l to a^{l+1}, counted from 0 here.
+Some = Sequence[Any]
+Masks = list[tuple[Tensor, float] | None]
+"""Of the dropout after each layer: m and 1 − p, or None where none is drawn; empty if there are none at all."""
 
-    steps    of each layer: G, delta, the values of the row's parameters, and whether z is saved
-    keeps    1 − p of the dropout after each layer; empty if none draws
+
+class Net:
+    """A model as the recursion needs it, beside its parameters: layer l leads from a^l to a^{l+1}, counted from 0 here.
+
+    steps   of each layer: G, its form in place, delta, the values of the row's parameters, and whether z is saved
     """
 
-    steps: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[float, ...], bool]]
-    keeps: list[float | None]
-    cost: Cost
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = layers_of(model)
+        rows = [(layer.row, layer.parameters) for layer in self.layers]
+        self.steps = [(row.G, sheet.in_place(row)[0], row.delta, values, row.saves == "z") for row, values in rows]
+        # Not the model itself: what is kept for it must not keep it.
+        self.children = tuple(model._modules.values())
+        self.modules = [(module, tuple(module._modules.values())) for module in model.modules() if module is not model]
+        self.settings = [
+            (module, modules.activation_row(module))
+            for module, _ in self.modules
+            if type(module) in modules.ACTIVATION_MODULES and hasattr(module, "__constants__")
+        ]
 
-    def forward(self, x: Tensor, weights: Sequence[Any], biases: Sequence[Any], masks: Sequence[Any]) -> list[Tensor]:
+    def changed(self, model: nn.Module) -> bool:
+        """Whether the model has other layers than it had, other activations, or hooks."""
+        for module, children in ((model, self.children), *self.modules):
+            hooks = module._forward_hooks or module._forward_pre_hooks
+            if hooks or module._backward_hooks or module._backward_pre_hooks:
+                return True
+            if children and tuple(module._modules.values()) != children:
+                return True
+        return any(modules.activation_row(module) != row for module, row in self.settings)
+
+    def forward(self, x: Tensor, weights: Some, biases: Some, masks: Masks) -> list[Tensor]:
         """Step 1: a or z of each layer, whichever its row saves, and the prediction a^L."""
-        a, saved = x, []
-        for layer, (G, _, parameters, saves_z) in enumerate(self.steps):
+        a, saved, recorded = x, [], torch.is_grad_enabled()
+        for layer, (G, G_, _, parameters, saves_z) in enumerate(self.steps):
             z = sheet.affine(a, weights[layer], biases[layer])
-            a = G(z, *parameters)
+            a = G(z, *parameters) if saves_z or recorded else G_(z, *parameters, out=z)
             saved.append(z if saves_z else a)
             if masks:
-                a = self.dropped(layer, a, masks)
+                a = _dropped(a, masks[layer])
         return [*saved, a]
 
-    def dropped(self, layer: int, a: Tensor, masks: Sequence[Any]) -> Tensor:
-        keep = self.keeps[layer]
-        return a if keep is None else sheet.dropout(a, masks[layer], keep)
-
-    def input_of(self, layer: int, x: Tensor, saved: Sequence[Tensor], masks: Sequence[Any]) -> Tensor:
-        """a^l, what a layer reads: computed again where z was saved."""
-        if layer == 0:
-            return x
-        G, _, parameters, saves_z = self.steps[layer - 1]
-        a = G(saved[layer - 1], *parameters) if saves_z else saved[layer - 1]
-        return self.dropped(layer - 1, a, masks) if masks else a
-
-    def gradients(
-        self,
-        g: Tensor,
-        x: Tensor,
-        target: Tensor,
-        weights: Sequence[Any],
-        saved: Sequence[Tensor],
-        masks: Sequence[Any],
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-        """Steps 2 to 4: ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l that are needed, each times g. needs: x, all W, all b."""
-        n = len(weights)
-        *saved, prediction = saved
-        delta = self.cost.delta(prediction, target) * (g * self.cost.delta_weight(*prediction.shape))
-        grad_weights: list[Tensor | None] = [None] * n
-        grad_biases: list[Tensor | None] = [None] * n
-        for layer in range(n - 1, -1, -1):
-            _, delta_of, parameters, _ = self.steps[layer]
+    def backward(
+        self, delta: Tensor, x: Tensor, weights: Some, saved: Some, masks: Masks, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Steps 2 to 4 from delta = ∂C/∂a^L: ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed."""
+        n = len(self.steps)
+        gradients: list[Tensor | None] = [None] * len(needs)
+        lowest = 0 if needs[0] else min((i - 1) % n for i, needed in enumerate(needs) if needed)
+        for layer in range(n - 1, lowest - 1, -1):
             if masks:
-                delta = self.dropped(layer, delta, masks)
+                delta = _dropped(delta, masks[layer])
+            _, _, delta_of, parameters, _ = self.steps[layer]
             delta = delta_of(delta, saved[layer], *parameters)
             if needs[1 + layer]:
-                grad_weights[layer] = sheet.grad_weight(delta, self.input_of(layer, x, saved, masks))
+                a = x
+                if layer > 0:
+                    G, _, _, parameters, saves_z = self.steps[layer - 1]
+                    a = G(saved[layer - 1], *parameters) if saves_z else saved[layer - 1]
+                    a = _dropped(a, masks[layer - 1]) if masks else a
+                gradients[1 + layer] = sheet.grad_weight(delta, a)
             if needs[1 + n + layer]:
-                grad_biases[layer] = sheet.grad_bias(delta)
-            if not (needs[0] or any(needs[1 : 1 + layer]) or any(needs[1 + n : 1 + n + layer])):
-                return None, grad_weights, grad_biases
-            delta = sheet.grad_input(delta, weights[layer])
-        return delta, grad_weights, grad_biases
+                gradients[1 + n + layer] = sheet.grad_bias(delta)
+            if layer > lowest or needs[0]:
+                delta = sheet.grad_input(delta, weights[layer])
+        gradients[0] = delta if needs[0] else None
+        return tuple(gradients)
+
+
+_NETS: WeakKeyDictionary[nn.Module, Net] = WeakKeyDictionary()
+
+
+def net_of(model: nn.Module) -> Net:
+    """The model as a Net, read again only after a change."""
+    net = _NETS.get(model)
+    if net is None or net.changed(model):
+        net = Net(model)
+        if net.children:  # a lone layer would be kept by what is kept for it
+            _NETS[model] = net
+    return net
+
+
+def _dropped(a: Tensor, mask: tuple[Tensor, float] | None) -> Tensor:
+    return a if mask is None else sheet.dropout(a, *mask)
 
 
 class NetworkCost(torch.autograd.Function):
-    """C of a whole net as one node.  x (N, n_1), target, then all W^l, all b^l, and masks if any → scalar C.
+    """C of a whole net as one node.  x (N, n_1), target, then all W^l and all b^l (or None) → scalar C.
 
-    Saves x, target, parameters, masks, the prediction, and a or z of each layer. A second derivative is taken of the
-    same recursion, recorded, its activations computed again from x.
+    Saves x, target, parameters, the prediction, and a or z of each layer; the masks, which have no history, on ctx. A
+    second derivative is taken of the same recursion, recorded, its activations computed again from x.
     """
 
     @staticmethod
-    def forward(ctx: Any, net: Net, x: Tensor, target: Tensor, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, net: Net, cost: Cost, masks: Masks, x: Tensor, target: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
         n = len(net.steps)
-        saved = net.forward(x, tensors[:n], tensors[n : 2 * n], tensors[2 * n :])
-        ctx.net = net
-        ctx.save_for_backward(x, target, *tensors, *saved)
+        saved = net.forward(x, parameters[:n], parameters[n:], masks)
+        ctx.net, ctx.cost, ctx.masks = net, cost, masks
+        ctx.save_for_backward(x, target, *parameters, *saved)
         prediction = saved[-1]
-        return net.cost.total(prediction, target) * net.cost.total_weight(*prediction.shape)
+        return cost.total(prediction, target) * cost.total_weight(*prediction.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         net: Net = ctx.net
-        n, m = len(net.steps), 2 * len(net.steps) + len(net.keeps)
+        n = len(net.steps)
         x, target, *tensors = ctx.saved_tensors
-        weights, biases, masks, saved = tensors[:n], tensors[n : 2 * n], tensors[2 * n : m], tensors[m:]
+        weights, saved = tensors[:n], tensors[2 * n :]
         if torch.is_grad_enabled():  # create_graph: what was saved has no history
-            saved = net.forward(x, weights, biases, masks)
-        _, needs_x, _, *needs = ctx.needs_input_grad
-        grad_x, grad_weights, grad_biases = net.gradients(g, x, target, weights, saved, masks, (needs_x, *needs))
-        return None, grad_x, None, *grad_weights, *grad_biases, *(None for _ in masks)
+            saved = net.forward(x, weights, tensors[n : 2 * n], ctx.masks)
+        prediction = saved[-1]
+        delta = ctx.cost.delta(prediction, target) * (g * ctx.cost.delta_weight(*prediction.shape))
+        _, _, _, needs_x, _, *needs = ctx.needs_input_grad
+        grad_x, *gradients = net.backward(delta, x, weights, saved, ctx.masks, (needs_x, *needs))
+        return None, None, None, grad_x, None, *gradients
 
 
 def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "quadratic") -> Tensor:
@@ -231,34 +254,32 @@ def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "q
     target that requires a gradient, and on tensors of other dimensions.
     Raises InputError as `layers_of`, for an unknown loss, a logits cost after an activation, and as the loss itself.
     """
-    layers = layers_of(model)
-    cost = cost_of(loss, layers)
+    net = net_of(model)
+    cost = cost_of(loss, net.layers)
     special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
     if special or torch.is_autocast_enabled(input.device.type):
         return functional.COSTS[loss](model(input), target)
-    check_batch(layers, input, target, loss)
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    steps = [(layer.row.G, layer.row.delta, layer.parameters, layer.row.saves == "z") for layer in layers]
-    masks, keeps = _masks(layers, input) if any(layer.drops for layer in layers) else ([], [])
-    return NetworkCost.apply(Net(steps, keeps, cost), input, target, *weights, *biases, *masks)
+    owners = [layer.affine._parameters for layer in net.layers]
+    weights, biases = [owner["weight"] for owner in owners], [owner["bias"] for owner in owners]
+    check_batch(weights[0], len(weights[-1]), input, target, loss)
+    return NetworkCost.apply(net, cost, _masks(net.layers, input), input, target, *weights, *biases)
 
 
-def _masks(layers: list[Layer], input: Tensor) -> tuple[list[Tensor | None], list[float | None]]:
-    """The masks that functional.dropout draws, in the same order, and 1 − p of each."""
-    masks: list[Tensor | None] = []
-    keeps: list[float | None] = []
-    for layer in layers:
-        p = layer.dropout.p if layer.drops and layer.dropout is not None else None
+def _masks(layers: list[Layer], input: Tensor) -> Masks:
+    """The masks that functional.dropout draws, in the same order."""
+
+    def mask(layer: Layer) -> tuple[Tensor, float] | None:
+        if not layer.drops or layer.dropout is None:
+            return None
+        keep = 1 - layer.dropout.p
         shape = (input.shape[0], layer.weight.shape[0])
-        mask = None if p is None else torch.empty(shape, dtype=torch.bool, device=input.device).bernoulli_(1 - p)
-        masks.append(mask)
-        keeps.append(None if p is None else 1 - p or 1.0)
-    return masks, keeps
+        return torch.empty(shape, dtype=torch.bool, device=input.device).bernoulli_(keep), keep or 1.0
+
+    return [mask(layer) for layer in layers] if any(layer.drops for layer in layers) else []
 
 
-def check_batch(layers: list[Layer], input: Tensor, target: Tensor, loss: str) -> None:
-    """Raises InputError for an input (N, n_1) or a target that the net and the cost can't take."""
-    weight, outputs = layers[0].weight, layers[-1].weight.shape[0]
+def check_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
+    """Raises InputError for an input (N, n_1) or a target that the first W^l and the cost can't take."""
     if input.dim() != 2 or input.shape[1] != weight.shape[1]:
         raise InputError(f"expected an input of shape (N, {weight.shape[1]}); got {tuple(input.shape)}: .flatten(1) it")
     if input.dtype != weight.dtype or input.device != weight.device:
@@ -283,7 +304,7 @@ class NetworkLoss(nn.Module):
 
     def __init__(self, model: nn.Module, loss: str = "quadratic") -> None:
         super().__init__()
-        cost_of(loss, layers_of(model))
+        cost_of(loss, net_of(model).layers)
         self.model, self.loss = model, loss
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

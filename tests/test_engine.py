@@ -1,5 +1,6 @@
 """The engine beside autograd and torch.optim: 100 steps to 1e-12; and what it notices, honours and refuses."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as torch_functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import manual_mlp as mm
+from manual_mlp import engine as engine_module
 from manual_mlp import formulas as sheet
 from manual_mlp.engine import BackpropEngine
 from manual_mlp.formulas import ACTIVATIONS, Activation
@@ -216,3 +220,299 @@ def test_groups_and_schedulers() -> None:
         their_schedule.step()
     assert_same(ours, twin)
     assert mine.state_dict() == theirs.state_dict()
+
+
+def test_class_labels_out_of_range() -> None:
+    model = net("relu", loss="cross_entropy")
+    engine = BackpropEngine(model, sgd(model.parameters()), "cross_entropy")
+    before = copy.deepcopy(model.state_dict())
+    x, y = batches()[0][0], torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    for wrong in (y, y - 1):
+        with pytest.raises(mm.InputError, match="class labels from 0 to 2"):
+            engine.step(x, wrong)
+        with pytest.raises(mm.InputError, match="class labels from 0 to 2"):
+            engine.train_epoch(x, wrong, 2)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def epoch_by_torch(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor, batch_size: int, seed: int) -> Tensor:
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    data = [(x[rows], y[rows]) for rows in order.split(batch_size)]
+    costs = train_torch(model, optimizer, data, "quadratic", len(data))
+    return (costs * torch.tensor([len(target) for _, target in data])).sum() / len(x)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("rows", [3, 35, 33, 64])
+def test_epochs(name: str, rows: int) -> None:
+    """The order of randperm, a shorter last batch, the mean cost of all rows; also where one batch is not full."""
+    x, y = torch.randn(rows, 4, dtype=double), torch.rand(rows, 3, dtype=double)
+    ours = net("tanh")
+    twin = torch_twin(ours)
+    make = OPTIMIZERS.get(name, sgd)
+    mine, theirs = make(ours.parameters()), make(twin.parameters())
+    engine = BackpropEngine(ours, mine)
+    for seed in range(3):
+        cost = engine.train_epoch(x, y, 8, torch.Generator().manual_seed(seed))
+        expected = epoch_by_torch(twin, theirs, x, y, 8, seed)
+        torch.testing.assert_close(cost, expected, rtol=1e-12, atol=1e-12)
+    assert_same(ours, twin)
+
+
+def test_epochs_gathered_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_CHUNK", 70)  # two batches of 8 rows of 4
+    test_epochs("sgd", 61)
+
+
+def test_dropout_draws_the_layers_masks() -> None:
+    ours = mm.MLP([4, 20, 20, 3], dropout=0.3, dtype=double)
+    twin = copy.deepcopy(ours)
+    torch.manual_seed(5)
+    costs = train_ours(BackpropEngine(ours, sgd(ours.parameters())), batches(), 20)
+    torch.manual_seed(5)
+    expected = train_torch(twin, sgd(twin.parameters()), batches(), "quadratic", 20)
+    torch.testing.assert_close(costs, expected, rtol=1e-12, atol=1e-12)
+    assert_same(ours, twin)
+    ours.eval(), twin.eval()
+    train_ours(BackpropEngine(ours, sgd(ours.parameters())), batches(), 5)
+    train_torch(twin, sgd(twin.parameters()), batches(), "quadratic", 5)
+    assert_same(ours, twin)
+
+
+@pytest.mark.parametrize("frozen", [[0], [1, 2], [2], ["bias"]])
+def test_frozen_parameters_stay(frozen: list[Any]) -> None:
+    """As autograd does, and as soon as they are frozen."""
+    ours = net("tanh")
+    twin = torch_twin(ours)
+    mine, theirs = sgd(ours.parameters()), sgd(twin.parameters())
+    engine = BackpropEngine(ours, mine)
+    for model, step in ((ours, 1), (twin, 2)):
+        for layer in frozen:
+            part = model[0].bias if layer == "bias" else model[layer * step]
+            part.requires_grad_(False)
+    train_ours(engine, batches(), 20)
+    train_torch(twin, theirs, batches(), "quadratic", 20)
+    assert_same(ours, twin)
+
+
+def test_gradients_and_costs_are_ordinary_tensors() -> None:
+    """They clip, accumulate, save and differentiate; the model stays usable in autograd between steps."""
+    model = net("tanh")
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    x, y = batches()[0]
+    costs = [engine.step(x, y), engine.compute_gradients(x, y), engine.train_epoch(x, y, 2)]
+    assert not any(cost.is_inference() or cost.requires_grad or cost.dim() for cost in costs)
+    twin = torch_twin(model)
+    engine.compute_gradients(x, y)
+    quadratic(twin(x), y).backward()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert mine.grad is not None
+        assert not mine.grad.is_inference()
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+    quadratic(model(x), y).backward()  # accumulates
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    copy.deepcopy(model.state_dict())
+    cost = quadratic(model(x), y)
+    engine.step(x, y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cost.backward()
+
+
+def test_a_plain_step_leaves_gradients_alone() -> None:
+    model = net()
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    engine.step(*batches()[0])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_nothing_is_allocated_but_the_cost() -> None:
+    """In a step after the first: one result of one element, for every row and loss."""
+
+    made: list[tuple[str, int]] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            known = {x.untyped_storage().data_ptr() for x in given}
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in known:
+                made.append((str(function), result.numel()))
+            return result
+
+    for row, parameters in ROWS:
+        for loss in LOSSES if row.name == "sigmoid" else ["mse"]:
+            model = net(row.name, parameters, loss)
+            engine = BackpropEngine(model, sgd(model.parameters()), loss)
+            x, y = batches(loss)[0]
+            engine.step(x, y)
+            made.clear()
+            with Count():
+                engine.step(x, y)
+            assert made == [("aten.mul.Tensor", 1)], f"{row.name}, {loss}"
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+def test_resumed_training_continues_to_the_same_bits(name: str) -> None:
+    make = OPTIMIZERS.get(name, sgd)
+    model = net("tanh")
+    engine = BackpropEngine(model, optimizer := make(model.parameters()))
+    x, y = torch.randn(30, 4, dtype=double), torch.rand(30, 3, dtype=double)
+    engine.train_epoch(x, y, 7, torch.Generator().manual_seed(1))
+    checkpoint = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    engine.train_epoch(x, y, 7, torch.Generator().manual_seed(2))
+    resumed = net("tanh")
+    again = BackpropEngine(resumed, other := make(resumed.parameters()))
+    resumed.load_state_dict(checkpoint[0])
+    other.load_state_dict(checkpoint[1])  # param_groups are others then
+    again.train_epoch(x, y, 7, torch.Generator().manual_seed(2))
+    assert_same(resumed, model, tolerance=0)
+    torch.testing.assert_close(other.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
+
+
+def test_a_checkpoint_is_torchs() -> None:
+    """Half by the engine, half by torch, with the same optimizer."""
+    ours = net("tanh")
+    twin = torch_twin(ours)
+    mine, theirs = OPTIMIZERS["adam"](ours.parameters()), OPTIMIZERS["adam"](twin.parameters())
+    train_ours(BackpropEngine(ours, mine), batches(), 10)
+    train_torch(ours, mine, batches(), "quadratic", 10)
+    train_torch(twin, theirs, batches(), "quadratic", 20)
+    assert_same(ours, twin)
+
+
+def test_parameters_loaded_and_moved_are_noticed() -> None:
+    model, x, y = net("tanh"), *batches()[0]
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    engine.step(x, y)
+    model.load_state_dict(net("tanh").state_dict())  # in place
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # another memory
+    twin = torch_twin(model)
+    engine.step(x, y)
+    train_torch(twin, sgd(twin.parameters()), [(x, y)], "quadratic", 1)
+    assert_same(model, twin)
+    model.float()
+    with pytest.raises(mm.InputError, match=r"expected an input of torch\.float32"):
+        engine.step(x, y)
+    assert engine.step(x.float(), y.float()).dtype == torch.float32
+
+
+def test_a_changed_model_is_noticed() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.LeakyReLU()).double(), batches()[0]
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    engine.step(x, y)
+    model[3] = nn.LeakyReLU(0.7)
+    expected = quadratic(model(x), y)
+    torch.testing.assert_close(engine.step(x, y), expected.detach())
+
+
+def replaced(model: Any) -> None:
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+
+
+def assigned(model: Any) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def removed(model: Any) -> None:
+    del model[2]
+
+
+@pytest.mark.parametrize("change", [replaced, assigned, removed])
+def test_parameters_that_the_optimizer_does_not_have(change: Callable[[Any], None]) -> None:
+    model = net("tanh")
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    engine.step(*batches()[0])
+    change(model)
+    with pytest.raises(mm.InputError, match="an optimizer over the model's parameters"):
+        engine.step(*batches()[0])
+
+
+def tied() -> Any:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+def shared_memory() -> Any:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight.data = model[0].weight.data
+    return model
+
+
+@pytest.mark.parametrize("make", [tied, shared_memory])
+def test_tied_parameters_are_refused(make: Callable[[], Any]) -> None:
+    model = make()
+    with pytest.raises(mm.InputError, match="tied"):
+        BackpropEngine(model, sgd(model.parameters()))
+
+
+def test_refused() -> None:
+    model, (x, y) = net(), batches()[0]
+    parameters = list(model.parameters())
+
+    def refuses(message: str, optimizer: Any = None, **arguments: Any) -> None:
+        with pytest.raises(mm.InputError, match=message):
+            BackpropEngine(model, optimizer or sgd(parameters), **arguments)
+
+    refuses("SGD, Adam or AdamW; got RMSprop", torch.optim.RMSprop(parameters))
+    refuses("all that require a gradient", sgd(parameters[:2]))
+    refuses("and no others", sgd([*parameters, nn.Parameter(torch.ones(1))]))
+    refuses("differentiable", torch.optim.SGD(parameters, lr=0.1, differentiable=True))
+    refuses("a compute_dtype of torch.bfloat16 for float32", compute_dtype=torch.bfloat16)
+    refuses("expected a loss, one of", loss="hinge")
+    refuses("max_grad_norm", max_grad_norm=-1.0)
+    engine = BackpropEngine(model, sgd(parameters))
+    for wrong, message in ((x[:, :2], r"shape \(N, 4\)"), (x.float(), "an input of torch.float64"), (x[:0], "target")):
+        with pytest.raises(mm.InputError, match=message):
+            engine.step(wrong, y)
+    with pytest.raises(mm.InputError, match="at least one row"):
+        engine.step(x[:0], y[:0])
+    engine.step(x, y)
+    with pytest.raises(mm.InputError, match=r"an input of torch\.float64"):
+        engine.step(x.float(), y)
+    with pytest.raises(mm.InputError, match="a target of shape"):
+        engine.step(x, y.float())
+    with pytest.raises(mm.InputError, match="batch_size"):
+        engine.train_epoch(x, y, 0)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(mm.InputError, match="autocast"):
+        engine.step(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_precision(dtype: torch.dtype) -> None:
+    """Gradients beside autograd's in float64, on the same numbers."""
+    model = net("tanh").to(dtype)
+    exact = torch_twin(net("tanh"))
+    exact.load_state_dict(dict(zip(exact.state_dict(), model.double().state_dict().values(), strict=True)))
+    model.to(dtype)
+    x, y = (tensor.to(dtype) for tensor in batches(n=64)[0])
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    cost = engine.compute_gradients(x, y)
+    quadratic(exact(x.double()), y.double()).backward()
+    assert cost.dtype == dtype
+    for mine, theirs in zip(model.parameters(), exact.parameters(), strict=True):
+        assert mine.grad is not None
+        scale = max(1.0, theirs.grad.abs().max().item())
+        assert (mine.grad.double() - theirs.grad).abs().max().item() <= 4 * torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.parametrize("name", ["sgd", "decay", "adam"])
+def test_bfloat16_products_with_float32_parameters(name: str) -> None:
+    """Close to float32 training, and able to add updates that bfloat16 parameters would round away."""
+    ours = mm.MLP([4, 32, 3], activation="tanh", output_activation="identity")
+    twin = copy.deepcopy(ours)
+    make = OPTIMIZERS.get(name, sgd)
+    optimizer = make(ours.parameters())
+    engine = BackpropEngine(ours, optimizer, compute_dtype=torch.bfloat16)
+    data = [(x.float(), y.float()) for x, y in batches(n=64)]
+    costs = train_ours(engine, data, 100)
+    expected = train_torch(twin, make(twin.parameters()), data, "quadratic", 100)
+    assert costs.dtype == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
+    torch.testing.assert_close(costs, expected, rtol=0.03, atol=0.003)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-7
+    before = ours[0].weight.clone()
+    engine.step(*data[0])
+    assert not torch.equal(before, ours[0].weight)

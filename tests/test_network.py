@@ -1,0 +1,257 @@
+"""Net and cost as one node: the layers' figures, first and second derivatives, transforms, memory, refusals."""
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import manual_mlp as mm
+from manual_mlp import functional as F
+from manual_mlp.formulas import ACTIVATIONS, COSTS, Activation
+from manual_mlp.network import NetworkLoss, layers_of, net_of, network_loss
+from tests.cases import row_parameters
+
+double = torch.float64
+ROWS = [(row, parameters) for row in ACTIVATIONS.values() for parameters in row_parameters(row)]
+rows = pytest.mark.parametrize(("row", "parameters"), ROWS, ids=[f"{row.name}{p or ''}" for row, p in ROWS])
+TOLERANCES = {"atol": 1e-8, "rtol": 1e-6}
+
+
+def net(row: str = "sigmoid", parameters: tuple[float, ...] = (), logits: bool = False, bias: bool = True) -> nn.Module:
+    """4-5-3, the row in both layers, or in the first alone."""
+    model = mm.MLP([4, 5, 3], output_activation="identity", bias=bias, dtype=double)
+    for layer in model[:1] if logits else model:
+        layer.activation, layer.parameter_values = row, parameters
+    return model
+
+
+def batch(loss: str = "quadratic", n: int = 6) -> tuple[Tensor, Tensor]:
+    target = torch.rand(n, 3, dtype=double)
+    return torch.randn(n, 4, dtype=double), target / target.sum(-1, keepdim=True) if loss == "cross_entropy" else target
+
+
+def gradients(cost: Tensor, model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(cost, list(model.parameters())))
+
+
+@rows
+@pytest.mark.parametrize("loss", COSTS)
+def test_equal_to_the_layers(row: Activation, parameters: tuple[float, ...], loss: str) -> None:
+    model = net(row.name, parameters, COSTS[loss].logits)
+    input, target = batch(loss)
+    ours, layers = network_loss(model, input, target, loss), F.COSTS[loss](model(input), target)
+    torch.testing.assert_close(ours, layers, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(gradients(ours, model), gradients(layers, model), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_first_and_second_derivatives(bias: bool) -> None:
+    """By finite differences, input and parameters: a second derivative is of the same recursion, never of less."""
+    model = net("tanh", bias=bias)
+    input, target = batch()
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def cost(x: Tensor, *parameters: Tensor) -> Tensor:
+        for name, parameter in zip(names, parameters, strict=True):
+            module, attribute = name.split(".")
+            model.get_submodule(module)._parameters[attribute] = parameter
+        return network_loss(model, x, target)
+
+    inputs = (input.requires_grad_(), *(value.detach().clone().requires_grad_() for value in values))
+    assert gradcheck(cost, inputs, **TOLERANCES)
+    assert gradgradcheck(cost, inputs, **TOLERANCES)
+
+
+@rows
+def test_second_derivatives_of_every_row(row: Activation, parameters: tuple[float, ...]) -> None:
+    model = net(row.name, parameters)
+    input, target = batch()
+
+    def second(cost: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad(cost, list(model.parameters()), create_graph=True)
+        return gradients(sum((g.square().sum() for g in first), cost), model)
+
+    ours = second(network_loss(model, input, target))
+    for mine, theirs in zip(ours, second(F.quadratic_loss(model(input), target)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_scaled_retained_and_accumulated() -> None:
+    model, (input, target) = net(), batch()
+    once = gradients(network_loss(model, input, target), model)
+    cost = network_loss(model, input, target)
+    (cost * 3).backward(retain_graph=True)
+    cost.backward()
+    for parameter, gradient in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient * 4)
+
+
+def test_transforms_and_autocast_fall_back_to_the_layers() -> None:
+    model, (input, target) = net(), batch()
+    by_layers = F.quadratic_loss(model(input), target)
+    jacobian = torch.func.grad(lambda x: network_loss(model, x, target))(input)
+    expected = torch.func.grad(lambda x: F.quadratic_loss(model(x), target))(input)
+    torch.testing.assert_close(jacobian, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(network_loss(model, input, target), by_layers)
+    target = target.clone().requires_grad_()
+    (to_target,) = torch.autograd.grad(network_loss(model, input, target), target)
+    (expected,) = torch.autograd.grad(F.quadratic_loss(model(input), target), target)
+    torch.testing.assert_close(to_target, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
+        tangent = torch.autograd.forward_ad.unpack_dual(network_loss(model, dual, target.detach())).tangent
+    torch.testing.assert_close(tangent, (expected_input(model, input, target.detach()) * torch.ones_like(input)).sum())
+
+
+def expected_input(model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
+    input = input.clone().requires_grad_()
+    return torch.autograd.grad(network_loss(model, input, target), input)[0]
+
+
+def test_only_what_is_needed() -> None:
+    """A frozen bottom takes no product; a frozen top lets δ through; without any gradient there is no node."""
+    model, (input, target) = net(), batch()
+    model[0].requires_grad_(False)
+    mine = torch.autograd.grad(network_loss(model, input, target), list(model[1].parameters()))
+    theirs = torch.autograd.grad(F.quadratic_loss(model(input), target), list(model[1].parameters()))
+    torch.testing.assert_close(mine, theirs)
+    model.requires_grad_(False)
+    assert not network_loss(model, input, target).requires_grad
+    torch.testing.assert_close(
+        expected_input(model, input, target),
+        torch.autograd.grad(F.quadratic_loss(model(x := input.clone().requires_grad_()), target), x)[0],
+    )
+
+
+def test_dropout_draws_the_layers_masks() -> None:
+    model = mm.MLP([4, 30, 30, 3], dropout=0.4, dtype=double)
+    input, target = batch()
+    torch.manual_seed(3)
+    ours = network_loss(model, input, target)
+    torch.manual_seed(3)
+    layers = F.quadratic_loss(model(input), target)
+    torch.testing.assert_close(ours, layers, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(ours, model), gradients(layers, model), rtol=1e-12, atol=1e-12)
+    model.eval()
+    torch.testing.assert_close(network_loss(model, input, target), F.quadratic_loss(model(input), target))
+
+
+def kept(cost: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for backward, in tensors of its own."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        cost()
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+def test_keeps_less_than_torch(name: str) -> None:
+    plain = {"silu": nn.SiLU, "gelu": nn.GELU}[name]
+    model = nn.Sequential(nn.Linear(8, 64), plain(), nn.Linear(64, 64), plain(), nn.Linear(64, 2))
+    input, target = torch.randn(512, 8), torch.randn(512, 2)
+    ours = kept(lambda: network_loss(model, input, target, "mse"))
+    theirs = kept(lambda: nn.functional.mse_loss(model(input), target))
+    hidden = 512 * 64 * 4
+    assert ours <= theirs - 2 * hidden + 4096  # z of both hidden layers, and not a
+
+
+def test_notices_what_changes() -> None:
+    """Another layer, another slope, a parameter replaced: the next call is of the model as it is."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.LeakyReLU(), nn.Linear(5, 3)).double()
+    input, target = batch()
+
+    def same() -> None:
+        torch.testing.assert_close(network_loss(model, input, target), F.quadratic_loss(model(input), target))
+
+    same()
+    model[1].negative_slope = 0.5
+    same()
+    model[1] = nn.Tanh()
+    same()
+    model[2].weight = nn.Parameter(torch.ones(3, 5, dtype=double))
+    same()
+    model.append(nn.Sigmoid())
+    same()
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(mm.InputError, match="without hooks"):
+        network_loss(model, input, target)
+
+
+def test_a_model_is_not_kept_alive() -> None:
+    model, (input, target) = net(), batch()
+    network_loss(model, input, target)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_parameter_changed_in_between_is_refused() -> None:
+    model, (input, target) = net(), batch()
+    cost = network_loss(model, input, target)
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cost.backward()
+
+
+def test_module_and_converted_models() -> None:
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Sequential(nn.Dropout(0.0), nn.Identity(), nn.Linear(5, 3)))
+    input, target = (tensor.float() for tensor in batch())
+    expected = F.quadratic_loss(plain(input), target)
+    torch.testing.assert_close(NetworkLoss(plain)(input, target), expected)
+    torch.testing.assert_close(NetworkLoss(mm.convert(plain))(input, target), expected)
+    assert [layer.row.name for layer in layers_of(plain)] == ["sigmoid", "identity"]
+    lone = nn.Linear(4, 3)
+    torch.testing.assert_close(network_loss(lone, input, target), F.quadratic_loss(lone(input), target))
+    assert net_of(lone).layers[0].affine is lone
+
+
+class Own(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "empty": (nn.Sequential, "at least one affine layer"),
+    "other": (lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), "got LayerNorm at '1'"),
+    "activation first": (lambda: nn.Sequential(nn.Sigmoid(), nn.Linear(4, 3)), "got Sigmoid at '0'"),
+    "two activations": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Tanh()), "got Tanh at '2'"),
+    "dropout first": (lambda: nn.Sequential(nn.Dropout(), nn.Linear(4, 3)), "got Dropout at '0'"),
+    "sizes": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)), "in_features=3"),
+    "own forward": (lambda: Own(nn.Linear(4, 3)), "its own forward"),
+    "no sequence": (lambda: nn.Conv1d(1, 1, 1), "got Conv1d at 'the model itself'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_models(name: str) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises(mm.InputError, match=message):
+        NetworkLoss(make())
+
+
+def test_refused_losses_and_batches() -> None:
+    model, (input, target) = net(), batch()
+    for loss, message in (("hinge", "expected a loss, one of"), ("bce", "gives logits")):
+        with pytest.raises(mm.InputError, match=message):
+            network_loss(model, input, target, loss)
+    for wrong, right, message in (
+        (input[:, :3], target, r"an input of shape \(N, 4\)"),
+        (input.float(), target, "an input of torch.float64"),
+        (input, target[:, :1], r"a target of shape \(6, 3\)"),
+        (input, target.float(), r"\(6, 3\) and torch.float64"),
+    ):
+        with pytest.raises(mm.InputError, match=message):
+            network_loss(model, wrong, right)
