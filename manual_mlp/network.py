@@ -169,7 +169,7 @@ class Net:
                 a = _dropped(a, masks[layer])
         return [*saved, a]
 
-    def backward(
+    def recursion(
         self, delta: Tensor, x: Tensor, weights: Some, saved: Some, masks: Masks, needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """Steps 2 to 4 from delta = ∂C/∂a^L: ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed."""
@@ -242,7 +242,7 @@ class NetworkCost(torch.autograd.Function):
         prediction = saved[-1]
         delta = ctx.cost.delta(prediction, target) * (g * ctx.cost.delta_weight(*prediction.shape))
         _, _, _, needs_x, _, *needs = ctx.needs_input_grad
-        grad_x, *gradients = net.backward(delta, x, weights, saved, ctx.masks, (needs_x, *needs))
+        grad_x, *gradients = net.recursion(delta, x, weights, saved, ctx.masks, (needs_x, *needs))
         return None, None, None, grad_x, None, *gradients
 
 
