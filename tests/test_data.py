@@ -191,6 +191,13 @@ class TestTables:
         path = self.write(tmp_path / "t.csv", pd.DataFrame({"x": [1, 2, 3], "y": [7.0, 3.0, 7.0]}))
         assert sources.table(str(path), "y", "classification").class_names == ("3", "7")
 
+    def test_endings_in_capitals_and_columns_named_by_numbers(self, tmp_path: Path) -> None:
+        for ending in ("CSV", "NPZ", "Parquet"):
+            path = tmp_path / f"t.{ending}"
+            self.write(tmp_path / "t.csv", pd.DataFrame({"1": [0.5, 1.5], "3": [7, 8]}))
+            self.write(tmp_path / f"t.{ending.lower()}", pd.DataFrame({"1": [0.5, 1.5], "3": [7, 8]})).rename(path)
+            assert sources.table(str(path), 3, "classification").class_names == ("7", "8")
+
     def test_npz_blocks_are_flattened(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "t.npz", images=np.arange(12).reshape(3, 2, 2), more=np.ones(3), y=np.arange(3))
         features, target = read_table(tmp_path / "t.npz", "y")
@@ -208,6 +215,8 @@ class TestTables:
             ("a,y\n1,inf\n2,1\n", "y", "classification", "class labels in the target 'y'"),
             ("a,y\n1,p\n2,\n", "y", "classification", "class label in every row, but 'y' has none in row 1"),
             ("a,y\n1,0\n2,\n", "y", "classification", "class label in every row, but 'y' has none in row 1"),
+            ("a;y\n1;0\n2;1\n", "y", "classification", "its columns are a;y; is it separated by ;"),
+            (",".join(map(str, range(99))), "y", "classification", r"columns are 0, 1, .{,80}, … \(99 in all\); name"),
             ("", "y", "classification", "expected a readable csv file .*No columns"),
             ('a,y\n"1,0\n', "y", "classification", "expected a readable csv file"),
         ],
@@ -220,8 +229,10 @@ class TestTables:
     @pytest.mark.parametrize(
         ("content", "sentence"),
         [
-            ("a,y\n1,0\n,1\n", "expected finite numbers, but the features hold nan in row 1, column 0"),
-            ("a,b,y\n1,2,0\n1,-inf,1\n", "the features hold -inf in row 1, column 1"),
+            ("a,y\n1,0\n,1\n", "expected finite numbers .* but column 'a' holds nan in row 1"),
+            ("a,b,y\n1,2,0\n1,-inf,1\n", "column 'b' holds -inf in row 1"),
+            ("a,y\n1,0\n1e300,1\n", "at most 3.4e\\+38, but column 'a' holds 1e\\+300 in row 1 .*rescale the numbers"),
+            ("a,y\n1,p\n2,p\n", "expected at least two classes, but every row is of the class p"),
             ("a,y\n", "the data is empty"),
             ("y\n0\n1\n", "the data is empty, of shape \\(2, 0\\)"),
         ],
@@ -233,7 +244,7 @@ class TestTables:
 
     def test_gap_in_a_regression_target(self, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_text("a,y\n1,0.5\n1,\n")
-        with pytest.raises(InputError, match=r"the target hold nan in row 1"):
+        with pytest.raises(InputError, match=r"the target holds nan in row 1"):
             check(sources.table(str(tmp_path / "t.csv"), "y", "regression"))
 
     @pytest.mark.parametrize("name", ["t.csv", "t.npz", "t.parquet"])
@@ -304,6 +315,8 @@ class TestSources:
         assert (one.features != other.features).any()
         with pytest.raises(InputError, match=r"at least one sample, but data.source.samples is 0"):
             source(samples=0, noise=0.1, seed=0)
+        with pytest.raises(InputError, match=r"noise of at least 0, but data.source.noise is -1"):
+            source(samples=50, noise=-1, seed=0)
 
     def test_xor_is_xor(self) -> None:
         samples = sources.xor(samples=100, noise=0.0, seed=0)
@@ -341,7 +354,14 @@ class TestSplits:
             (Samples(np.ones((9, 1)), np.array([0] * 7 + [1] * 2), ("a", "b")), {}, "smallest class .*bring more rows"),
             (numbered(), {"test_size": 2}, "expected enough rows for a test part of 2, but there are 100"),
             (numbered(), {"test_size": 100}, "change data.test_size"),
-            (numbered(), {"val_size": 0}, "change data.val_size"),
+            (
+                Samples(np.arange(200.0)[:, None], np.arange(200), tuple(map(str, range(200)))),
+                {"test_size": 0.5},
+                "expected enough rows for a test part of 0.5, but there are 200, 1 in the smallest class .{,180}bring",
+            ),
+            (numbered(), {"val_size": 0}, "data.val_size to be a share between 0 and 1 or a whole number .* but got 0"),
+            (numbered(), {"test_size": 1.5}, "data.test_size to be a share between 0 and 1 .* but got 1.5"),
+            (numbered(), {"test_size": -3}, "data.test_size to be a share between 0 and 1 .* but got -3"),
             (numbered(), {"test_size": None}, "a number in data.test_size, as test has no test set of its own"),
             (Samples(np.ones((1, 1)), np.ones(1)), {}, "expected enough rows for a test part"),
             (

@@ -1,6 +1,7 @@
 """The data module: samples are checked, split, standardised, and served in batches out of memory."""
 
 from collections.abc import Callable
+from textwrap import shorten
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from manual_mlp.errors import InputError
+from manual_mlp.training.readers import check_numbers
 from manual_mlp.training.sources import Samples
 
 EVALUATION_BATCH = 1000  # no gradients are kept, so larger batches cost nothing and save calls
@@ -64,6 +66,12 @@ class DataModule(L.LightningDataModule):
             raise InputError(f"expected data.batch_size of at least 1, but got {batch_size}; raise it")
         if not 0 <= seed < 2**32:
             raise InputError(f"expected a seed from 0 to 2**32 - 1, as NumPy takes, but got {seed}; choose another")
+        for option, size in (("val_size", val_size), ("test_size", test_size)):
+            if size is not None and not (0 < size < 1 or (isinstance(size, int) and size > 0)):
+                raise InputError(
+                    f"expected data.{option} to be a share between 0 and 1 or a whole number of rows, but got {size}; "
+                    "correct it"
+                )
         self.name, self.source, self.standardise = name, source, standardise
         self.batch_size, self.seed = batch_size, seed
         self.val_size, self.test_size = val_size, test_size
@@ -117,7 +125,8 @@ class DataModule(L.LightningDataModule):
             smallest = f", {np.unique(rows[1], return_counts=True)[1].min()} in the smallest class" if stratify else ""
             raise InputError(
                 f"expected enough rows for a {name} part of {size}, but there are {len(rows[1])}{smallest} "
-                f"({str(error).splitlines()[0].rstrip('.')}); bring more rows or change data.{name}_size"
+                f"({shorten(str(error), 160, placeholder=' …').rstrip('.')}); "
+                f"bring more rows or change data.{name}_size"
             ) from error
         if min(map(len, indices)) < 2:
             raise InputError(
@@ -158,7 +167,12 @@ class DataModule(L.LightningDataModule):
 
 
 def check(samples: Samples) -> None:
-    """Raise InputError if samples are empty, of unequal number, not finite, or labelled out of range."""
+    """Raise InputError if samples are empty, of unequal number, of one class, not finite, or labelled out of range."""
+    if len(samples.class_names) == 1:
+        raise InputError(
+            f"expected at least two classes, but every row is of the class {samples.class_names[0]}; "
+            "bring rows of another one or change the target"
+        )
     _check_part(samples.features, samples.target, samples.class_names)
     if samples.test is not None:
         _check_part(*samples.test, samples.class_names)
@@ -172,14 +186,8 @@ def _check_part(features: np.ndarray, target: np.ndarray, class_names: tuple[str
         )
     if features.size == 0:
         raise InputError(f"expected samples with features, but the data is empty, of shape {features.shape}; check it")
-    for name, values in (("features", features), ("target", target)):
-        if not np.isfinite(values).all():
-            values = values.reshape(len(values), -1)
-            row, column = np.argwhere(~np.isfinite(values))[0]
-            raise InputError(
-                f"expected finite numbers, but the {name} hold {values[row, column]} in row {row}, column {column} "
-                "(both counted from 0); remove the row or fill the gap"
-            )
+    check_numbers("the features", features)
+    check_numbers("the target", target)
     if class_names and not ((target >= 0) & (target < len(class_names))).all():
         raise InputError(
             f"expected class labels from 0 to {len(class_names) - 1}, but they reach from {target.min()} to "

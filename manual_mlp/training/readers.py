@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 GZIP_MAGIC = b"\x1f\x8b"
 TABLE_SUFFIXES = (".csv", ".npz", ".parquet")
+SHOWN = 20  # names in a message, of columns
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -67,19 +69,20 @@ def read_table(path: Path, target: str) -> tuple[np.ndarray, np.ndarray]:
     Returns: features (N, n) float64 and target (N,) as it stands in the file.
     Raises: InputError if the file can't be read, lacks the target, or has a feature that isn't a number.
     """
-    if path.suffix not in TABLE_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
         raise InputError(
             f"expected a table that ends in {', '.join(TABLE_SUFFIXES)}, but got {path.name}; "
             "convert it or give the file its proper ending"
         )
     if not path.is_file():
         raise InputError(f"expected a table file, but there is none at {path}; check data.source.path")
-    columns = _read_npz(path) if path.suffix == ".npz" else _read_frame(path)
+    columns = _read_npz(path) if suffix == ".npz" else _read_frame(path, suffix)
     if target not in columns:
-        raise InputError(
-            f"expected a target column {target!r} in {path.name}, but its columns are {', '.join(columns)}; "
-            "name one of them in data.source.target"
-        )
+        known = ", ".join(list(columns)[:SHOWN]) + (f", … ({len(columns)} in all)" if len(columns) > SHOWN else "")
+        separated = suffix == ".csv" and len(columns) == 1 and ";" in known
+        fix = "is it separated by ;? separate it by commas" if separated else "name one of them in data.source.target"
+        raise InputError(f"expected a target column {target!r} in {path.name}, but its columns are {known}; {fix}")
     labels = columns.pop(target)
     if labels.ndim != 1:
         raise InputError(f"expected one target value per row, but {target!r} has the shape {labels.shape}; split it up")
@@ -94,11 +97,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise _unreadable(path, error) from error
 
 
-def _read_frame(path: Path) -> dict[str, np.ndarray]:
+def _read_frame(path: Path, suffix: str) -> dict[str, np.ndarray]:
     try:
         import pandas as pd
 
-        frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        frame = pd.read_csv(path) if suffix == ".csv" else pd.read_parquet(path)
     except ImportError as error:  # pandas itself, or pyarrow, with which it reads Parquet
         raise InputError(
             f"expected pandas and pyarrow for reading {path.name}, but they are not installed; "
@@ -133,8 +136,20 @@ def _feature_matrix(columns: dict[str, np.ndarray], rows: int) -> np.ndarray:
                 f"expected numbers in every feature column, but {name!r} has other values, such as {example!r}; "
                 "encode it as numbers or remove it"
             )
+        check_numbers(f"column {name!r}", values)
     blocks = [np.asarray(values, dtype=np.float64).reshape(rows, -1) for values in columns.values()]
     return np.concatenate(blocks, axis=1) if blocks else np.empty((rows, 0))
+
+
+def check_numbers(name: str, values: np.ndarray) -> None:
+    """Raise InputError for NaN, infinities and what float32, in which a net is trained, can't hold."""
+    fits = np.abs(values) <= LARGEST
+    if not fits.all():
+        place = tuple(np.argwhere(~fits)[0])
+        raise InputError(
+            f"expected finite numbers of at most {LARGEST:.1e}, but {name} holds {values[place]} in row {place[0]} "
+            "(counted from 0); remove the row, fill the gap or rescale the numbers"
+        )
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -50,22 +50,25 @@ def bundled(name: str) -> Samples:
 
 def moons(samples: int, noise: float, seed: int) -> Samples:
     """Two interleaved half circles in the plane; `noise` is the standard deviation added to each point."""
-    features, target = datasets.make_moons(_positive(samples), noise=noise, random_state=seed)
+    _check_drawn(samples, noise)
+    features, target = datasets.make_moons(samples, noise=noise, random_state=seed)
     return Samples(features, target, ("upper", "lower"))
 
 
 def xor(samples: int, noise: float, seed: int) -> Samples:
     """Points around the corners of the unit square; the class says whether exactly one coordinate is 1."""
+    _check_drawn(samples, noise)
     random = np.random.default_rng(seed)
-    corners = random.integers(0, 2, size=(_positive(samples), 2))
+    corners = random.integers(0, 2, size=(samples, 2))
     features = corners + random.normal(0.0, noise, size=corners.shape)
     return Samples(features, corners[:, 0] ^ corners[:, 1], ("equal", "different"))
 
 
 def sine(samples: int, noise: float, seed: int) -> Samples:
     """y = sin x plus noise, for x uniform in [−π, π]; a regression."""
+    _check_drawn(samples, noise)
     random = np.random.default_rng(seed)
-    x = random.uniform(-np.pi, np.pi, size=(_positive(samples), 1))
+    x = random.uniform(-np.pi, np.pi, size=(samples, 1))
     return Samples(x, np.sin(x) + random.normal(0.0, noise, size=x.shape))
 
 
@@ -88,10 +91,11 @@ def fashion_mnist(folder: str) -> Samples:
     return _idx_folder(Path(folder), FASHION_CLASSES, hint)
 
 
-def table(path: str, target: str, task: str) -> Samples:
+def table(path: str, target: str | int, task: str) -> Samples:
     """Your own CSV, NPZ or Parquet file; labels may be text or numbers (see `readers.read_table`)."""
     if task not in TASKS:
         raise InputError(f"expected data.source.task to be one of {', '.join(TASKS)}, but got {task!r}; correct it")
+    target = str(target)  # a column may be called 3
     features, values = read_table(Path(path), target)
     if task == "regression":
         return Samples(features, _numbers(values, target))
@@ -162,7 +166,8 @@ def _labels(values: np.ndarray, target: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _positive(samples: int) -> int:
+def _check_drawn(samples: int, noise: float) -> None:
     if samples < 1:
         raise InputError(f"expected at least one sample, but data.source.samples is {samples}; raise it")
-    return samples
+    if noise < 0:
+        raise InputError(f"expected noise of at least 0, but data.source.noise is {noise}; raise it")
