@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanSquaredError, MetricCollection, R2Score
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.nets import LOGIT_COSTS, build_cost, build_net
+from manual_mlp.training.nets import LOGIT_COSTS, build_net, choose_cost
 
 Batch = tuple[Tensor, Tensor]
 
@@ -52,7 +52,7 @@ class MLPModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore="optimizer")
         self.optimizer, self.class_names, self.loss = optimizer, class_names, loss
-        self.cost = build_cost(backprop, loss)
+        self.cost = choose_cost(backprop, loss)
         self.sizes = [input_size, *hidden, output_size]
         self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))
         self.net = build_net(

@@ -1,68 +1,55 @@
 """What `backprop` chooses between: the same net and cost, differentiated by hand or by torch's autograd."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 import manual_mlp as mm
+from manual_mlp import formulas, functional
 from manual_mlp.errors import InputError
+from manual_mlp.modules import ACTIVATION_MODULES, OURS
 
 T = TypeVar("T")
 
 TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "identity": nn.Identity,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "softplus": nn.Softplus,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
+    **{ACTIVATION_MODULES[theirs]: theirs for theirs in OURS},
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
 }
 
 
-class TorchQuadraticLoss(nn.Module):
+def torch_quadratic_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """The quadratic cost (1/N) Σ_N Σ_i ½ (a_i − ŷ_i)² as torch operations, for autograd to differentiate."""
-
-    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.mse_loss(prediction, target, reduction="sum") / (2 * len(prediction))
+    return nn.functional.mse_loss(prediction, target, reduction="sum") / (2 * len(prediction))
 
 
 def torch_mlp(
     sizes: list[int], activation: str | list[str], output_activation: str, bias: bool = True, dropout: float = 0.0
 ) -> nn.Sequential:
     """The twin of `manual_mlp.MLP` in torch's own layers: same arguments, same state_dict keys, same initial bits."""
-    mm.MLP(sizes, activation, output_activation, bias, dropout, device="meta")  # refuses what is to be refused
-    hidden = [activation] * (len(sizes) - 2) if isinstance(activation, str) else list(activation)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for index, name in enumerate([*hidden, output_activation]):
-        layers[str(2 * index)] = nn.Linear(sizes[index], sizes[index + 1], bias=bias)
-        function = choose(name, TORCH_ACTIVATIONS, "activation")()
-        drops = dropout > 0 and index < len(hidden)  # shares the key of its activation, so later keys don't shift
-        layers[str(2 * index + 1)] = nn.Sequential(function, nn.Dropout(dropout)) if drops else function
+    for key, layer in mm.MLP(sizes, activation, output_activation, bias, dropout, device="meta").named_children():
+        if isinstance(layer, mm.AffineActivation):
+            layers[key] = nn.Linear(layer.in_features, layer.out_features, bias)
+            layers[str(int(key) + 1)] = TORCH_ACTIVATIONS[layer.activation]()
+        else:  # a dropout shares the key of its activation, so that later keys don't shift
+            layers[key] = nn.Sequential(layers[key], nn.Dropout(dropout))
     return nn.Sequential(layers)
 
 
 NETS: dict[str, Callable[..., nn.Module]] = {"layers": mm.MLP, "autograd": torch_mlp}
-COSTS: dict[str, dict[str, Callable[[], nn.Module]]] = {
-    "layers": {
-        "quadratic": mm.QuadraticLoss,
-        "mse": mm.MSELoss,
-        "bce": mm.BCEWithLogitsLoss,
-        "cross_entropy": mm.CrossEntropyLoss,
-    },
+COSTS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "layers": functional.COSTS,
     "autograd": {
-        "quadratic": TorchQuadraticLoss,
-        "mse": nn.MSELoss,
-        "bce": nn.BCEWithLogitsLoss,
-        "cross_entropy": nn.CrossEntropyLoss,
+        "quadratic": torch_quadratic_loss,
+        "mse": nn.functional.mse_loss,
+        "bce": nn.functional.binary_cross_entropy_with_logits,
+        "cross_entropy": nn.functional.cross_entropy,
     },
 }
-LOGIT_COSTS = ("bce", "cross_entropy")
+LOGIT_COSTS = [name for name, cost in formulas.COSTS.items() if cost.logits]
 
 
 def _glorot(parameter: Tensor) -> None:
@@ -92,12 +79,12 @@ def build_net(backprop: str, initialisation: str, **arguments: object) -> nn.Mod
     return net
 
 
-def build_cost(backprop: str, loss: str) -> nn.Module:
-    """The cost for `backprop`. Raises InputError for a name that is not known."""
-    return choose(loss, choose(backprop, COSTS, "backprop"), "model.loss")()
+def choose_cost(backprop: str, loss: str) -> Callable[..., Tensor]:
+    """The cost for `backprop`: (prediction, target) ↦ scalar. Raises InputError for a name that is not known."""
+    return choose(loss, choose(backprop, COSTS, "backprop"), "model.loss")
 
 
-def choose(name: str, known: dict[str, T], option: str) -> T:
+def choose(name: str, known: Mapping[str, T], option: str) -> T:
     """known[name], or an InputError that lists what is known."""
     if name not in known:
         raise InputError(f"expected {option} to be one of {', '.join(known)}, but got {name!r}; correct it")
