@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from hydra.errors import InstantiationException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from manual_mlp import InputError
@@ -80,10 +81,41 @@ class TestGroups:
     def test_default_is_plain_gradient_descent_with_step_5(self, tmp_path: Path) -> None:
         cfg = configured(tmp_path)
         assert (cfg.data.name, cfg.model.hidden, cfg.model.loss) == ("digits", [30], "quadratic")
-        assert cfg.optimizer == {
-            "_target_": "torch.optim.SGD", "_partial_": True, "lr": 5.0, "momentum": 0.0, "weight_decay": 0.0,
-        }  # fmt: skip
+        assert self.optimizer(cfg) == {"class": torch.optim.SGD, "lr": 5.0, "momentum": 0.0, "weight_decay": 0.0}
         assert cfg.trainer.accelerator == "auto"
+
+    @pytest.mark.parametrize(
+        ("overrides", "lr"),
+        [
+            (["model.hidden=[]"], 5.0),
+            (["model.hidden=[5,4]", "model.activation=[sigmoid,sigmoid]"], 5.0),
+            (["model.activation=relu"], 0.1),
+            (["model.hidden=[5,4]", "model.activation=[sigmoid,tanh]"], 0.1),
+            (["model.loss=mse"], 0.1),
+            (["model.loss=mse", "optimizer.lr=3"], 3),
+            (["data=diabetes", "optimizer=sgd"], 0.1),
+            (["data=diabetes"], 0.003),
+        ],
+    )
+    def test_step_follows_activations_cost_and_task(self, tmp_path: Path, overrides: list[str], lr: float) -> None:
+        assert self.optimizer(configured(tmp_path, *overrides))["lr"] == lr
+
+    def test_another_class_has_its_own_defaults(self, tmp_path: Path) -> None:
+        rprop = "optimizer._target_=torch.optim.Rprop"
+        assert self.optimizer(configured(tmp_path, rprop)) == {"class": torch.optim.Rprop}
+        assert self.optimizer(configured(tmp_path, rprop, "optimizer.lr=1"))["lr"] == 1
+        with pytest.raises(InputError, match=r"argument of torch.optim.Rprop, but got optimizer.momentum"):
+            check(configured(tmp_path, rprop, "optimizer.momentum=0.9"))
+
+    def optimizer(self, cfg: DictConfig) -> dict[str, Any]:
+        """What a run makes its optimizer of."""
+        from manual_mlp.training import run
+
+        check(cfg)
+        data = build(cfg.data)
+        data.setup()
+        made = run._module(cfg, data).optimizer
+        return {"class": made.func, **made.keywords}
 
 
 class TestHelp:
@@ -117,6 +149,8 @@ class TestSentences:
             (["seed=1,2"], "expected one value, but got several in seed=1,2; write [1,2] for a list, or add -m"),
             (["+seed=1"], "An item is already at 'seed'; Either remove + prefix: 'seed=1'"),
             (["~nope"], "'nope' does not exist"),
+            (["logger=null"], "the name of a choice for each group, but got null; leave a group out with ~"),
+            (["callbacks=null"], "the name of a choice for each group, but got null; leave a group out with ~"),
             (["=3"], "expected overrides of the form key=value"),
             (["-m", "model.hiden=[3],[4]"], "did you mean model.hidden?"),
         ],
@@ -141,11 +175,13 @@ class TestSentences:
             (["trainer.max_epochs=abc"], r"trainer.max_epochs to be a whole number or null, but got 'abc'"),
             (["trainer.max_epochs=1.5"], r"trainer.max_epochs to be a whole number or null, but got 1.5"),
             (["trainer.precision=17"], r"trainer.precision to be 64 or 32 .* but got 17"),
-            (["seed=x"], r"data.seed to be a whole number, but got 'x'"),
+            (["seed=x"], r"expected seed to be a whole number, but got 'x'"),
             (["data.batch_size=ten"], r"data.batch_size to be a whole number, but got 'ten'"),
             (["data.standardise=maybe"], r"data.standardise to be true or false, but got 'maybe'"),
-            (["model.hidden=30"], r"model.hidden to be a list, but got 30"),
-            (["model.hidden=[a]"], r"model.hidden to be a list"),
+            (["optimized_metric=3"], r"optimized_metric to be text, but got 3"),
+            (["model.hidden=30"], r"model.hidden to be a list of whole numbers, but got 30"),
+            (["model.hidden=[3.5]"], r"model.hidden to be a list of whole numbers, but got \[3.5\]"),
+            (["model.activation=3"], r"model.activation to be text or a list of texts, but got 3"),
             (["model.dropout=high"], r"model.dropout to be a number, but got 'high'"),
             (["optimizer.lr=fast"], r"optimizer.lr to be a number, but got 'fast'"),
             (["callbacks=early_stopping", "callbacks.early_stopping.patience=x"], r"patience to be a whole number"),

@@ -19,6 +19,7 @@ from manual_mlp.plots import learning_curves
 from manual_mlp.training import run as training
 from manual_mlp.training.module import MLPModule, resolve_output_activation
 from manual_mlp.training.nets import COSTS, INITIALISATIONS, NETS, build_net, torch_mlp
+from manual_mlp.training.summary import _table
 from tests.configs import ROOT, configured
 
 
@@ -143,11 +144,71 @@ class TestRun:
             ["model.hidden=[]"],
             ["threads=1"],
             ["optimizer._target_=torch.optim.RMSprop", "optimizer.lr=0.01"],
+            ["optimizer.momentum=0.9", "optimizer.lr=0.5"],
+            *([f"optimizer._target_=torch.optim.{name}"] for name in ("RMSprop", "Rprop", "Adagrad", "NAdam", "LBFGS")),
+            ["trainer.max_epochs=0"],
+            ["trainer.limit_train_batches=0"],
+            ["trainer.max_epochs=-1", "trainer.max_steps=5"],
+            ["trainer.max_epochs=null", "trainer.max_steps=3"],
+            ["trainer.limit_val_batches=0", "~callbacks", "optimized_metric=train_loss"],
         ],
     )
     def test_ordinary_options_work(self, run, capsys: pytest.CaptureFixture[str], overrides: list[str]) -> None:
         assert np.isfinite(run("data=iris", "trainer.max_epochs=1", *overrides))
         assert "test accuracy" in capsys.readouterr().out
+
+    def test_lbfgs_with_all_rows_learns(self, run) -> None:
+        overrides = ["optimizer._target_=torch.optim.LBFGS", "data.batch_size=200", "model.loss=cross_entropy"]
+        assert run("data=iris", "trainer.max_epochs=5", "optimized_metric=test_accuracy", *overrides) > 0.9
+
+    @pytest.mark.parametrize(
+        ("overrides", "end"),
+        [
+            (["trainer.limit_val_batches=0"], r"optimized_metric=val_loss, but trainer.limit_val_batches is 0"),
+            (
+                ["trainer.max_epochs=0", "optimized_metric=train_loss"],
+                r"optimized_metric=train_loss, but nothing was trained",
+            ),
+        ],
+    )
+    def test_metric_that_is_never_measured(self, run, overrides: list[str], end: str) -> None:
+        with pytest.raises(InputError, match=f"expected a figure for {end}"):
+            run("data=iris", *overrides)
+
+    @pytest.mark.parametrize("task", ["classification", "regression"])
+    def test_table_as_it_is(self, run, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str) -> None:
+        x, path = np.random.default_rng(0).normal(size=(300, 2)), tmp_path / "a_name_that_is_long" / "table.csv"
+        y = 1000 * (x[:, 0] - 2 * x[:, 1]) if task == "regression" else (x[:, 0] > x[:, 1]).astype(int)
+        path.parent.mkdir()
+        np.savetxt(path, np.column_stack([x, y]), delimiter=",", header="a,b,y", comments="")
+        source = [f"data.source.path={path}", "data.source.target=y", f"data.source.task={task}"]
+        metric = "test_r2" if task == "regression" else "test_accuracy"
+        assert run("data=table", *source, f"optimized_metric={metric}", "trainer.max_epochs=10") > 0.9
+        summary = capsys.readouterr().out
+        assert "table.csv (210 train, 30 val, 60 test)" in summary
+        assert re.search(rf"returned    {metric} 0\.9\d", summary)
+        assert "hint" not in summary
+        assert max(map(len, summary.splitlines()[:-3])) <= 60
+
+    @pytest.mark.parametrize(
+        ("overrides", "reason"),
+        [
+            (["data=iris", "model.activation=relu", "optimizer.lr=50"], "largest class gives 33.33 %"),
+            (["data=sine", "optimizer=sgd", "optimizer.lr=1.6"], "guessing the mean gives r2 0"),
+        ],
+    )
+    def test_failed_training_ends_with_a_hint(self, run, capsys, overrides: list[str], reason: str) -> None:
+        run("trainer.max_epochs=2", *overrides)
+        summary = capsys.readouterr().out
+        lr = overrides[-1].partition("=")[2]
+        assert reason in " ".join(summary.split())
+        assert f"lower optimizer.lr (now {lr}) or use optimizer=adam" in " ".join(summary.split())
+
+    def test_summary_of_extreme_figures_fits(self) -> None:
+        for value in (-1.2345e-30, 1.2345e30, -0.00012345, -12345.678):
+            lines = _table(dict.fromkeys(("train_loss", "test_loss", "test_rmse", "test_r2"), value))
+            assert max(map(len, lines)) <= 60
+            assert float(lines[0].split()[-1]) == pytest.approx(value, rel=0.03)
 
     def test_regression_in_the_units_of_the_target(self, run, tmp_path: Path, capsys) -> None:
         run("data=diabetes", "trainer.max_epochs=2")
@@ -184,12 +245,17 @@ class TestRun:
             ("model.loss=crossentropy", r"model.loss to be one of quadratic, mse, bce, cross_entropy, but got 'cross"),
             ("model.initialisation=he", r"model.initialisation to be one of torch, glorot, nielsen, but got 'he'"),
             ("backprop=torch", r"backprop to be one of layers, autograd, but got 'torch'"),
-            ("model.hidden=[0]", r"a positive whole number of neurons; got 0"),
+            ("model.hidden=[0]", r"positive whole numbers in model.hidden, but got \[0\]"),
             ("model.dropout=2", r"a dropout probability between 0 and 1; got 2"),
             ("optimizer.lr=-1", r"Invalid learning rate: -1; correct optimizer"),
             ("threads=0", r"threads to be a whole number from 1 on, or null, but got 0"),
             ("threads=many", r"threads to be a whole number from 1 on, or null, but got 'many'"),
             ("trainer.accelerator=gpuu", r"Lightning's Trainer accepts, but: .*gpuu"),
+            pytest.param(
+                "trainer.accelerator=gpu",
+                r"Lightning accepts, but: .*; trainer.accelerator=auto works without gpu",
+                marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+            ),
             ("trainer.max_epochs=-7", r"options that Lightning accepts, but: .*-7"),
             ("callbacks.best.monitor=val_acc", r"options that Lightning accepts, but: .*val_acc"),
         ],
@@ -197,6 +263,10 @@ class TestRun:
     def test_wrong_options(self, run, override: str, sentence: str) -> None:
         with pytest.raises(InputError, match=sentence):
             run("data=iris", "trainer.max_epochs=1", override)
+
+    def test_more_processes_than_cores(self, run) -> None:
+        with pytest.raises(InputError, match=r"trainer.devices of at most \d+, .* but got 999; lower it"):
+            run("data=iris", "trainer.accelerator=cpu", "trainer.devices=999")
 
 
 class TestBackprop:

@@ -26,6 +26,8 @@ from manual_mlp.errors import InputError
 
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS[type(None)] = "null"
+PLURALS: dict[Any, str] = {int: " of whole numbers", float: " of numbers", str: " of texts"}
+ROOT = {"seed": int, "optimized_metric": str}  # values of the first level, which no `_target_` declares
 
 
 @contextmanager
@@ -59,7 +61,26 @@ def explain(error: Exception) -> str | None:
 
 def check(cfg: DictConfig) -> None:
     """Raise InputError if a value is missing, unknown to its `_target_`, or not of the type this declares."""
-    _check_node(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), path="")
+    node = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(node, dict)
+    for key in ROOT.keys() & node.keys():
+        _check_value(node[key], ROOT[key], key)
+    if "optimizer" in node:
+        node["optimizer"] = optimizer_options(node["optimizer"])
+    _check_node(node, path="")
+
+
+def optimizer_options(node: dict) -> dict:
+    """`optimizer` without lr=auto, which the run resolves, and without zeros that its class does not know.
+
+    So a class put in by `optimizer._target_` alone does not stumble over sgd.yaml's momentum=0.
+    """
+    known = inspect.signature(_locate(node["_target_"], "optimizer")).parameters
+    return {
+        key: value
+        for key, value in node.items()
+        if (key, value) != ("lr", "auto") and (key in known or key.startswith("_") or value != 0)
+    }
 
 
 def build(node: DictConfig, **arguments: object) -> Any:
@@ -107,9 +128,13 @@ def _check_arguments(node: dict, path: str) -> None:
             raise InputError(
                 f"expected an argument of {node['_target_']}, but got {path}.{key}; {likely(key, parameters)}"
             )
-        hint = hints.get(key, Any)
-        if node[key] != parameters[key].default and not fits(node[key], hint):
-            raise InputError(f"expected {path}.{key} to be {_in_words(hint)}, but got {node[key]!r}; correct its value")
+        if node[key] != parameters[key].default:
+            _check_value(node[key], hints.get(key, Any), f"{path}.{key}")
+
+
+def _check_value(value: object, hint: Any, path: str) -> None:
+    if not fits(value, hint):
+        raise InputError(f"expected {path} to be {_in_words(hint)}, but got {value!r}; correct its value")
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -158,7 +183,7 @@ def _in_words(hint: Any) -> str:
         if get_origin(option) is Literal:
             words += [str(choice) for choice in get_args(option)]
         elif get_origin(option) in (list, tuple, Sequence, Iterable):
-            words.append("a list")
+            words.append("a list" + PLURALS.get(get_args(option)[0], ""))
         elif option in WORDS:
             words.append(WORDS[option])
     return " or ".join(dict.fromkeys(words)) or str(hint)
@@ -195,7 +220,11 @@ def _before_the_job(error: Exception) -> str | None:
             f"expected an output folder that can be written, but {cause.filename} cannot ({cause.strerror}); "
             "choose another with hydra.run.dir=… (hydra.sweep.dir=… in a sweep)"
         )
-    return f"expected overrides of the form key=value, but: {_first_line(error)}" if type(error) is ValueError else None
+    if type(error) is not ValueError:
+        return None
+    if "Got NoneType" in str(error):  # Hydra does not say which group
+        return "expected the name of a choice for each group, but got null; leave a group out with ~, as in ~logger"
+    return f"expected overrides of the form key=value, but: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -50,6 +50,8 @@ class MLPModule(L.LightningModule):
         optimizer: partial[Optimizer] | None = None,
     ) -> None:
         super().__init__()
+        if any(width < 1 for width in hidden):
+            raise InputError(f"expected positive whole numbers in model.hidden, but got {list(hidden)}; correct it")
         self.save_hyperparameters(ignore="optimizer")
         self.optimizer, self.class_names, self.loss = optimizer, class_names, loss
         self.cost = choose_cost(backprop, loss)
@@ -104,6 +106,12 @@ class MLPModule(L.LightningModule):
             return self.optimizer(self.parameters())
         except (TypeError, ValueError) as error:  # torch's own words for a wrong value are clear
             raise InputError(f"expected values that the optimizer takes, but: {error}; correct optimizer.*") from error
+
+    def plain_step(self) -> float:
+        """The step for plain gradient descent: a large one where sigmoids and the quadratic cost keep δ small."""
+        hidden = self.hparams["activation"]
+        names = {self.output_activation, *([hidden] if isinstance(hidden, str) else hidden)}
+        return 5.0 if self.loss == "quadratic" and names == {"sigmoid"} else 0.1
 
     def figure_names(self) -> list[str]:
         """What is logged, by name."""

@@ -1,26 +1,32 @@
 """One training run, from the config to the summary: what train.py calls."""
 
 import logging
+import os
 import re
 import time
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch.optim import SGD, Optimizer
 
 from manual_mlp.errors import InputError
 from manual_mlp.plots import learning_curves
-from manual_mlp.training.config import build, check, likely
+from manual_mlp.training.config import build, check, likely, optimizer_options
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.summary import summary
 
 IRRELEVANT_ADVICE = (
     "does not have many workers",  # batches come out of memory, workers would only copy them
+    "could not find the monitored key",  # a run that ends before it was first validated; after that it is an error
     "is smaller than the logging interval",  # figures are logged once an epoch, whatever its length
     "Experiment logs directory",  # a run folder holds Hydra's files before the logger comes
     "Checkpoint directory",
@@ -37,7 +43,10 @@ def run(cfg: DictConfig) -> float:
     try:
         return _run(cfg)
     except MisconfigurationException as error:  # Lightning's word for a wrong option
-        raise InputError(f"expected options that Lightning accepts, but: {' '.join(str(error).split())}") from error
+        given = cfg.trainer.accelerator
+        fix = "correct them" if given in ("auto", "cpu") else f"trainer.accelerator=auto works without {given}"
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"expected options that Lightning accepts, but: {reason}; {fix}") from error
 
 
 def _quieten() -> None:
@@ -67,6 +76,8 @@ def _run(cfg: DictConfig) -> float:
         hint = likely(cfg.optimized_metric, module.figure_names())
         raise InputError(f"expected optimized_metric to be a logged figure, but got {cfg.optimized_metric}; {hint}")
     trainer = _trainer(cfg)
+    if getattr(trainer, f"limit_{_part(cfg)}_batches") == 0:
+        raise _not_logged(cfg, f"trainer.limit_{_part(cfg)}_batches is 0")
 
     started = time.perf_counter()
     trainer.fit(module, data)
@@ -77,22 +88,47 @@ def _run(cfg: DictConfig) -> float:
     if trainer.is_global_zero and (folder / "metrics.csv").is_file():
         learning_curves(folder / "metrics.csv").savefig(folder / "learning_curves.png", dpi=120)
 
+    if _part(cfg) == "val" and cfg.optimized_metric not in figures:  # no epoch was completed
+        trainer.validate(module, data, verbose=False)
+        figures |= _numbers(trainer)
     trainer.test(module, data, ckpt_path=best, verbose=False)
     figures |= _numbers(trainer)
     if trainer.is_global_zero:
-        print(summary(module, data, trainer, figures, epoch, seconds, folder))
+        print(summary(module, data, trainer, figures, epoch, seconds, folder, cfg.optimized_metric))
+    if cfg.optimized_metric not in figures:
+        raise _not_logged(cfg, "nothing was trained")
     return figures[cfg.optimized_metric]
 
 
+def _part(cfg: DictConfig) -> str:
+    """train, val or test: where the optimized metric is measured."""
+    return cfg.optimized_metric.partition("_")[0]
+
+
+def _not_logged(cfg: DictConfig, reason: str) -> InputError:
+    return InputError(
+        f"expected a figure for optimized_metric={cfg.optimized_metric}, but {reason}; change the one or the other"
+    )
+
+
 def _module(cfg: DictConfig, data: DataModule) -> MLPModule:
-    return build(cfg.model, _partial_=True)(
+    module = build(cfg.model, _partial_=True)(
         input_size=data.input_size,
         output_size=data.output_size,
         class_names=list(data.class_names),
         target_mean=data.target_mean,
         target_scale=data.target_scale,
-        optimizer=build(cfg.optimizer),
     )
+    module.optimizer = _optimizer(cfg.optimizer, module)
+    return module
+
+
+def _optimizer(node: DictConfig, module: MLPModule) -> partial[Optimizer]:
+    options = optimizer_options(cast(dict, OmegaConf.to_container(node, resolve=True)))
+    optimizer = build(OmegaConf.create(options))
+    if optimizer.func is SGD:
+        optimizer.keywords.setdefault("lr", module.plain_step())
+    return optimizer
 
 
 def _trainer(cfg: DictConfig) -> L.Trainer:
@@ -102,11 +138,18 @@ def _trainer(cfg: DictConfig) -> L.Trainer:
     callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)]
     logger = [build(node) for node in (cfg.get("logger") or {}).values()]
     try:
-        return build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=logger)
+        trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=logger)
     except ValueError as error:
         raise InputError(
             f"expected options that Lightning's Trainer accepts, but: {error}; correct trainer.*"
         ) from error
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:  # it would hang
+        raise InputError(
+            f"expected trainer.devices of at most {cores}, as the CPU has that many cores, "
+            f"but got {cfg.trainer.devices}; lower it"
+        )
+    return trainer
 
 
 def _figures(trainer: L.Trainer, checkpoint: str | None) -> tuple[int, dict[str, float]]:

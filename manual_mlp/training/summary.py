@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 
 WIDTH = 60
+NUMBER = 8  # columns of a figure
+MARGIN = 0.05  # a net that got less of the way from the largest class's share to 100 % has learned nothing
 FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "learning_curves.png", "tensorboard", "train.log", ".hydra")
 
 
@@ -23,21 +25,29 @@ def summary(
     epoch: int,
     seconds: float,
     folder: Path,
+    metric: str,
 ) -> str:
-    """figures: by name, such as test_accuracy. epoch: the one whose parameters are kept, counted from 0."""
+    """figures: by name, such as test_accuracy. epoch: the one whose parameters are kept, counted from 0.
+
+    metric: the name of the figure that the run returns.
+    """
     rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
     last = trainer.current_epoch - 1  # not known where the training ran in processes that have ended (ddp_spawn)
     facts = {
-        "data": f"{data.name} ({rows})",
+        "data": f"{Path(str(data.name)).name} ({rows})",
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
         "cost": module.loss,
         "optimizer": _optimizer(module.optimizer),
         "backprop": str(module.hparams["backprop"]),
-        "epochs": f"best {epoch}" + (f" of 0 to {last}" if last >= epoch else "") + f", in {seconds:.1f} s",
+        "epochs": (f"best {epoch}" if epoch >= 0 else "none completed")
+        + (f" of 0 to {last}" if last >= epoch >= 0 else "")
+        + f", in {seconds:.1f} s",
     }
     lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
     lines += ["", *_table({name: figures[name] for name in module.figure_names() if name in figures})]
+    lines += [f"  {'returned':<12}{metric} {figures[metric]:.6g}"] if metric in figures else []
+    lines += _hint(module, data, figures)
     files = [name for name in FILES if (folder / name).exists()]
     if files:
         where = os.path.relpath(folder)
@@ -59,6 +69,22 @@ def _optimizer(optimizer: partial[Optimizer] | None) -> str:
     return ", ".join([name, *(f"{key} {value}" for key, value in optimizer.keywords.items() if value)])
 
 
+def _hint(module: MLPModule, data: DataModule, figures: dict[str, float]) -> list[str]:
+    """What to try where the training evidently failed; nothing where it did not."""
+    if data.class_names:
+        share = data.splits["train"].target.bincount().max().item() / len(data.splits["train"])
+        failed = figures.get("train_accuracy", 1.0) < share + MARGIN * (1 - share)
+        reason = f"always guessing the largest class gives {100 * share:.2f} %"
+    else:
+        failed, reason = figures.get("val_r2", 0.0) < 0, "always guessing the mean gives r2 0"
+    if not failed or module.optimizer is None:
+        return []
+    lr = module.optimizer.keywords.get("lr")
+    now = "" if lr is None else f" (now {lr})"
+    other = "" if module.optimizer.func is Adam else " or use optimizer=adam"
+    return ["", _wrapped("  ", f"hint: {reason}; lower optimizer.lr{now}{other}")]
+
+
 def _table(figures: dict[str, float]) -> list[str]:
     """One line per part: train loss, train accuracy; accuracies in per cent."""
     lines = []
@@ -70,8 +96,13 @@ def _table(figures: dict[str, float]) -> list[str]:
 
 
 def _cell(part: str, kind: str, value: float) -> str:
-    number = f"{100 * value:.2f} %" if kind == "accuracy" else f"{value:.4g}"
-    return f"{f'{part} {kind}':<{len(f'train {kind}')}} {number:<9}"
+    number = f"{100 * value:.2f} %" if kind == "accuracy" else _short(value)
+    return f"{f'{part} {kind}':<{len(f'train {kind}')}} {number:<{NUMBER}}"
+
+
+def _short(value: float) -> str:
+    """Four digits, fewer where they do not fit."""
+    return min((f"{value:{form}}" for form in (".4g", ".2e", ".1e")), key=lambda text: max(len(text), NUMBER))
 
 
 def _wrapped(indent: str, text: str) -> str:
