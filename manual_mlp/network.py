@@ -216,8 +216,8 @@ def _dropped(a: Tensor, mask: tuple[Tensor, float] | None) -> Tensor:
 class NetworkCost(torch.autograd.Function):
     """C of a whole net as one node.  x (N, n_1), target, then all W^l and all b^l (or None) → scalar C.
 
-    Saves x, target, parameters, the prediction, and a or z of each layer; the masks, which have no history, on ctx. A
-    second derivative is taken of the same recursion, recorded, its activations computed again from x.
+    Saves x, target, parameters, the masks, the prediction, and a or z of each layer. A second derivative is taken of
+    the same recursion, recorded, its activations computed again from x.
     """
 
     @staticmethod
@@ -226,8 +226,8 @@ class NetworkCost(torch.autograd.Function):
     ) -> Tensor:
         n = len(net.steps)
         saved = net.forward(x, parameters[:n], parameters[n:], masks)
-        ctx.net, ctx.cost, ctx.masks = net, cost, masks
-        ctx.save_for_backward(x, target, *parameters, *saved)
+        ctx.net, ctx.cost, ctx.keeps = net, cost, [None if mask is None else mask[1] for mask in masks]
+        ctx.save_for_backward(x, target, *parameters, *(None if mask is None else mask[0] for mask in masks), *saved)
         prediction = saved[-1]
         return cost.total(prediction, target) * cost.total_weight(*prediction.shape)
 
@@ -236,13 +236,15 @@ class NetworkCost(torch.autograd.Function):
         net: Net = ctx.net
         n = len(net.steps)
         x, target, *tensors = ctx.saved_tensors
-        weights, saved = tensors[:n], tensors[2 * n :]
+        weights, biases, tensors = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        masks: Masks = [None if keep is None else (mask, keep) for mask, keep in zip(tensors, ctx.keeps, strict=False)]
+        saved = tensors[len(masks) :]
         if torch.is_grad_enabled():  # create_graph: what was saved has no history
-            saved = net.forward(x, weights, tensors[n : 2 * n], ctx.masks)
+            saved = net.forward(x, weights, biases, masks)
         prediction = saved[-1]
         delta = ctx.cost.delta(prediction, target) * (g * ctx.cost.delta_weight(*prediction.shape))
         _, _, _, needs_x, _, *needs = ctx.needs_input_grad
-        grad_x, *gradients = net.recursion(delta, x, weights, saved, ctx.masks, (needs_x, *needs))
+        grad_x, *gradients = net.recursion(delta, x, weights, saved, masks, (needs_x, *needs))
         return None, None, None, grad_x, None, *gradients
 
 

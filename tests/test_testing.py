@@ -12,6 +12,7 @@ from torch.nn import functional as torch_functional
 
 import manual_mlp as mm
 from manual_mlp import testing
+from manual_mlp.network import network_loss
 from manual_mlp.testing.__main__ import main, package_subjects
 from manual_mlp.testing.checks import CHECKS, run
 
@@ -141,6 +142,9 @@ class TestAssertManualBackward:
         with pytest.raises(AssertionError, match="AddBackward0"):
             testing.assert_manual_backward(lambda x: net(x) + x, self.x)
         testing.assert_manual_backward(lambda x: net(x) + x, self.x, allow=("AddBackward0",))
+
+    def test_a_whole_net(self) -> None:
+        testing.assert_manual_backward(lambda x: network_loss(mm.MLP([4, 3, 2]), x, torch.zeros(5, 2)), self.x)
 
     def test_no_graph(self) -> None:
         with pytest.raises(AssertionError, match="no graph at all"), torch.no_grad():
