@@ -316,7 +316,8 @@ class BackpropEngine:
         self._net = net_of(self.model)
         self._layers = self._net.layers
         self._cost = cost_of(self.loss, self._layers)
-        self._dropouts = [layer.dropout for layer in self._layers]
+        self._drops = any(layer.dropout is not None for layer in self._layers)
+        self._no_drops = [False] * len(self._layers)
         self._groups = self.optimizer.param_groups
         self._plans: dict[object, _Plan] = {}
         owned = [(layer.affine._parameters, name) for layer in self._layers for name in ("weight", "bias")]
@@ -381,7 +382,7 @@ class BackpropEngine:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
             plan = self._plans[kind] = _Plan(self, input, target)
-        plan.make(rates, [d is not None and d.training and d.p > 0 for d in self._dropouts])
+        plan.make(rates, [layer.drops for layer in self._layers] if self._drops else self._no_drops)
         return plan
 
     def _changed(self) -> bool:
