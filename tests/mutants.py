@@ -69,6 +69,23 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "delta = None if g is None else delta_of(g, saved, *ctx.parameters)\n        return delta, *",
         "delta = delta_of(g, saved, *ctx.parameters)\n        return delta, *",
     ),
+    "recursion: wrong layer's δ": ("network", "delta = delta_of(delta, saved[layer], *parameters)", "delta = delta_of(delta, saved[layer - 1], *parameters)"),
+    "recursion: next layer's weight": ("network", "delta = sheet.grad_input(delta, weights[layer])", "delta = sheet.grad_input(delta, weights[layer - 1])"),
+    "recursion: dropout forgotten on the way back": ("network", "                delta = _dropped(delta, masks[layer])\n", "                pass\n"),
+    "recursion: second derivative of constants": ("network", "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph"),
+    "engine: W before δ": (
+        "engine",
+        "                self._steps_2_and_3(layer, drops[layer])\n                self._steps_4_and_5(layer, inputs[layer], rates)",
+        "                self._steps_2_and_3(layer, drops[layer])\n                through = [self.backward.pop()] if layer > self.engine._first else []\n                self._steps_4_and_5(layer, inputs[layer], rates)\n                self.backward += through",
+    ),
+    "engine: the layer before's weight": (
+        "engine",
+        "        if layer > self.engine._first:\n            weight, _ = self.engine._parameters[layer].read\n",
+        "        if layer > self.engine._first:\n            weight, _ = self.engine._parameters[layer - 1].read\n",
+    ),
+    "engine: 1/N forgotten": ("engine", "self.delta_weight = engine._cost.delta_weight(n, outputs)", "self.delta_weight = 1.0"),
+    "engine: sign of the step": ("engine", "-lr))\n", "lr))\n"),
+    "engine: weight decay forgotten": ("engine", "(1.0 - lr * group[\"weight_decay\"], -lr)", "(1.0, -lr)"),
     "another initialisation": ("modules", "nn.Linear.reset_parameters(self)", "nn.init.xavier_uniform_(self.weight)"),
     "keys shifted by dropout": ("modules", "self.add_module(str(2 * index), layer)", "self.add_module(str(len(self)), layer)"),
 }  # fmt: skip
@@ -87,8 +104,10 @@ def plant(folder: Path, file: str, right: str, wrong: str) -> None:
 
 def fails(folder: Path, file: str) -> bool:
     """Whether the proofs notice: pytest's exit code 1, in a fork of this process, on the package in folder."""
-    # The proofs of the activations read the sheet alone.
-    names = [name for name in PROOFS if name != "activations" or file == "formulas"]
+    if file in ("network", "engine"):
+        names = [file]
+    else:  # the proofs of the activations read the sheet alone
+        names = [name for name in PROOFS if name != "activations" or file == "formulas"]
     proofs = [f"tests/test_{name}.py" for name in names]
     child = os.fork()
     if child == 0:
