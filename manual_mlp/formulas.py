@@ -599,6 +599,20 @@ COSTS: dict[str, Cost] = {
 }
 
 
+def probability(prediction: Tensor, loss: str) -> Tensor:
+    """P(class | x) of each class, from a prediction (N, n_L) → (N, n_L), rows of sum 1.
+
+    Cross-entropy: softmax(z). The other costs train each output by itself towards P (under the quadratic cost
+    a_i → E[ŷ_i | x], the share of class i), so a row need not sum to 1: p_i / Σ_j p_j, with p = σ(z) under bce and
+    p = a cut off at 0 and 1 otherwise; equal shares where all p are 0.
+    """
+    if loss == "cross_entropy":
+        return torch.softmax(prediction, -1)
+    p = torch.sigmoid(prediction) if COSTS[loss].logits else prediction.clamp(0, 1)
+    total = p.sum(-1, keepdim=True)
+    return torch.where(total > 0, p / total, 1 / prediction.shape[-1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Dropout
 # ---------------------------------------------------------------------------------------------------------------------

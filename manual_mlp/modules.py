@@ -7,6 +7,7 @@ initialisation and state_dict are torch's own.
 import operator
 from collections import OrderedDict
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from manual_mlp import formulas as sheet
 from manual_mlp import functional, functions
+from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
 
 
@@ -255,6 +257,53 @@ class MLP(nn.Sequential):
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | PathLike[str], map_location: Any = "cpu") -> "MLP":
+        """The net of a checkpoint that train.py wrote, for any `backprop`, in evaluation mode.
+
+        It takes features as they were trained on: where data.standardise was on, standardised ones
+        (`training.predict.Predictor` does that, too). Raises InputError as `read_checkpoint`.
+        """
+        content = read_checkpoint(path, map_location)
+        values, prefix = content["hyper_parameters"], "net."
+        parameters = {
+            key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
+        }
+        try:
+            dtype, device = next((tensor.dtype, tensor.device) for tensor in parameters.values())
+            mlp = cls(
+                [values["input_size"], *values["hidden"], values["output_size"]],
+                *(values[key] for key in ("activation", "output_activation", "bias", "dropout")),
+                device=device,
+                dtype=dtype,
+            )
+            mlp.load_state_dict(parameters)
+        except (StopIteration, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "it has no parameters"
+            raise InputError(f"expected the parameters of an MLP in {path}, but {reason}; take another one") from error
+        return mlp.eval()
+
+    def to_torch(self) -> nn.Sequential:
+        """The same net in torch's own layers, nn.Linear, nn.Sigmoid, …: same keys, its parameters the same tensors."""
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for key, layer in self.named_children():
+            if isinstance(layer, AffineActivation):
+                layers[key], layers[str(int(key) + 1)] = _in_torch(layer)
+            else:  # a dropout shares the key of its activation, so that later keys don't shift
+                layers[key] = nn.Sequential(layers[key], nn.Dropout(layer.p))
+        return nn.Sequential(layers).train(self.training)
+
+
+def _in_torch(layer: AffineActivation) -> tuple[nn.Linear, nn.Module]:
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
+    name = layer.activation.removesuffix("_in_z")
+    if name == "gelu_tanh":
+        return linear, nn.GELU("tanh")
+    kind = next(theirs for known, theirs, _ in _KINDS if known == name)
+    names = (parameter for parameter, _ in sheet.ACTIVATIONS[layer.activation].parameters)
+    return linear, kind(**dict(zip(names, layer.parameter_values, strict=True)))
 
 
 def _checked_sizes(sizes: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each layer imports only from the ones before it.
 LAYERS = [
     ["errors"],
-    ["formulas"],
+    ["formulas", "checkpoint"],
     ["functions"],
     ["functional"],
     ["modules"],

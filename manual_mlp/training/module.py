@@ -57,6 +57,7 @@ class MLPModule(L.LightningModule):
         self.cost = choose_cost(backprop, loss)
         self.sizes = [input_size, *hidden, output_size]
         self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))
+        self.hparams["output_activation"] = self.output_activation  # who reads a checkpoint need not resolve it
         self.net = build_net(
             backprop,
             initialisation,

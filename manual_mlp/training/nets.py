@@ -1,8 +1,6 @@
 """What `backprop` chooses between: the same net and cost, differentiated by hand or by torch's autograd."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -10,14 +8,8 @@ from torch import Tensor, nn
 import manual_mlp as mm
 from manual_mlp import formulas, functional
 from manual_mlp.errors import InputError
-from manual_mlp.modules import ACTIVATION_MODULES, OURS
 
 T = TypeVar("T")
-
-TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    **{ACTIVATION_MODULES[theirs]: theirs for theirs in OURS},
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-}
 
 
 def torch_quadratic_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -29,14 +21,7 @@ def torch_mlp(
     sizes: list[int], activation: str | list[str], output_activation: str, bias: bool = True, dropout: float = 0.0
 ) -> nn.Sequential:
     """The twin of `manual_mlp.MLP` in torch's own layers: same arguments, same state_dict keys, same initial bits."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for key, layer in mm.MLP(sizes, activation, output_activation, bias, dropout, device="meta").named_children():
-        if isinstance(layer, mm.AffineActivation):
-            layers[key] = nn.Linear(layer.in_features, layer.out_features, bias)
-            layers[str(int(key) + 1)] = TORCH_ACTIVATIONS[layer.activation]()
-        else:  # a dropout shares the key of its activation, so that later keys don't shift
-            layers[key] = nn.Sequential(layers[key], nn.Dropout(dropout))
-    return nn.Sequential(layers)
+    return mm.MLP(sizes, activation, output_activation, bias, dropout).to_torch()
 
 
 NETS: dict[str, Callable[..., nn.Module]] = {"layers": mm.MLP, "autograd": torch_mlp}
