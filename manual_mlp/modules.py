@@ -266,7 +266,8 @@ class MLP(nn.Sequential):
         (`training.predict.Predictor` does that, too). Raises InputError as `read_checkpoint`.
         """
         content = read_checkpoint(path, map_location)
-        values, prefix = content["hyper_parameters"], "net."
+        values: dict[str, Any] = content["hyper_parameters"]
+        prefix = "net."
         parameters = {
             key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
         }
@@ -274,7 +275,7 @@ class MLP(nn.Sequential):
             dtype, device = next((tensor.dtype, tensor.device) for tensor in parameters.values())
             mlp = cls(
                 [values["input_size"], *values["hidden"], values["output_size"]],
-                *(values[key] for key in ("activation", "output_activation", "bias", "dropout")),
+                **{key: values[key] for key in ("activation", "output_activation", "bias", "dropout")},
                 device=device,
                 dtype=dtype,
             )
@@ -290,7 +291,7 @@ class MLP(nn.Sequential):
         for key, layer in self.named_children():
             if isinstance(layer, AffineActivation):
                 layers[key], layers[str(int(key) + 1)] = _in_torch(layer)
-            else:  # a dropout shares the key of its activation, so that later keys don't shift
+            elif isinstance(layer, Dropout):  # under the key of its activation, so that later keys don't shift
                 layers[key] = nn.Sequential(layers[key], nn.Dropout(layer.p))
         return nn.Sequential(layers).train(self.training)
 
@@ -301,7 +302,7 @@ def _in_torch(layer: AffineActivation) -> tuple[nn.Linear, nn.Module]:
     name = layer.activation.removesuffix("_in_z")
     if name == "gelu_tanh":
         return linear, nn.GELU("tanh")
-    kind = next(theirs for known, theirs, _ in _KINDS if known == name)
+    kind: Any = next(theirs for known, theirs, _ in _KINDS if known == name)
     names = (parameter for parameter, _ in sheet.ACTIVATIONS[layer.activation].parameters)
     return linear, kind(**dict(zip(names, layer.parameter_values, strict=True)))
 
