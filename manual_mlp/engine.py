@@ -131,9 +131,14 @@ class _Plan:
             for p, stage, drop in zip(self.engine._parameters, self.stages, drops, strict=True):
                 self._step_1(p, stage, drop, inputs)
             a, delta = inputs.pop(), self.stages[-1].delta
+            assert a is not None
             if self.engine.compute_dtype is None:
-                self.prediction = a
+                self.prediction = self.kept = a
+                if self.engine.keep_prediction and self.stages[-1].row.name != "identity":  # step 2 overwrites a^L
+                    self.kept = torch.empty_like(a)
+                    self.forward.append(partial(self.kept.copy_, a))
             else:
+                self.kept = self.prediction
                 self.forward.append(partial(self.prediction.copy_, a))
                 self.backward.append(partial(delta.copy_, self.delta))
             for layer in range(len(self.stages) - 1, self.engine._first - 1, -1):
@@ -225,6 +230,7 @@ class BackpropEngine:
     loss       "quadratic", "mse", "bce" or "cross_entropy": the functions of `functional.COSTS` with their defaults
     max_grad_norm   clips the gradients, as torch.nn.utils.clip_grad_norm_
     compute_dtype   torch.bfloat16: products and activations in it; parameters, cost and update in float32
+    keep_prediction   leaves in `prediction` what the last batch gave
 
     A plain SGD's step leaves .grad alone; otherwise .grad is filled, in tensors that the next step overwrites.
     Raises InputError for a model, optimizer, loss or batch that it can't train faithfully.
@@ -237,9 +243,10 @@ class BackpropEngine:
         loss: str = "quadratic",
         max_grad_norm: float | None = None,
         compute_dtype: torch.dtype | None = None,
+        keep_prediction: bool = False,
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.max_grad_norm, self.compute_dtype = max_grad_norm, compute_dtype
+        self.max_grad_norm, self.compute_dtype, self.keep_prediction = max_grad_norm, compute_dtype, keep_prediction
         if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
             raise InputError(f"expected a torch.optim.SGD, Adam or AdamW; got {type(optimizer).__name__}")
         if any(group["differentiable"] for group in optimizer.param_groups):
@@ -259,6 +266,13 @@ class BackpropEngine:
     def compute_gradients(self, input: Tensor, target: Tensor) -> Tensor:
         """Steps 1 to 4: fills the parameters' .grad (it does not add to it) → C. Arguments as `step`."""
         return self._pass(input, target, ())
+
+    @property
+    def prediction(self) -> Tensor:
+        """a^L (N, n_L) of the last batch, before its update, with keep_prediction; the next batch overwrites it."""
+        if not self.keep_prediction:
+            raise InputError("expected an engine that keeps its prediction: BackpropEngine(…, keep_prediction=True)")
+        return self._plan.kept
 
     def train_epoch(
         self, input: Tensor, target: Tensor, batch_size: int, generator: torch.Generator | None = None
@@ -383,6 +397,7 @@ class BackpropEngine:
                 del self._plans[next(iter(self._plans))]
             plan = self._plans[kind] = _Plan(self, input, target)
         plan.make(rates, [layer.drops for layer in self._layers] if self._drops else self._no_drops)
+        self._plan = plan
         return plan
 
     def _changed(self) -> bool:

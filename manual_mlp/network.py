@@ -214,7 +214,9 @@ def _dropped(a: Tensor, mask: tuple[Tensor, float] | None) -> Tensor:
 
 
 class NetworkCost(torch.autograd.Function):
-    """C of a whole net as one node.  x (N, n_1), target, then all W^l and all b^l (or None) → scalar C.
+    """C of a whole net as one node.  x (N, n_1), target, then all W^l and all b^l (or None) → scalar C, a^L (N, n_L).
+
+    Only C has a derivative; a^L is there to be looked at.
 
     Saves x, target, parameters, the masks, the prediction, and a or z of each layer. A second derivative is taken of
     the same recursion, recorded, its activations computed again from x.
@@ -223,16 +225,20 @@ class NetworkCost(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, net: Net, cost: Cost, masks: Masks, x: Tensor, target: Tensor, *parameters: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         n = len(net.steps)
         saved = net.forward(x, parameters[:n], parameters[n:], masks)
         ctx.net, ctx.cost, ctx.keeps = net, cost, [None if mask is None else mask[1] for mask in masks]
         ctx.save_for_backward(x, target, *parameters, *(None if mask is None else mask[0] for mask in masks), *saved)
         prediction = saved[-1]
-        return cost.total(prediction, target) * cost.total_weight(*prediction.shape)
+        ctx.mark_non_differentiable(prediction)
+        ctx.set_materialize_grads(False)
+        return cost.total(prediction, target) * cost.total_weight(*prediction.shape), prediction
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if g is None:  # nothing depends on C
+            return (None,) * len(ctx.needs_input_grad)
         net: Net = ctx.net
         n = len(net.steps)
         x, target, *tensors = ctx.saved_tensors
@@ -256,11 +262,17 @@ def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "q
     target that requires a gradient, and on tensors of other dimensions.
     Raises InputError as `layers_of`, for an unknown loss, a logits cost after an activation, and as the loss itself.
     """
+    return cost_and_prediction(model, input, target, loss)[0]
+
+
+def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """`network_loss`, and the prediction a^L (N, n_L) that it came from, without a history."""
     net = net_of(model)
     cost = cost_of(loss, net.layers)
     special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
     if special or torch.is_autocast_enabled(input.device.type):
-        return functional.COSTS[loss](model(input), target)
+        prediction = model(input)
+        return functional.COSTS[loss](prediction, target), prediction.detach()
     owners = [layer.affine._parameters for layer in net.layers]
     weights, biases = [owner["weight"] for owner in owners], [owner["bias"] for owner in owners]
     check_batch(weights[0], len(weights[-1]), input, target, loss)

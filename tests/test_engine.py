@@ -279,6 +279,21 @@ def test_dropout_draws_the_layers_masks() -> None:
     assert_same(ours, twin)
 
 
+@pytest.mark.parametrize(("loss", "compute_dtype"), [("quadratic", None), ("bce", None), ("bce", torch.bfloat16)])
+def test_prediction_is_that_of_the_batch_before_its_update(loss: str, compute_dtype: torch.dtype | None) -> None:
+    model = mm.MLP([4, 20, 3], output_activation="identity" if loss == "bce" else "sigmoid", dropout=0.3)
+    engine = BackpropEngine(model, sgd(model.parameters()), loss, compute_dtype=compute_dtype, keep_prediction=True)
+    tolerance = 1e-6 if compute_dtype is None else 0.02  # 8 bits of mantissa
+    for seed, (input, target) in enumerate(batches()):
+        torch.manual_seed(seed)
+        expected = model(input.float()).detach()
+        torch.manual_seed(seed)
+        engine.step(input.float(), target.float())
+        torch.testing.assert_close(engine.prediction, expected, rtol=tolerance, atol=tolerance)
+    with pytest.raises(mm.InputError, match="keep_prediction=True"):
+        _ = BackpropEngine(model, sgd(model.parameters()), loss).prediction
+
+
 @pytest.mark.parametrize("frozen", [[0], [1, 2], [2], ["bias"]])
 def test_frozen_parameters_stay(frozen: list[Any]) -> None:
     """As autograd does, and as soon as they are frozen."""

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import manual_mlp as mm
 from manual_mlp import functional as F
 from manual_mlp.formulas import ACTIVATIONS, COSTS, Activation
-from manual_mlp.network import NetworkLoss, layers_of, net_of, network_loss
+from manual_mlp.network import NetworkLoss, cost_and_prediction, layers_of, net_of, network_loss
 from tests.cases import row_parameters
 
 double = torch.float64
@@ -140,6 +140,18 @@ def test_dropout_draws_the_layers_masks() -> None:
     torch.testing.assert_close(gradients(ours, model), gradients(layers, model), rtol=1e-12, atol=1e-12)
     model.eval()
     torch.testing.assert_close(network_loss(model, input, target), F.quadratic_loss(model(input), target))
+
+
+def test_prediction_beside_the_cost() -> None:
+    model, (input, target) = mm.MLP([4, 30, 3], dropout=0.4, dtype=double), batch()
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            torch.manual_seed(3)
+            cost, prediction = cost_and_prediction(model, input, target, "quadratic")
+            torch.manual_seed(3)
+            torch.testing.assert_close(prediction, model(input).detach(), rtol=1e-12, atol=1e-12)
+            assert cost.requires_grad
+            assert not prediction.requires_grad
 
 
 def kept(cost: Callable[[], Tensor]) -> int:
