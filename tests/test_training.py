@@ -15,7 +15,6 @@ from torch import nn
 
 import manual_mlp as mm
 from manual_mlp import InputError
-from manual_mlp.plots import learning_curves
 from manual_mlp.training import run as training
 from manual_mlp.training.module import MLPModule, resolve_output_activation
 from manual_mlp.training.nets import COSTS, INITIALISATIONS, NETS, build_net, torch_mlp
@@ -386,21 +385,3 @@ class TestModule:
         assert "optimizer" not in saved
         for value in saved.values():
             assert type(value) in (int, float, str, bool, list), value
-
-
-class TestLearningCurves:
-    def test_draws_what_the_csv_holds(self, tmp_path: Path) -> None:
-        path = tmp_path / "metrics.csv"
-        path.write_text(
-            "epoch,train_loss,val_loss,val_accuracy,test_loss\n0,,2,0.5,\n0,3,,,\n1,,1,0.7,\n1,2,,,\n1,,,,9\n"
-        )
-        loss, accuracy = learning_curves(path).axes
-        lines = {line.get_label(): line.get_xydata().tolist() for line in loss.get_lines()}
-        assert lines == {"train": [[0, 3], [1, 2]], "val": [[0, 2], [1, 1]]}
-        assert [line.get_xydata().tolist() for line in accuracy.get_lines()] == [[[0, 0.5], [1, 0.7]]]
-        assert (loss.get_ylabel(), accuracy.get_ylabel(), loss.get_xlabel()) == ("loss", "accuracy", "epoch")
-
-    def test_nothing_to_draw(self, tmp_path: Path) -> None:
-        (tmp_path / "metrics.csv").write_text("epoch,lr\n0,1\n")
-        with pytest.raises(InputError, match=r"columns such as train_loss .*train first"):
-            learning_curves(tmp_path / "metrics.csv")

@@ -1,0 +1,219 @@
+"""What the pictures show: the data of what is drawn, not only that something is."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from manual_mlp import InputError, plots
+
+RNG = np.random.default_rng(0)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def small_trace(sizes: list[int], samples: int = 2) -> SimpleNamespace:
+    """What a trace holds, with numbers of its own."""
+    layers = range(1, len(sizes) + 1)
+    weight = {layer: RNG.normal(size=(sizes[layer], sizes[layer - 1])) for layer in layers[:-1]}
+    return SimpleNamespace(
+        sizes=sizes,
+        weight=weight,
+        bias={layer: RNG.normal(size=sizes[layer]) for layer in layers[:-1]},
+        a={layer: RNG.uniform(size=(samples, sizes[layer - 1])) for layer in layers},
+        z={layer: RNG.normal(size=(samples, sizes[layer - 1])) for layer in layers[1:]},
+        delta={layer: RNG.normal(size=(samples, sizes[layer - 1])) for layer in layers[1:]},
+        grad_weight={layer: 100 + w for layer, w in weight.items()},
+    )
+
+
+class TestLearningCurves:
+    def test_draws_what_the_csv_holds(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.csv"
+        path.write_text(
+            "epoch,train_loss,val_loss,val_accuracy,test_loss\n0,,2,0.5,\n0,3,,,\n1,,1,0.7,\n1,2,,,\n1,,,,9\n"
+        )
+        loss, accuracy = plots.learning_curves(path).axes
+        lines = {line.get_label(): line.get_xydata().tolist() for line in loss.get_lines()}
+        assert lines == {"train": [[0, 3], [1, 2]], "val": [[0, 2], [1, 1]]}
+        assert [line.get_xydata().tolist() for line in accuracy.get_lines()] == [[[0, 0.5], [1, 0.7]]]
+        assert (loss.get_ylabel(), accuracy.get_ylabel(), accuracy.get_xlabel()) == ("loss", "accuracy", "epoch")
+
+    def test_nothing_to_draw(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.csv").write_text("epoch,lr\n0,1\n")
+        with pytest.raises(InputError, match=r"columns such as train_loss .*train first"):
+            plots.learning_curves(tmp_path / "metrics.csv")
+
+
+class TestFlow:
+    def test_norms_by_layer(self) -> None:
+        figure = plots.delta_flow([0, 0.5, 1], {3: [1, 2, 3], 2: [0.1, 0, 0.3]})
+        (axes,) = figure.axes
+        assert axes.get_yscale() == "log"
+        drawn = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+        np.testing.assert_array_equal(drawn[r"$\delta^{3}$"], [[0, 1], [0.5, 2], [1, 3]])
+        np.testing.assert_array_equal(drawn[r"$\delta^{2}$"], [[0, 0.1], [0.5, np.nan], [1, 0.3]])  # a gap for 0
+
+    def test_legend_of_a_deep_net_is_short(self) -> None:
+        figure = plots.delta_flow([0, 1], {layer: [1, 1] for layer in range(2, 42)})
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert len(labels) == 8
+        assert (labels[0], labels[-1]) == (r"$\delta^{41}$", r"$\delta^{2}$")
+
+    def test_histograms(self) -> None:
+        before, after = small_trace([3, 5, 4], samples=50), small_trace([3, 5, 4], samples=50)
+        after.delta[2][:] = 0  # all dead: nothing to draw on a logarithmic scale
+        figure = plots.histograms({"before": before, "after": after})
+        panels = np.array(figure.axes).reshape(3, 2)
+        assert [axes.get_title() for axes in panels[0]] == ["before", "after"]
+        assert [axes.get_xlabel() for axes in panels[:, 0]] == ["$z$", "$a$", r"$|\delta|$"]
+        assert [[len(axes.patches) for axes in row] for row in panels] == [[2, 2], [2, 2], [2, 1]]
+        counts, edges, _ = panels[0, 0].patches[0].get_data()
+        expected, bins = np.histogram(before.z[2], bins=len(counts))
+        np.testing.assert_allclose(counts, expected / expected.max())
+        np.testing.assert_allclose(edges, bins)
+        _, edges, _ = panels[2, 1].patches[0].get_data()
+        size = np.abs(after.delta[3])
+        np.testing.assert_allclose(edges[[0, -1]], [size.min(), size.max()])
+        assert panels[2, 1].get_xscale() == "log"
+
+
+class TestAnswers:
+    def test_confusion_matrix(self) -> None:
+        target, prediction = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 2, 2, 0])
+        figure = plots.confusion_matrix(target, prediction, ["a", "b", "$x^2$ and more than fits"])
+        (image,) = figure.axes[0].get_images()
+        assert image.get_array().tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
+        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert labels == ["a", "b", r"\$x^2\$ and mor…"]  # text, not a formula
+        assert (figure.axes[0].get_ylabel(), figure.axes[0].get_xlabel()) == ("target", "prediction")
+
+    def test_class_without_samples_keeps_its_row(self) -> None:
+        figure = plots.confusion_matrix(np.array([0, 2]), np.array([0, 2]), ["a", "b", "c"])
+        assert figure.axes[0].get_images()[0].get_array().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
+
+    def test_worst_mistakes_come_first(self) -> None:
+        images, target = RNG.uniform(size=(4, 2, 3)), np.array([0, 0, 1, 1])
+        scores = np.array([[0.4, 0.6], [0.9, 0.1], [0.9, 0.1], [0.6, 0.5]])  # right but for 0, 2 and 3: by .2, .8, .1
+        figure = plots.worst_mistakes(images, target, scores, ["zero", "one"], most=2)
+        drawn = [image.get_array() for image in figure.axes[0].get_images()]
+        np.testing.assert_array_equal(drawn, images[[2, 0]])
+        assert texts(figure) == ["zero\nis one", "one\nis zero"]
+
+    def test_no_mistake_to_draw(self) -> None:
+        with pytest.raises(InputError, match="at least one mistake"):
+            plots.worst_mistakes(np.zeros((1, 2, 2)), np.array([1]), np.array([[0, 1]]), ["a", "b"])
+
+    def test_weights_as_images(self) -> None:
+        weight = RNG.normal(size=(5, 6))
+        (image,) = plots.first_layer_weights(weight, (2, 3)).axes[0].get_images()
+        tiles = image.get_array().filled(np.nan)
+        assert tiles.shape == (2 * 3, 3 * 4)  # 2 rows of 3 tiles, each with an edge
+        np.testing.assert_array_equal(tiles[0:2, 8:11], weight[2].reshape(2, 3))
+        np.testing.assert_array_equal(tiles[3:5, 4:7], weight[4].reshape(2, 3))
+        assert np.isnan(tiles[3:, 8:]).all()
+        assert np.isnan(tiles[2]).all()
+        assert image.get_clim() == (-np.abs(weight).max(), np.abs(weight).max())
+
+    def test_weights_as_a_table(self) -> None:
+        weight = RNG.normal(size=(70, 6))
+        (image,) = plots.first_layer_weights(weight).axes[0].get_images()
+        np.testing.assert_array_equal(image.get_array(), weight[:64])
+
+    def test_decision_boundary(self) -> None:
+        features = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1]])
+        target = np.array([0, 0, 1, 2])
+        stages = {"start": lambda x: np.zeros(len(x)), "end": lambda x: (x[:, 1] > 0.5) * (1 + (x[:, 0] > 0.5))}
+        figure = plots.decision_boundary(stages, features, target, ["a", "b", "c"])
+        assert [axes.get_title() for axes in figure.axes] == ["start", "end"]
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+        filled, *samples = figure.axes[1].collections
+        for index, points in enumerate(samples):
+            np.testing.assert_array_equal(points.get_offsets(), features[target == index])
+        # of the contour, the paths that hold a point tell what is answered there
+        for x, answer in (([0.2, 0.2], 0), ([0.9, 0.1], 0), ([0.2, 0.9], 1), ([0.9, 0.9], 2)):
+            holds = [bool(len(path)) and path.contains_point(x) for path in filled.get_paths()]
+            assert holds == [answer == index for index in range(3)]
+
+    def test_three_stages_hide_the_fourth_panel(self) -> None:
+        stages = dict.fromkeys("abc", lambda x: np.zeros(len(x)))
+        axes = plots.decision_boundary(stages, RNG.normal(size=(4, 2)), np.array([0, 1, 0, 1]), ["a", "b"]).axes
+        assert [panel.get_visible() for panel in axes] == [True, True, True, False]
+
+    def test_fitted_curve(self) -> None:
+        x, target = RNG.uniform(-1, 1, 20), RNG.normal(size=20)
+        figure = plots.fitted_curve({"old": lambda x: 0 * x[:, 0], "new": lambda x: x[:, 0] ** 2}, x, target)
+        (samples,) = figure.axes[0].collections
+        np.testing.assert_array_equal(samples.get_offsets(), np.column_stack([x, target]))
+        old, new = figure.axes[0].get_lines()
+        np.testing.assert_array_equal(new.get_ydata(), np.asarray(new.get_xdata()) ** 2)
+        assert (new.get_xdata()[0], new.get_xdata()[-1]) == (x.min(), x.max())
+        assert new.get_linewidth() > old.get_linewidth()
+
+    def test_predicted_against_true(self) -> None:
+        target, prediction = RNG.normal(size=9), RNG.normal(size=9)
+        axes = plots.predicted_against_true(target, prediction).axes[0]
+        np.testing.assert_array_equal(axes.collections[0].get_offsets(), np.column_stack([prediction, target]))
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("prediction", "target")
+
+
+class TestGraph:
+    def test_network(self) -> None:
+        trace = small_trace([2, 3, 1])
+        (axes,) = plots.network(trace).axes
+        numbers = [f"{w:.2g}" for layer in (1, 2) for w in trace.weight[layer].ravel()]
+        biases = [f"{b:.2g}" for layer in (1, 2) for b in trace.bias[layer]]
+        assert texts(axes.figure) == [*numbers, "$x_{1}$", "$x_{2}$", *biases]
+        strong = [c for c in axes.collections if isinstance(c, LineCollection)][2:]
+        for layer, lines in zip((1, 2), strong, strict=True):
+            weight = trace.weight[layer]
+            signs = [plots.POSITIVE.lower() if w >= 0 else plots.NEGATIVE.lower() for w in weight.ravel()]
+            assert [to_hex(color) for color in lines.get_colors()] == signs
+            order = np.argsort(np.abs(weight.ravel()))
+            assert (np.diff(np.array(lines.get_linewidths())[order]) > 0).all()
+        # W^1_{31} leads from neuron 1 of layer 1 to neuron 3 of layer 2
+        (begin, end) = strong[0].get_segments()[4]
+        assert (begin.tolist(), end.tolist()) == ([1, 0.5], [2, -1])
+
+    def test_flow_step_by_step(self) -> None:
+        trace = small_trace([2, 2, 1])
+        panels = plots.flow(trace, sample=1).axes
+        a = {layer: [f"{v:.2g}" for v in trace.a[layer][1]] for layer in (1, 2, 3)}
+        delta = {layer: [f"{v:.2g}" for v in trace.delta[layer][1]] for layer in (2, 3)}
+        weight = {layer: [f"{v:.2g}" for v in trace.weight[layer].ravel()] for layer in (1, 2)}
+        gradient = {layer: [f"{v:.2g}" for v in trace.grad_weight[layer].ravel()] for layer in (1, 2)}
+        assert [[text.get_text() for text in axes.texts] for axes in panels] == [
+            [*weight[1], *a[1], *a[2]],
+            [*weight[2], *a[1], *a[2], *a[3]],
+            delta[3],
+            [*weight[2], *delta[2], *delta[3]],
+            [*gradient[1], *gradient[2], *a[1], *delta[2], *delta[3]],
+        ]
+        assert [axes.get_title().split(":")[0] for axes in panels] == ["forward"] * 2 + ["backward"] * 2 + ["gradients"]
+
+    def test_too_large(self) -> None:
+        with pytest.raises(InputError, match=r"at most 8 layers of at most 8 neurons, .* but got 9-2; draw a smaller"):
+            plots.network(small_trace([9, 2]))
+
+
+def test_no_figure_is_left_to_pyplot_and_the_style_stays_ours(tmp_path: Path) -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    before = dict(matplotlib.rcParams)
+    draw: list[Callable[[], Figure]] = [
+        lambda: plots.confusion_matrix(np.array([0, 1]), np.array([1, 1]), ["a", "b"]),
+        lambda: plots.predicted_against_true(np.arange(3), np.arange(3)),
+        lambda: plots.flow(small_trace([1, 1, 1])),
+    ]
+    for index, function in enumerate(draw):
+        function().savefig(tmp_path / f"{index}.svg")
+    assert pyplot.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
