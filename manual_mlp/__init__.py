@@ -23,6 +23,7 @@ from manual_mlp.modules import (
     Tanh,
 )
 from manual_mlp.perceptron import Perceptron
+from manual_mlp.trace import Trace, trace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,9 +46,11 @@ __all__ = [
     "Sigmoid",
     "Softplus",
     "Tanh",
+    "Trace",
     "convert",
     "functional",
     "left_alone",
     "revert",
     "testing",
+    "trace",
 ]

@@ -507,6 +507,7 @@ class Cost:
     both_   prediction, target, delta, flat, work, column, out: both in place, in delta and the scalar out; flat is
             delta as one vector, work (N, n_L) and column (N, 1) are scratch
     total_weight, delta_weight   N, n_L ↦ a constant
+    text, delta_text, per   C = 1/per Σ text, ∂C/∂a^L = 1/per delta_text, with a, ŷ, N and m = n_L
     logits  whether the prediction is z^L: the output activation is then the identity
     """
 
@@ -515,6 +516,9 @@ class Cost:
     both_: Callable[..., None]
     total_weight: Callable[[int, int], float]
     delta_weight: Callable[[int, int], float]
+    text: str
+    delta_text: str
+    per: str
     logits: bool
 
 
@@ -580,10 +584,26 @@ def _binary_cross_entropy_sum(z: Tensor, target: Tensor) -> Tensor:
 
 COSTS: dict[str, Cost] = {
     "quadratic": Cost(
-        _squares, quadratic_delta, _quadratic_, lambda n, outputs: 0.5 / n, lambda n, outputs: 1 / n, logits=False
+        _squares,
+        quadratic_delta,
+        _quadratic_,
+        lambda n, outputs: 0.5 / n,
+        _per_sample,
+        "½ (a − ŷ)²",
+        "(a − ŷ)",
+        "N",
+        logits=False,
     ),
     "mse": Cost(
-        _squares, quadratic_delta, _quadratic_, _per_element, lambda n, outputs: 2 / (n * outputs), logits=False
+        _squares,
+        quadratic_delta,
+        _quadratic_,
+        _per_element,
+        lambda n, outputs: 2 / (n * outputs),
+        "(a − ŷ)²",
+        "2 · (a − ŷ)",
+        "(N m)",
+        logits=False,
     ),
     "bce": Cost(
         _binary_cross_entropy_sum,
@@ -591,10 +611,21 @@ COSTS: dict[str, Cost] = {
         _binary_cross_entropy_,
         _per_element,
         _per_element,
+        "(softplus(a) − ŷ · a)",
+        "(σ(a) − ŷ)",
+        "(N m)",
         logits=True,
     ),
     "cross_entropy": Cost(
-        _cross_entropy_sum, _cross_entropy_delta, _cross_entropy_, _per_sample, _per_sample, logits=True
+        _cross_entropy_sum,
+        _cross_entropy_delta,
+        _cross_entropy_,
+        _per_sample,
+        _per_sample,
+        "−ŷ · log softmax(a)",
+        "(softmax(a) − ŷ)",
+        "N",
+        logits=True,
     ),
 }
 

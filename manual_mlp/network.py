@@ -103,7 +103,7 @@ def _read(layers: list[Layer], name: str, module: nn.Module) -> None:
     else:
         raise InputError(
             "expected affine maps, each with at most one activation and one dropout after it; "
-            f"got {kind.__name__} at {name or 'the model itself'!r}: train such a net by its layers"
+            f"got {kind.__name__} at {name or 'the model itself'!r}: leave such a net to its layers and autograd"
         )
 
 
@@ -158,21 +158,43 @@ class Net:
                 return True
         return any(modules.activation_row(module) != row for module, row in self.settings)
 
-    def forward(self, x: Tensor, weights: Some, biases: Some, masks: Masks) -> list[Tensor]:
-        """Step 1: a or z of each layer, whichever its row saves, and the prediction a^L."""
-        a, saved, recorded = x, [], torch.is_grad_enabled()
+    def forward(
+        self, x: Tensor, weights: Some, biases: Some, masks: Masks, zs: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Step 1: a or z of each layer, whichever its row saves, and the prediction a^L; each z goes to `zs`."""
+        a, saved, keeps_z = x, [], torch.is_grad_enabled() or zs is not None
         for layer, (G, G_, _, parameters, saves_z) in enumerate(self.steps):
             z = sheet.affine(a, weights[layer], biases[layer])
-            a = G(z, *parameters) if saves_z or recorded else G_(z, *parameters, out=z)
+            a = G(z, *parameters) if saves_z or keeps_z else G_(z, *parameters, out=z)
+            if zs is not None:
+                zs.append(z)
             saved.append(z if saves_z else a)
             if masks:
                 a = _dropped(a, masks[layer])
         return [*saved, a]
 
+    def input_of(self, layer: int, x: Tensor, saved: Some, masks: Masks) -> Tensor:
+        """a^l as the layer reads it, after G and dropout, from what was saved."""
+        if layer == 0:
+            return x
+        G, _, _, parameters, saves_z = self.steps[layer - 1]
+        a = G(saved[layer - 1], *parameters) if saves_z else saved[layer - 1]
+        return _dropped(a, masks[layer - 1]) if masks else a
+
     def recursion(
-        self, delta: Tensor, x: Tensor, weights: Some, saved: Some, masks: Masks, needs: Sequence[bool]
+        self,
+        delta: Tensor,
+        x: Tensor,
+        weights: Some,
+        saved: Some,
+        masks: Masks,
+        needs: Sequence[bool],
+        deltas: list[Tensor] | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """Steps 2 to 4 from delta = ∂C/∂a^L: ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed."""
+        """Steps 2 to 4 from delta = ∂C/∂a^L: ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed.
+
+        Each δ^l goes to `deltas`, from right to left.
+        """
         n = len(self.steps)
         gradients: list[Tensor | None] = [None] * len(needs)
         lowest = 0 if needs[0] else min((i - 1) % n for i, needed in enumerate(needs) if needed)
@@ -181,13 +203,10 @@ class Net:
                 delta = _dropped(delta, masks[layer])
             _, _, delta_of, parameters, _ = self.steps[layer]
             delta = delta_of(delta, saved[layer], *parameters)
+            if deltas is not None:
+                deltas.append(delta)
             if needs[1 + layer]:
-                a = x
-                if layer > 0:
-                    G, _, _, parameters, saves_z = self.steps[layer - 1]
-                    a = G(saved[layer - 1], *parameters) if saves_z else saved[layer - 1]
-                    a = _dropped(a, masks[layer - 1]) if masks else a
-                gradients[1 + layer] = sheet.grad_weight(delta, a)
+                gradients[1 + layer] = sheet.grad_weight(delta, self.input_of(layer, x, saved, masks))
             if needs[1 + n + layer]:
                 gradients[1 + n + layer] = sheet.grad_bias(delta)
             if layer > lowest or needs[0]:
@@ -276,10 +295,10 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
     owners = [layer.affine._parameters for layer in net.layers]
     weights, biases = [owner["weight"] for owner in owners], [owner["bias"] for owner in owners]
     check_batch(weights[0], len(weights[-1]), input, target, loss)
-    return NetworkCost.apply(net, cost, _masks(net.layers, input), input, target, *weights, *biases)
+    return NetworkCost.apply(net, cost, draw_masks(net.layers, input), input, target, *weights, *biases)
 
 
-def _masks(layers: list[Layer], input: Tensor) -> Masks:
+def draw_masks(layers: list[Layer], input: Tensor) -> Masks:
     """The masks that functional.dropout draws, in the same order."""
 
     def mask(layer: Layer) -> tuple[Tensor, float] | None:

@@ -1,11 +1,13 @@
-"""The README's generated table. `python -m tests.readme` writes it anew."""
+"""The README's generated parts. `python -m tests.readme` writes them anew."""
 
+import io
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from manual_mlp.formulas import ACTIVATIONS, SYMBOLS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-START, END = "<!-- formulas -->\n", "<!-- /formulas -->\n"
 
 
 def formula_table() -> str:
@@ -23,12 +25,22 @@ def formula_table() -> str:
     return "\n".join([*lines, "", notes, ""])
 
 
-def with_table(text: str) -> str:
-    """The README with the table as the sheet has it now."""
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    return before + START + formula_table() + END + after
+def printed_trace(text: str) -> str:
+    """What the README's own block with `print(trace)` prints."""
+    (code,) = re.findall(r"^```python\n([^`]*print\(trace\)\n)```$", text, re.MULTILINE)
+    with redirect_stdout(io.StringIO()) as out:
+        exec("import torch\nimport manual_mlp as mm\n" + code, {})
+    return f"```\n{out.getvalue()}```\n"
+
+
+def generated(text: str) -> str:
+    """The README with its generated parts as code makes them now."""
+    for name, part in (("formulas", formula_table()), ("trace", printed_trace(text))):
+        before, rest = text.split(f"<!-- {name} -->\n")
+        _, after = rest.split(f"<!-- /{name} -->\n")
+        text = f"{before}<!-- {name} -->\n{part}<!-- /{name} -->\n{after}"
+    return text
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    README.write_text(generated(README.read_text()))

@@ -18,7 +18,7 @@ LAYERS = [
     ["functional"],
     ["modules"],
     ["convert", "network", "perceptron"],
-    ["engine", "testing"],
+    ["engine", "testing", "trace"],
     ["plots"],
     ["training", "benchmark"],
 ]

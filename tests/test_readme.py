@@ -1,4 +1,4 @@
-"""What the README says is run: its Python as it stands, its commands composed, its table compared with the sheet."""
+"""What the README says is run: its Python as it stands, its commands composed, its generated parts compared."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from tests.readme import README, with_table
+from tests.readme import README, generated
 
 TEXT = README.read_text()
 ROOT = README.parent
@@ -48,5 +48,5 @@ def test_links_lead_somewhere() -> None:
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-def test_formula_table_is_the_sheets() -> None:
-    assert with_table(TEXT) == TEXT, "run `python -m tests.readme`"
+def test_generated_parts_are_as_code_makes_them() -> None:
+    assert generated(TEXT) == TEXT, "run `python -m tests.readme`"

@@ -1,0 +1,381 @@
+"""One pass made visible: z, a, δ and the gradients of every layer, in the order in which one works them out by hand."""
+
+import functools
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from manual_mlp import formulas as sheet
+from manual_mlp.errors import InputError
+from manual_mlp.network import check_batch, cost_of, draw_masks, net_of
+
+WIDTH = 80
+SMALL = 6  # rows and neurons of a layer up to which the numbers themselves are printed
+SATURATED = 0.01  # of the largest |G′|
+SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+LATEX: dict[Any, Any] = {
+    **{"δ": r"\delta ", "∂": r"\partial ", "σ": r"\sigma ", "Σ": r"\sum ", "ŷ": r"\hat{y}", "½": r"\tfrac{1}{2} "},
+    **{"⊙": r"\odot ", "·": r"\cdot ", "ᵀ": r"^{\top}", "−": "-", "′": "'", "‖": r"\|"},
+}
+
+
+def up(index: int) -> str:
+    """2 as ²."""
+    return str(index).translate(str.maketrans("0123456789", SUPERSCRIPTS))
+
+
+class Line(NamedTuple):
+    """symbol = formula = value, as in z² = w¹ · a¹ + b¹ = 0.3; numbers: the formula with numbers in it, or ""."""
+
+    symbol: str
+    formula: str
+    numbers: str
+    value: Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class Trace:
+    """What one pass computed, in containers indexed by the sheet's l, from 1 for the input to L for the prediction.
+
+    z, delta, slope      z^l, δ^l = ∂C/∂z^l, G′(z^l), (N, n_l), l = 2 … L; δ includes the 1/N of the cost
+    a                    a^l, (N, n_l), l = 1 … L, after the dropout of that layer, if it draws
+    weight, bias         W^l (n_{l+1}, n_l) and b^l (n_{l+1},) or None, copies, l = 1 … L−1
+    grad_weight, grad_bias   ∂C/∂W^l and ∂C/∂b^l
+    new_weight, new_bias     W^l − LR ∂C/∂W^l and b^l − LR ∂C/∂b^l
+    saturation           the share of the N n_l values of |G′(z^l)| below 1 % of its maximum over all z
+    activation, drops    G's name, and whether dropout drew a mask, l = 2 … L
+    cost                 C, a scalar tensor; target: ŷ, class indices as rows of 0 and 1
+
+    `print` gives two tables and, where no layer and no batch is larger than 6, the numbers step by step.
+    """
+
+    sizes: list[int]
+    loss: str
+    lr: float
+    cost: Tensor
+    target: Tensor
+    activation: dict[int, str]
+    drops: dict[int, bool]
+    z: dict[int, Tensor] = field(default_factory=dict)
+    a: dict[int, Tensor] = field(default_factory=dict)
+    slope: dict[int, Tensor] = field(default_factory=dict)
+    delta: dict[int, Tensor] = field(default_factory=dict)
+    saturation: dict[int, float] = field(default_factory=dict)
+    weight: dict[int, Tensor] = field(default_factory=dict)
+    bias: dict[int, Tensor | None] = field(default_factory=dict)
+    grad_weight: dict[int, Tensor] = field(default_factory=dict)
+    grad_bias: dict[int, Tensor | None] = field(default_factory=dict)
+    new_weight: dict[int, Tensor] = field(default_factory=dict)
+    new_bias: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as numbers, lists and dicts, for json."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            return value.tolist() if isinstance(value, Tensor) else value
+
+        return {name: plain(value) for name, value in vars(self).items()}
+
+    def __str__(self) -> str:
+        tables = [_text_table(table) for table in self._tables()]
+        return "\n\n".join([textwrap.fill(self._title(), WIDTH), *tables, *map(self._text_step, self._steps())])
+
+    __repr__ = __str__
+
+    def to_markdown(self) -> str:
+        """The same as tables of Markdown, and the steps as a block of text."""
+        steps = "\n\n".join(map(self._text_step, self._steps()))
+        return "\n\n".join(
+            [self._title(), *map(_markdown_table, self._tables())] + [f"```text\n{steps}\n```"] * bool(steps)
+        )
+
+    _repr_markdown_ = to_markdown  # what a notebook shows
+
+    def to_latex(self) -> str:
+        """Arrays and, of small nets, an align* environment; for amsmath, MathJax and KaTeX."""
+        arrays = [f"\\[\n{_latex_table(table)}\n\\]" for table in self._tables()]
+        lines = []
+        for title, step in self._steps():
+            lines.append(rf"&\textbf{{{title}}}")
+            lines += [rf"{_latex(line.symbol)} &= {' = '.join(_latex_sides(line))}" for line in step]
+        body = " \\\\\n".join(lines)
+        return "\n".join(arrays + [f"\\begin{{align*}}\n{body}\n\\end{{align*}}"] * bool(lines))
+
+    # The tables and the steps, which the three forms share
+
+    def _title(self) -> str:
+        return f"{'-'.join(map(str, self.sizes))}, {self.loss} cost, N = {len(self.a[1])}: C = {self.cost.item():.5g}"
+
+    def _tables(self) -> list[list[list[str]]]:
+        neurons = [["l", "a^l", "G", "‖z^l‖", "‖a^l‖", "‖δ^l‖", "saturated"]]
+        for layer, a in self.a.items():
+            G = self.activation.get(layer, "") + " + dropout" * self.drops.get(layer, False)
+            saturated = f"{100 * self.saturation[layer]:.3g} %" if layer > 1 else ""
+            norms = [_norm(values.get(layer)) for values in (self.z, self.a, self.delta)]
+            neurons.append([str(layer), str(tuple(a.shape)), G, *norms, saturated])
+        weights = [["l", "W^l", "‖W^l‖", "‖b^l‖", "‖∂C/∂W^l‖", "‖∂C/∂b^l‖"]]
+        for layer, weight in self.weight.items():
+            values = (weight, self.bias[layer], self.grad_weight[layer], self.grad_bias[layer])
+            weights.append([str(layer), str(tuple(weight.shape)), *map(_norm, values)])
+        return [neurons, weights]
+
+    def _steps(self) -> list[tuple[str, list[Line]]]:
+        """The five steps with their numbers; none of a net or batch too large for that."""
+        if max(len(self.a[1]), *self.sizes) > SMALL:
+            return []
+        titles = ("given", "1. forward pass", "2. output error", "3. right to left", "4. gradients", "5. update")
+        known: dict[str, Tensor] = {"LR": torch.tensor(self.lr, dtype=torch.float64)}
+        steps: list[tuple[str, list[Line]]] = []
+        for title, part in zip(titles, self._formulas(), strict=True):
+            step = []
+            for symbol, formula, value in part:
+                numbers = _substituted(formula, known) if self._is_chain else ""
+                step.append(Line(symbol, formula, numbers, value))
+                known[symbol] = value
+            steps += [(title, step)] if step else []
+        return steps
+
+    @property
+    def _is_chain(self) -> bool:
+        """One sample through one neuron a layer: the formulas are of numbers, as the lecture first writes them."""
+        return len(self.a[1]) == 1 and set(self.sizes) == {1} and not any(self.drops.values())
+
+    def _formulas(self) -> Iterator[list[tuple[str, str, Any]]]:
+        """What is given, then the five steps, as (symbol, formula, value)."""
+        chain, last = self._is_chain, len(self.sizes)
+        W = "w" if chain else "W"
+        biases = {layer: bias for layer, bias in self.bias.items() if bias is not None}
+        given = [("x", "", self.a[1]), ("ŷ", "", self.target)]
+        for layer, weight in self.weight.items():
+            given.append((f"{W}{up(layer)}", "", weight))
+            given += [(f"b{up(layer)}", "", biases[layer])] if layer in biases else []
+        yield given
+
+        forward = [("a¹", "x", self.a[1])]
+        for layer in self.weight:
+            a, w = f"a{up(layer)}", f"{W}{up(layer)}"
+            z = (f"{w} · {a}" if chain else f"{a} ({w})ᵀ") + (f" + b{up(layer)}" if layer in biases else "")
+            forward.append((f"z{up(layer + 1)}", z, self.z[layer + 1]))
+            forward.append((f"a{up(layer + 1)}", self._G(layer + 1) + self._mask(layer + 1), self.a[layer + 1]))
+        cost = sheet.COSTS[self.loss]
+        share = "" if chain else f"1/{cost.per} "
+        text, delta_text = (re.sub(r"\ba\b", f"a{up(last)}", text) for text in (cost.text, cost.delta_text))
+        yield [*forward, ("C", (f"{share}Σ " if share else "") + text, self.cost)]
+
+        yield self._delta_lines(last, share + delta_text)
+        yield [
+            line
+            for layer in range(last - 1, 1, -1)
+            for line in self._delta_lines(
+                layer,
+                f"{W}{up(layer)} · δ{up(layer + 1)}" if chain else f"(δ{up(layer + 1)} {W}{up(layer)})",
+            )
+        ]
+
+        gradients: list[Any] = []
+        updates: list[Any] = []
+        for layer in reversed(self.weight):
+            delta, a = f"δ{up(layer + 1)}", f"a{up(layer)}"
+            to_weight, to_bias = f"∂C/∂{W}{up(layer)}", f"∂C/∂b{up(layer)}"
+            gradients.append((to_weight, f"{delta} · {a}" if chain else f"({delta})ᵀ {a}", self.grad_weight[layer]))
+            w, b = f"{W}{up(layer)}", f"b{up(layer)}"
+            updates.append((f"new {w}", f"{w} − LR · {to_weight}", self.new_weight[layer]))
+            if layer in biases:
+                gradients.append((to_bias, delta if chain else f"Σ {delta}", self.grad_bias[layer]))
+                updates.append((f"new {b}", f"{b} − LR · {to_bias}", self.new_bias[layer]))
+        yield gradients
+        yield updates
+
+    def _delta_lines(self, layer: int, incoming: str) -> list[tuple[str, str, Any]]:
+        """G′(z^l), unless it is 1, and δ^l made of it and of ∂C/∂a^l."""
+        delta, value = f"δ{up(layer)}", self.delta[layer]
+        incoming += self._mask(layer)
+        if self.activation[layer] == "identity":
+            return [(delta, incoming, value)]
+        slope = self._G(layer, "′")
+        return [(slope, "", self.slope[layer]), (delta, f"{incoming} {'·' if self._is_chain else '⊙'} {slope}", value)]
+
+    def _G(self, layer: int, prime: str = "") -> str:
+        G, z = self.activation[layer], f"z{up(layer)}"
+        return z if G == "identity" else f"{G}{prime}({z})"
+
+    def _mask(self, layer: int) -> str:
+        return f" ⊙ m{up(layer)}/(1 − p)" if self.drops[layer] else ""
+
+    def _text_step(self, step: tuple[str, list[Line]]) -> str:
+        title, lines = step
+        if self._is_chain and title == "given":
+            items = [f"{line.symbol} = {_number(line.value.item())}" for line in lines]
+            return "\n".join(
+                [title, textwrap.fill(",  ".join(items), WIDTH - 3, initial_indent="   ", subsequent_indent="   ")]
+            )
+        return "\n".join([title, *map(_text_line, lines)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines and tables as text, Markdown, LaTeX
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float, digits: int = 5) -> str:
+    return f"{value + 0.0:.{digits}g}"  # −0 as 0
+
+
+def _numbers(value: Tensor) -> list[list[str]]:
+    """Its rows; a matrix or vector in four digits, so that six numbers fit into a line."""
+    rows = (value if value.dim() == 2 else value.reshape(1, -1)).tolist()
+    return [[_number(number, 5 if value.numel() == 1 else 4) for number in row] for row in rows]
+
+
+def _norm(values: Tensor | None) -> str:
+    return "" if values is None else f"{values.norm().item():.4g}"
+
+
+def _substituted(formula: str, known: dict[str, Tensor]) -> str:
+    """The formula with numbers for its symbols, negative ones in parentheses where they follow something."""
+    symbols = "|".join(re.escape(symbol) for symbol in sorted(known, key=len, reverse=True))
+    pattern = rf"(?<![A-Za-z])(?:{symbols})(?![A-Za-z])"
+    numbers = {symbol: _number(value.item()) for symbol, value in known.items()}
+    text = re.sub(pattern, lambda m: f"({numbers[m[0]]})" if numbers[m[0]][0] == "-" else numbers[m[0]], formula)
+    return re.sub(r"(?<=\()\((-[^()]*)\)(?=\))|^\((-[^()]*)\)", lambda m: m[1] or m[2], text)
+
+
+def _text_line(line: Line) -> str:
+    sides = [line.symbol, *(side for side in (line.formula, line.numbers) if side)]
+    rows = _numbers(line.value)
+    if len(rows) == 1:
+        value = rows[0][0] if len(rows[0]) == 1 else f"[{'  '.join(rows[0])}]"
+        text = "   " + " = ".join(sides if value == sides[-1] else [*sides, value])
+        if len(text) <= WIDTH:
+            return text
+    width = max(len(number) for row in rows for number in row)
+    table = ["      [" + "  ".join(f"{number:>{width}}" for number in row) + "]" for row in rows]
+    return "\n".join(["   " + " = ".join(sides) + " =", *table])
+
+
+def _text_table(table: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in table)
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def _markdown_table(table: list[list[str]]) -> str:
+    header, *rows = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([header, "|" + "---|" * len(table[0]), *rows])
+
+
+def _latex(text: str) -> str:
+    """Words as operators, superscripts as exponents, letters as commands."""
+    text = re.sub(r"[A-Za-z_]{2,}", lambda m: rf"\operatorname{{{m[0]}}}".replace("_", r"\_"), text)
+    text = re.sub(f"[{SUPERSCRIPTS}]+", lambda m: "^{" + "".join(str(SUPERSCRIPTS.index(c)) for c in m[0]) + "}", text)
+    return text.translate(str.maketrans(LATEX))
+
+
+def _latex_sides(line: Line) -> list[str]:
+    sides, rows = [_latex(side) for side in (line.formula, line.numbers) if side], _numbers(line.value)
+    if line.value.numel() == 1:
+        return sides if rows[0][0] in sides else [*sides, rows[0][0]]
+    body = r" \\ ".join(" & ".join(row) for row in rows)
+    return [*sides, rf"\begin{{pmatrix}} {body} \end{{pmatrix}}"]
+
+
+def _latex_table(table: list[list[str]]) -> str:
+    header = " & ".join(
+        _latex(cell).replace("^l", "^{l}") if cell != "saturated" else r"\text{saturated}" for cell in table[0]
+    )
+    rows = [
+        " & ".join(rf"\text{{{cell}}}" if cell and cell[0].isalpha() else cell.replace("%", r"\%") for cell in row)
+        for row in table[1:]
+    ]
+    return f"\\begin{{array}}{{{'l' * len(table[0])}}}\n" + " \\\\\n".join([header, *rows]) + "\n\\end{array}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pass itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def trace(
+    model: nn.Module, x: Tensor | Sequence, target: Tensor | Sequence, loss: str = "quadratic", lr: float = 1.0
+) -> Trace:
+    """z, a, δ and the gradients of every layer of one pass, computed by the recursion; the model stays as it is.
+
+    model   an mm.MLP or an nn.Sequential of affine maps, each with at most one activation and one dropout after it
+    x       (N, n_1), or one sample (n_1,); a list becomes a tensor of the model's dtype
+    target  (N, n_L), or class indices (N,) for "cross_entropy"; of one sample (n_L,) or ()
+    loss    "quadratic", "mse", "bce" or "cross_entropy"; lr: the LR of the step that `new_weight` shows
+
+    Raises InputError for a net that is no such chain, a shared weight, hooks, an unknown loss, a logits cost after an
+    activation, and for x or target of another shape, dtype or device, or without a sample.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected an nn.Module to trace; got {type(model).__name__}: pass the model itself")
+    net = net_of(model)
+    cost = cost_of(loss, net.layers)
+    weights, biases = [layer.weight for layer in net.layers], [layer.bias for layer in net.layers]
+    if len(set(map(id, weights))) < len(weights):
+        raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
+    x, target = _batch(x, target, weights[0], loss)
+    check_batch(weights[0], len(weights[-1]), x, target, loss)
+    if len(x) == 0:
+        raise InputError("expected at least one sample to trace; got none")
+
+    masks, zs, deltas = draw_masks(net.layers, x), [], []  # type: ignore[var-annotated]
+    saved = net.forward(x, weights, biases, masks, zs)
+    prediction = saved[-1]
+    delta = cost.delta(prediction, target) * cost.delta_weight(*prediction.shape)
+    needs = [False, *(True for _ in weights), *(bias is not None for bias in biases)]
+    gradients: Any = net.recursion(delta, x, weights, saved, masks, needs, deltas)
+
+    result = Trace(
+        sizes=[x.shape[1], *map(len, weights)],
+        loss=loss,
+        lr=lr,
+        cost=cost.total(prediction, target) * cost.total_weight(*prediction.shape),
+        target=(sheet.onehot(prediction, target) if target.dim() == 1 else target).clone(),
+        activation={index: layer.row.name.removesuffix("_in_z") for index, layer in enumerate(net.layers, 2)},
+        drops={index: layer.drops for index, layer in enumerate(net.layers, 2)},
+    )
+    result.a[1] = x.clone()
+    for index, (layer, z, delta) in enumerate(zip(net.layers, zs, reversed(deltas), strict=True), 2):
+        result.z[index], result.delta[index] = z, delta.clone()
+        result.a[index] = net.input_of(index - 1, x, saved, masks).clone()
+        result.slope[index] = layer.row.delta(torch.ones_like(z), saved[index - 2], *layer.parameters)
+        flat = result.slope[index].abs() < SATURATED * steepest(layer.row, layer.parameters)
+        result.saturation[index] = flat.double().mean().item()
+    n = len(weights)
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
+        result.weight[index], result.grad_weight[index] = weight.clone(), gradients[index]
+        result.bias[index], result.grad_bias[index] = None if bias is None else bias.clone(), gradients[n + index]
+        result.new_weight[index] = weight - lr * result.grad_weight[index]
+        result.new_bias[index] = None if bias is None else bias - lr * gradients[n + index]
+    return result
+
+
+def _batch(x: Any, target: Any, like: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """Lists as tensors, and one sample as a batch of one."""
+    if not isinstance(x, Tensor):
+        x = torch.tensor(x, dtype=like.dtype, device=like.device)
+    if not isinstance(target, Tensor):
+        target = torch.tensor(target, device=like.device)
+        indices = loss == "cross_entropy" and not target.is_floating_point() and target.dim() < 2
+        target = target if indices else target.to(like.dtype)
+    return (x, target) if x.dim() != 1 else (x.unsqueeze(0), target.unsqueeze(0))
+
+
+@functools.cache
+def steepest(row: sheet.Activation, parameters: tuple[float, ...]) -> float:
+    """The maximum of |G′(z)| over z, found on a grid that is fine at 0 and reaches a million."""
+    positive = torch.logspace(-3, 6, 9001, dtype=torch.float64)
+    z = torch.cat([-positive, positive.new_zeros(1), positive])
+    return (
+        row.delta(torch.ones_like(z), z if row.saves == "z" else row.G(z, *parameters), *parameters).abs().max().item()
+    )
