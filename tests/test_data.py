@@ -76,9 +76,12 @@ class TestIdx:
             (b"\x00\x00\x0d\x03" + bytes(12), "magic number 00000803.*begins with 00000d03"),
             (b"", "begins with nothing"),
             (b"\x00\x00\x08\x03\x00\x00", "header of 16 bytes.*ends after 6"),
-            (idx_bytes(np.zeros((2, 3, 4), np.uint8))[:-1], "expected 40 bytes.*2 x 3 x 4.*holds 39"),
-            (idx_bytes(np.zeros((2, 3, 4), np.uint8)) + b"x", "expected 40 bytes.*holds 41"),
-            (b"\x00\x00\x08\x03" + b"\xff" * 12 + b"x", "holds 17"),
+            (
+                idx_bytes(np.zeros((2, 3, 4), np.uint8))[:-1],
+                "expected 24 bytes after the header.*says 2 x 3 x 4.*there are 23",
+            ),
+            (idx_bytes(np.zeros((2, 3, 4), np.uint8)) + b"x", "expected 24 bytes.*there are more"),
+            (b"\x00\x00\x08\x03" + b"\xff" * 12 + b"x", "at most 268435456 bytes, .* claims 792.*; it is damaged or"),
         ],
     )
     def test_damage_is_told(self, tmp_path: Path, content: bytes, sentence: str) -> None:
@@ -123,6 +126,11 @@ class TestImages:
     def test_unequal_counts(self, tmp_path: Path) -> None:
         write_idx(idx_folder(tmp_path) / "train-labels-idx1-ubyte.gz", np.zeros(199))
         with pytest.raises(InputError, match=r"200 samples \(images\) and 199 targets \(labels\)"):
+            check(sources.mnist(str(tmp_path)))
+
+    def test_unequal_images(self, tmp_path: Path) -> None:
+        write_idx(idx_folder(tmp_path) / "t10k-images-idx3-ubyte.gz", np.zeros((50, 27, 28)))
+        with pytest.raises(InputError, match=r"test samples of the shape \(28, 28\), .* but they have \(27, 28\)"):
             check(sources.mnist(str(tmp_path)))
 
     def test_label_out_of_range(self, tmp_path: Path) -> None:
@@ -219,6 +227,19 @@ class TestTables:
             (",".join(map(str, range(99))), "y", "classification", r"columns are 0, 1, .{,80}, … \(99 in all\); name"),
             ("", "y", "classification", "expected a readable csv file .*No columns"),
             ('a,y\n"1,0\n', "y", "classification", "expected a readable csv file"),
+            (
+                "a,y\n1,2,3\n4,5,6\n",
+                "y",
+                "classification",
+                "readable csv file .*Length of header or names does not match",
+            ),
+            (
+                "a,y\n1,1e300\n1,2\n",
+                "y",
+                "classification",
+                "class labels in the target 'y', but got numbers such as 1e",
+            ),
+            ("a,y\n", "y", "regression", "the data is empty"),
         ],
     )
     def test_mistakes_in_csv(self, tmp_path: Path, content: str, target: str, task: str, sentence: str) -> None:
@@ -260,6 +281,7 @@ class TestTables:
             ({"x": np.ones(4), "y": np.ones(3)}, r"expected 3 rows in every column.*'x' has the shape \(4,\)"),
             ({"x": np.array(1.0), "y": np.ones(3)}, r"expected 3 rows in every column.*'x' has the shape \(\)"),
             ({"x": np.array(["p", "q", "r"]), "y": np.ones(3)}, "numbers in every feature column, but 'x'"),
+            ({"x": np.ones(3, "U"), "y": np.ones((3, 0))}, "one target value per row"),
             ({"x": np.ones(3) * 1j, "y": np.ones(3)}, "numbers in every feature column, but 'x'"),
         ],
     )
@@ -393,6 +415,13 @@ class TestStandardisation:
             expected = (raw.splits[name].features.double() - mean) / deviation
             torch.testing.assert_close(rows.features.double(), expected, rtol=0, atol=1e-5)
         assert abs(data.splits["test"].features.mean()) > 1e-3  # it was not fitted on these
+
+    def test_what_it_throws_beyond_float32_is_told(self) -> None:
+        features = np.zeros((40, 1))
+        features[sorted(column(module(Samples(np.arange(40.0)[:, None], np.arange(40))), "test"))[0]] = 1e30
+        features[1::2] += 1e-30
+        with pytest.raises(InputError, match=r"the test features, standardised by the training part, holds"):
+            module(Samples(features, np.arange(40)), standardise=True)
 
     def test_constant_features_stay_finite(self) -> None:
         samples = Samples(np.ones((40, 2)), np.arange(40) % 2, ("a", "b"))

@@ -140,7 +140,7 @@ class DataModule(L.LightningDataModule):
         if not self.standardise:
             return {name: _tensor(values) for name, values in features.items()}
         scaler = StandardScaler().fit(features["train"])
-        return {name: _tensor(scaler.transform(values)) for name, values in features.items()}
+        return {name: _scaled(scaler, f"the {name} features", values) for name, values in features.items()}
 
     def _targets(self, targets: dict[str, np.ndarray]) -> dict[str, Tensor]:
         if self.class_names:
@@ -150,7 +150,7 @@ class DataModule(L.LightningDataModule):
         scaler = StandardScaler().fit(columns["train"])
         self.target_mean, self.target_scale = scaler.mean_.tolist(), scaler.scale_.tolist()
         self.output_size = len(self.target_mean)
-        return {name: _tensor(scaler.transform(column)) for name, column in columns.items()}
+        return {name: _scaled(scaler, f"the {name} target", column) for name, column in columns.items()}
 
     def train_dataloader(self) -> DataLoader:
         rows = self.splits["train"]
@@ -176,6 +176,11 @@ def check(samples: Samples) -> None:
     _check_part(samples.features, samples.target, samples.class_names)
     if samples.test is not None:
         _check_part(*samples.test, samples.class_names)
+        if samples.test[0].shape[1:] != samples.features.shape[1:]:
+            raise InputError(
+                f"expected test samples of the shape {samples.features.shape[1:]}, as the others, "
+                f"but they have {samples.test[0].shape[1:]}; check that the files belong together"
+            )
 
 
 def _check_part(features: np.ndarray, target: np.ndarray, class_names: tuple[str, ...]) -> None:
@@ -193,6 +198,12 @@ def _check_part(features: np.ndarray, target: np.ndarray, class_names: tuple[str
             f"expected class labels from 0 to {len(class_names) - 1}, but they reach from {target.min()} to "
             f"{target.max()}; correct the labels or the list of classes"
         )
+
+
+def _scaled(scaler: StandardScaler, name: str, values: np.ndarray) -> Tensor:
+    scaled = scaler.transform(values)
+    check_numbers(f"{name}, standardised by the training part,", scaled)
+    return _tensor(scaled)
 
 
 def _tensor(values: np.ndarray) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn import datasets  # type: ignore[import-untyped]
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.readers import read_idx, read_table
+from manual_mlp.training.readers import as_float64, brief, example, read_idx, read_table
 
 TASKS = ("classification", "regression")
 FASHION_CLASSES = (
@@ -16,6 +16,7 @@ FASHION_CLASSES = (
 )  # fmt: skip
 DIGIT_CLASSES = tuple("0123456789")
 MNIST_TRAIN = 60000
+LARGEST_LABEL = 2**53  # from here on not every whole number has a float of its own
 
 
 @dataclass(frozen=True)
@@ -141,29 +142,50 @@ def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
 def _numbers(values: np.ndarray, target: str) -> np.ndarray:
     if values.dtype.kind not in "biuf":
         raise InputError(
-            f"expected numbers in the target {target!r} of a regression, but got such as {values[0]!r}; "
+            f"expected numbers in the target {target!r} of a regression, but got such as {example(values)}; "
             "for classes set data.source.task=classification"
         )
-    return values.astype(np.float64)
+    return as_float64(values)
 
 
 def _labels(values: np.ndarray, target: str) -> np.ndarray:
     """Class labels: whole numbers (also written 1.0) as integers, everything else as text."""
+    kind = values.dtype.kind
+    if kind not in "biufOSU" or (kind == "O" and any(isinstance(value, np.ndarray | list | dict) for value in values)):
+        raise InputError(
+            f"expected text or whole numbers as class labels in the target {target!r}, but got such as "
+            f"{example(values)}; encode them"
+        )
     missing = np.array([value is None or value != value for value in values], dtype=bool)  # NaN differs from itself
     if missing.any():
         raise InputError(
             f"expected a class label in every row, but {target!r} has none in row {missing.argmax()} (counted from 0); "
             "remove the row or give it a label"
         )
-    if values.dtype.kind != "f":
-        return values if values.dtype.kind in "biu" else values.astype(str)
-    fractions = values[values != np.round(values)]
-    if len(fractions) or np.isinf(values).any():
+    if kind in "OSU":
+        return _text(values, target)
+    if kind == "f":
+        values = as_float64(values)
+        wrong = values[(values != np.round(values)) | (np.abs(values) > LARGEST_LABEL)]
+        if len(wrong):
+            raise InputError(
+                f"expected class labels in the target {target!r}, but got numbers such as {wrong[0]}; "
+                "for a regression set data.source.task=regression"
+            )
+        return values.astype(np.int64)
+    return values
+
+
+def _text(values: np.ndarray, target: str) -> np.ndarray:
+    try:
+        text = values.astype(str)
+        "".join(text.tolist()).encode()
+    except ValueError as error:  # bytes that are no text, half a surrogate
         raise InputError(
-            f"expected class labels in the target {target!r}, but got numbers such as {values.max()}; "
-            "for a regression set data.source.task=regression"
-        )
-    return values.astype(np.int64)
+            f"expected class labels in the target {target!r} that are text, but they are not ({brief(error)}); "
+            "write them in UTF-8"
+        ) from error
+    return text
 
 
 def _check_drawn(samples: int, noise: float) -> None:
