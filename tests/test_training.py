@@ -56,14 +56,6 @@ class TestMainJob:
             assert name in summary
         assert "max_epochs=30" in (folder / "train.log").read_text()  # Lightning's messages went there
 
-    def test_sweep_runs_each_job_in_its_folder(self, tmp_path: Path) -> None:
-        command = [sys.executable, str(ROOT / "train.py"), "-m", "data=iris", "optimizer.lr=1,2"]
-        command += ["trainer.max_epochs=1", f"hydra.sweep.dir={tmp_path}", "trainer.enable_progress_bar=false"]
-        job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert job.returncode == 0, job.stderr
-        assert job.stdout.count("test accuracy") == 2
-        assert figures(tmp_path / "0" / "best.ckpt") != figures(tmp_path / "1" / "best.ckpt")
-
 
 class TestRun:
     @pytest.mark.parametrize("metric", ["val_loss", "val_accuracy", "test_accuracy", "train_loss"])

@@ -11,6 +11,7 @@ from pydoc import locate
 from traceback import walk_tb
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -18,6 +19,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -40,6 +42,11 @@ def one_sentence() -> Iterator[None]:
         if sentence is None:
             raise
         sys.exit(f"Error: {sentence}")
+
+
+def in_sweep() -> bool:
+    """Whether this run is one of several that Hydra starts (`-m`)."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def explain(error: Exception) -> str | None:

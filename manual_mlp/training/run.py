@@ -1,5 +1,6 @@
 """One training run, from the config to the summary: what train.py calls."""
 
+import json
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from manual_mlp.training.config import build, check, likely, optimizer_options
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.summary import summary
+from manual_mlp.training.sweep import FIGURES
 
 IRRELEVANT_ADVICE = (
     "does not have many workers",  # batches come out of memory, workers would only copy them
@@ -94,6 +96,8 @@ def _run(cfg: DictConfig) -> float:
     trainer.test(module, data, ckpt_path=best, verbose=False)
     figures |= _numbers(trainer)
     if trainer.is_global_zero:
+        content = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
+        (folder / FIGURES).write_text(json.dumps(content, indent=2))
         print(summary(module, data, trainer, figures, epoch, seconds, folder, cfg.optimized_metric))
     if cfg.optimized_metric not in figures:
         raise _not_logged(cfg, "nothing was trained")

@@ -14,7 +14,16 @@ from manual_mlp.training.module import MLPModule
 WIDTH = 60
 NUMBER = 8  # columns of a figure
 MARGIN = 0.05  # a net that got less of the way from the largest class's share to 100 % has learned nothing
-FILES = ("best.ckpt", "last.ckpt", "metrics.csv", "learning_curves.png", "tensorboard", "train.log", ".hydra")
+FILES = (
+    "best.ckpt",
+    "last.ckpt",
+    "metrics.csv",
+    "figures.json",
+    "learning_curves.png",
+    "tensorboard",
+    "train.log",
+    ".hydra",
+)  # in a run's folder
 
 
 def summary(

@@ -1,0 +1,191 @@
+"""What the runs of a sweep (`train.py -m …`) have in common and in what they differ: a table, a CSV and a figure."""
+
+import csv
+import json
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from manual_mlp.plots import sweep_figure
+from manual_mlp.training.config import explain
+
+FIGURES = "figures.json"  # what a run leaves in its folder for programs: {"metric": …, "figures": {name: value}, …}
+WIDTH = 80
+GAP = "  "
+SHOWN = 30  # rows of a printed table
+NARROWEST = 15  # columns in which settings are worth wrapping
+ERRORS = ("loss", "rmse")  # the less the better
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep. settings: what it was given, as written. error: one sentence where it failed, else empty."""
+
+    name: str
+    settings: dict[str, str]
+    metric: str
+    figures: dict[str, float]
+    error: str
+
+    @property
+    def value(self) -> float:
+        return self.figures.get(self.metric, nan)
+
+
+class Comparison(Callback):
+    """Compares the runs at the end of a sweep: prints a table, writes sweep.csv and sweep.png into the sweep's folder.
+
+    What a run found is read from its folder, since launchers may run it in another process or on another machine.
+    A run that fails by a mistake of the user's tells its sentence and counts as failed; the others go on.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.started = time.time() - 1  # older results in the same folder are another sweep's
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
+            return
+        error = job_return._return_value
+        sentence = explain(error)
+        if sentence is not None:
+            print(f"Error: {sentence}", file=sys.stderr)
+            path = Path(config.hydra.runtime.output_dir, FIGURES)
+            path.write_text(json.dumps({"metric": config.optimized_metric, "figures": {}, "error": sentence}))
+            job_return.return_value, job_return.status = nan, JobStatus.COMPLETED
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        runs = read_runs(folder, self.started)
+        if len(runs) < 2:
+            return
+        direction = OmegaConf.select(config, "hydra.sweeper.direction")  # Optuna's
+        order = ranked(runs, direction and getattr(direction, "name", direction) == "minimize")
+        settings = list(dict.fromkeys(name for run in runs for name in run.settings))
+        write_csv(folder / "sweep.csv", runs, settings)
+        print(table(runs, order, min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
+        files = "sweep.csv"
+        if order and settings:
+            figure = sweep_figure(folder / "sweep.csv", settings, order[0].metric, order[0].name)
+            figure.savefig(folder / "sweep.png", dpi=120)
+            files += "  sweep.png"
+        print(f"\nfiles in {config.hydra.sweep.dir}\n  {files}\n")
+        failed = sum(bool(run.error) for run in runs)
+        if failed:
+            sys.exit(f"Error: {failed} of the {len(runs)} runs failed; their reasons stand above and in sweep.csv")
+
+
+def read_runs(folder: Path, started: float = 0.0) -> list[Run]:
+    """The runs under `folder` that began after `started` (seconds since 1970), numbered ones in their order.
+
+    Settings that all runs share are left out.
+    """
+    runs = []
+    for path in folder.rglob(".hydra/overrides.yaml"):
+        if path.stat().st_mtime < started:
+            continue
+        found = path.parents[1] / FIGURES
+        complete = found.exists() and found.stat().st_mtime >= started
+        content: dict[str, Any] = json.loads(found.read_text()) if complete else {"error": "it did not end"}
+        settings = dict(_setting(str(override)) for override in OmegaConf.load(path))
+        name = str(path.parents[1].relative_to(folder))
+        runs.append(
+            Run(name, settings, content.get("metric", ""), content.get("figures", {}), content.get("error", ""))
+        )
+    shared = set.intersection(*({*run.settings.items()} for run in runs)) if runs else set()
+    runs.sort(key=lambda run: (not run.name.isdigit(), run.name.zfill(9)))
+    return [replace(run, settings=dict(item for item in run.settings.items() if item not in shared)) for run in runs]
+
+
+def _setting(override: str) -> tuple[str, str]:
+    name, _, value = override.partition("=")
+    return name.lstrip("+"), value
+
+
+def ranked(runs: Sequence[Run], minimize: bool | None = None) -> list[Run]:
+    """The runs that have a figure, the best first. minimize: by default, as the metric's name says."""
+    finite = [run for run in runs if isfinite(run.value)]
+    if minimize is None:
+        minimize = any(run.metric.endswith(ERRORS) for run in finite)
+    return sorted(finite, key=lambda run: run.value if minimize else -run.value)
+
+
+def write_csv(path: Path, runs: Sequence[Run], settings: Sequence[str]) -> None:
+    """One row a run: its name, its settings, all its figures, its error."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["run", *settings, *_figures(runs), "error"], restval="")
+        writer.writeheader()
+        writer.writerows({"run": run.name, **run.settings, **run.figures, "error": run.error} for run in runs)
+
+
+def table(runs: Sequence[Run], order: Sequence[Run], width: int = WIDTH) -> str:
+    """One line a run: settings, the metric, then as many other figures as fit in `width` columns; `*` marks the best.
+
+    order: the runs as `ranked`; of very many only the best are shown. Settings too wide for a column each share one.
+    """
+    metric = next((run.metric for run in runs if run.metric), "")
+    many, best = len(runs) > SHOWN and order, order[0] if order else None
+    shown = order[:SHOWN] if many else runs
+    columns = [["  run", *(f"{'*' if run is best else ' '} {run.name}" for run in shown)]]
+    cells = [metric, *("failed" if run.error else number(metric, run.value) for run in shown)]
+    columns += [*_settings(shown, width - _width([*columns, cells])), cells]
+    others = [name for part in ("val", "test", "train") for name in _figures(runs) if name.startswith(part)]
+    for name in others:
+        cells = [name, *(number(name, run.figures[name]) if name in run.figures else "" for run in shown)]
+        if name != metric and _width([*columns, cells]) <= width:
+            columns.append(cells)
+    title = f"sweep of {len(runs)} runs" + (f", the best {len(shown)}" if many else "")
+    return "\n".join(["", title + (f" (* best {metric})" if best else ""), "", *_lines(columns)])
+
+
+def number(name: str, value: float) -> str:
+    """Accuracies in per cent, others in four digits."""
+    return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4g}"
+
+
+def _figures(runs: Sequence[Run]) -> dict[str, None]:
+    return dict.fromkeys(name for run in runs for name in run.figures)
+
+
+def _settings(runs: Sequence[Run], width: int) -> list[list[str]]:
+    """A column for each setting, or where that is too wide one for all, wrapped."""
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    last = [name.rpartition(".")[2] for name in names]
+    short = {name: name if last.count(end) > 1 else end for name, end in zip(names, last, strict=True)}
+    columns = [[short[name], *(_digits(run.settings.get(name, "")) for run in runs)] for name in names]
+    if _width(columns) <= width:
+        return columns
+    texts = [", ".join(f"{short[name]}={_digits(value)}" for name, value in run.settings.items()) for run in runs]
+    return [["settings", *("\n".join(textwrap.wrap(text, max(width, NARROWEST))) for text in texts)]]
+
+
+def _digits(value: str) -> str:
+    """What Optuna draws has 17 digits; four are enough to compare."""
+    try:
+        return min(value, f"{float(value):.4g}", key=len)
+    except ValueError:
+        return value
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    return sum(max(len(line) for cell in column for line in cell.split("\n")) + len(GAP) for column in columns)
+
+
+def _lines(columns: Sequence[Sequence[str]]) -> list[str]:
+    widths = [_width([column]) for column in columns]
+    lines = []
+    for row in zip(*columns, strict=True):
+        for parts in zip_longest(*(cell.split("\n") for cell in row), fillvalue=""):
+            lines.append("".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
+    return lines

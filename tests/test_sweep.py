@@ -1,0 +1,166 @@
+"""Sweeps: every run in its folder, and a table, a CSV and a figure that compare them."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import product
+from math import nan
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from manual_mlp import InputError
+from manual_mlp.plots import sweep_figure
+from manual_mlp.training.sweep import Run, ranked, read_runs, table, write_csv
+from tests.configs import ROOT
+
+
+def made(values: Mapping[tuple[str, ...], float], *names: str, metric: str = "val_loss") -> list[Run]:
+    """Runs with these settings and figures; NaN for one that failed."""
+    runs = []
+    for number, (settings, value) in enumerate(values.items()):
+        figures = {metric: value, "train_loss": value / 2} if value == value else {}
+        error = "" if figures else "it broke"
+        runs.append(Run(str(number), dict(zip(names, settings, strict=True)), metric, figures, error))
+    return runs
+
+
+def drawn(folder: Path, runs: list[Run]) -> Figure:
+    settings = list(runs[0].settings)
+    write_csv(folder / "sweep.csv", runs, settings)
+    return sweep_figure(folder / "sweep.csv", settings, runs[0].metric, ranked(runs)[0].name)
+
+
+def test_whole_sweep(tmp_path: Path) -> None:
+    """From the command line: runs go on after one that fails, and are compared."""
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "data=iris", "optimizer.lr=1,-1,2", "threads=1"]
+    command += ["trainer.max_epochs=1", f"hydra.sweep.dir={tmp_path}", "trainer.enable_progress_bar=false"]
+    job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert job.stdout.count("test accuracy") == 2, job.stderr
+    assert job.stderr.splitlines() == [
+        "Error: expected values that the optimizer takes, but: Invalid learning rate: -1; correct optimizer.*",
+        "Error: 1 of the 3 runs failed; their reasons stand above and in sweep.csv",
+    ]
+    assert job.returncode == 1
+    comparison = job.stdout[job.stdout.index("sweep of 3 runs (* best val_loss)") :].splitlines()
+    assert [line.split()[: line.startswith("*") + 2] for line in comparison[2:6]] in (
+        [["run", "lr"], ["*", "0", "1"], ["1", "-1"], ["2", "2"]],
+        [["run", "lr"], ["0", "1"], ["1", "-1"], ["*", "2", "2"]],
+    )
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in (rows[0], rows[2]):
+        figures = json.loads((tmp_path / row["run"] / "figures.json").read_text())["figures"]
+        assert {name: float(row[name]) for name in figures} == figures
+    assert rows[0]["val_loss"] != rows[2]["val_loss"]
+    assert rows[1]["val_loss"] == ""
+    assert "Invalid learning rate" in rows[1]["error"]
+    assert (tmp_path / "sweep.png").exists()
+
+
+class TestTable:
+    def test_fits_and_marks_the_best(self) -> None:
+        values = {("0.0123456789012345", "relu"): 0.5, ("2", "tanh"): 0.25, ("3", "relu"): nan}
+        runs = made(values, "optimizer.lr", "model.activation")
+        lines = table(runs, ranked(runs)).splitlines()
+        assert lines[3:] == [
+            "  run  lr       activation  val_loss  train_loss",
+            "  0    0.01235  relu        0.5       0.25",
+            "* 1    2        tanh        0.25      0.125",
+            "  2    3        relu        failed",
+        ]
+        assert max(map(len, table(runs, ranked(runs), 44).splitlines())) <= 44
+
+    def test_narrow_window_wraps_settings(self) -> None:
+        runs = made({("0.1", "relu"): 0.5, ("2", "tanh"): 0.25}, "optimizer.lr", "model.activation")
+        lines = table(runs, ranked(runs), 33).splitlines()
+        assert lines[4:6] == ["  0    lr=0.1,          0.5", "       activation=relu"]
+        assert max(map(len, lines)) <= 33
+
+    def test_settings_of_the_same_name_are_told_apart(self) -> None:
+        runs = made({("1", "2"): 1.0, ("2", "2"): 2.0}, "seed", "data.seed")
+        assert "seed  data.seed" in table(runs, ranked(runs))
+
+    def test_of_many_the_best(self) -> None:
+        runs = made({(str(seed),): 1 / (1 + seed) for seed in range(50)}, "seed")
+        lines = table(runs, ranked(runs)).splitlines()
+        assert lines[1] == "sweep of 50 runs, the best 30 (* best val_loss)"
+        assert lines[4].startswith("* 49 ")
+        assert len(lines) == 34
+
+    @pytest.mark.parametrize(
+        ("metric", "minimize", "best"),
+        [("val_loss", None, 0.2), ("test_rmse", None, 0.2), ("val_accuracy", None, 0.7), ("val_r2", None, 0.7),
+         ("val_accuracy", True, 0.2), ("val_loss", False, 0.7)],
+    )  # fmt: skip
+    def test_what_is_better(self, metric: str, minimize: bool | None, best: float) -> None:
+        runs = made({("1",): 0.2, ("2",): nan, ("3",): 0.7}, "seed", metric=metric)
+        assert [run.value for run in ranked(runs, minimize)] == sorted([0.2, 0.7], key=lambda value: abs(value - best))
+
+
+class TestReadRuns:
+    def write(self, folder: Path, name: str, *overrides: str, value: float | None = None) -> None:
+        (folder / name / ".hydra").mkdir(parents=True)
+        (folder / name / ".hydra" / "overrides.yaml").write_text("\n".join(f"- {override}" for override in overrides))
+        if value is not None:
+            content = {"metric": "val_loss", "figures": {"val_loss": value}}
+            (folder / name / "figures.json").write_text(json.dumps(content))
+
+    def test_order_shared_settings_and_unfinished(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "10", "+a=1", "b=[1,2]", value=2.0)
+        self.write(tmp_path, "9", "+a=1", "b=x", value=1.0)
+        self.write(tmp_path, "deep/er", "+a=1", "~c")
+        runs = read_runs(tmp_path)
+        assert [(run.name, run.settings, run.value) for run in runs[:2]] == [
+            ("9", {"b": "x"}, 1.0),
+            ("10", {"b": "[1,2]"}, 2.0),
+        ]
+        assert (runs[2].name, runs[2].settings, runs[2].error) == ("deep/er", {"~c": ""}, "it did not end")
+
+    def test_earlier_sweep_in_the_same_folder(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "0", "a=1", value=2.0)
+        later = (tmp_path / "0" / "figures.json").stat().st_mtime + 1
+        assert read_runs(tmp_path, later) == []
+
+
+class TestFigure:
+    def test_one_number_gives_the_validation_curve(self, tmp_path: Path) -> None:
+        (axes,) = drawn(tmp_path, made({("0.01",): 1.0, ("1",): 0.5, ("0.1",): 2.0, ("9",): nan}, "optimizer.lr")).axes
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        assert lines == {
+            "train_loss": [[0.01, 0.5], [0.1, 1.0], [1, 0.25]],
+            "val_loss": [[0.01, 1.0], [0.1, 2.0], [1, 0.5]],
+            "best, run 1": [[1, 0.5]],
+        }
+        assert axes.get_xscale() == "log"
+
+    def test_a_line_for_each_other_setting_and_a_mean_over_seeds(self, tmp_path: Path) -> None:
+        values = {(h, a, s): len(h) + len(a) * int(s) for h, a, s in product(["[9]", "[9,9]"], ["relu", "silus"], "01")}
+        (axes,) = drawn(tmp_path, made(values, "model.hidden", "model.activation", "seed")).axes
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        assert lines.pop("best, run 0") == [[1, 3]]
+        assert lines == {"activation relu": [[1, 5], [2, 7]], "activation silus": [[1, 5.5], [2, 7.5]]}
+        assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == (
+            "length of model.hidden",
+            "val_loss",
+            "linear",
+        )
+
+    def test_many_combinations_give_a_panel_each(self, tmp_path: Path) -> None:
+        values = {(str(i), str(100 - i), "ab"[i % 2]): float(i) for i in range(20)}
+        panels = drawn(tmp_path, made(values, "x", "y", "word")).axes
+        assert [axes.get_xlabel() for axes in panels] == ["x", "y", "word"]
+        assert [len(axes.get_lines()[0].get_xdata()) for axes in panels] == [20, 20, 20]
+
+    def test_no_number_gives_bars(self, tmp_path: Path) -> None:
+        (axes,) = drawn(tmp_path, made({("relu",): 1.0, ("tanh",): 0.5}, "model.activation")).axes
+        assert [bar.get_width() for bar in axes.patches] == [1.0, 0.5]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["relu (0)", "tanh (1)"]
+
+    def test_nothing_to_draw(self, tmp_path: Path) -> None:
+        write_csv(tmp_path / "sweep.csv", made({("1",): nan}, "seed"), ["seed"])
+        with pytest.raises(InputError, match=r"expected runs with val_loss in .*sweep.csv"):
+            sweep_figure(tmp_path / "sweep.csv", ["seed"], "val_loss")
