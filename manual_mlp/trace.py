@@ -83,15 +83,19 @@ class Trace:
 
         return {name: plain(value) for name, value in vars(self).items()}
 
+    def steps(self) -> dict[str, str]:
+        """The text of each step under its title, "given" to "5. update"; of a net or batch that is too large, none."""
+        return {title: self._text_step(title, lines) for title, lines in self._steps()}
+
     def __str__(self) -> str:
         tables = [_text_table(table) for table in self._tables()]
-        return "\n\n".join([textwrap.fill(self._title(), WIDTH), *tables, *map(self._text_step, self._steps())])
+        return "\n\n".join([textwrap.fill(self._title(), WIDTH), *tables, *self._titled_steps()])
 
     __repr__ = __str__
 
     def to_markdown(self) -> str:
         """The same as tables of Markdown, and the steps as a block of text."""
-        steps = "\n\n".join(map(self._text_step, self._steps()))
+        steps = "\n\n".join(self._titled_steps())
         return "\n\n".join(
             [self._title(), *map(_markdown_table, self._tables())] + [f"```text\n{steps}\n```"] * bool(steps)
         )
@@ -209,14 +213,14 @@ class Trace:
     def _mask(self, layer: int) -> str:
         return f" ⊙ m{up(layer)}/(1 − p)" if self.drops[layer] else ""
 
-    def _text_step(self, step: tuple[str, list[Line]]) -> str:
-        title, lines = step
+    def _titled_steps(self) -> list[str]:
+        return [f"{title}\n{text}" for title, text in self.steps().items()]
+
+    def _text_step(self, title: str, lines: list[Line]) -> str:
         if self._is_chain and title == "given":
-            items = [f"{line.symbol} = {_number(line.value.item())}" for line in lines]
-            return "\n".join(
-                [title, textwrap.fill(",  ".join(items), WIDTH - 3, initial_indent="   ", subsequent_indent="   ")]
-            )
-        return "\n".join([title, *map(_text_line, lines)])
+            items = ",  ".join(f"{line.symbol}~=~{_number(line.value.item())}" for line in lines)
+            return textwrap.fill(items, WIDTH, initial_indent="   ", subsequent_indent="   ").replace("~", " ")
+        return "\n".join(map(_text_line, lines))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
