@@ -16,8 +16,9 @@ from torch import nn
 import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.training import run as training
+from manual_mlp.training.backprop import BACKPROP, torch_mlp
 from manual_mlp.training.module import MLPModule, resolve_output_activation
-from manual_mlp.training.nets import COSTS, INITIALISATIONS, NETS, build_net, torch_mlp
+from manual_mlp.training.nets import INITIALISATIONS, build_net
 from manual_mlp.training.summary import _table
 from tests.configs import ROOT, configured
 
@@ -31,6 +32,12 @@ def run(tmp_path: Path):
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def logged(folder: Path, *overrides: str) -> list[dict[str, float]]:
+    """The figures that such a run writes, row by row, without Lightning's number of the step."""
+    training.run(configured(folder, *overrides))
+    return [{name: float(cell) for name, cell in row.items() if cell and name != "step"} for row in rows(folder)]
 
 
 def figures(checkpoint: Path) -> dict[str, float]:
@@ -235,7 +242,7 @@ class TestRun:
             ("model.activation=[relu,relu]", r"one activation for each of the 1 hidden layers; got 2"),
             ("model.loss=crossentropy", r"model.loss to be one of quadratic, mse, bce, cross_entropy, but got 'cross"),
             ("model.initialisation=he", r"model.initialisation to be one of torch, glorot, nielsen, but got 'he'"),
-            ("backprop=torch", r"backprop to be one of layers, autograd, but got 'torch'"),
+            ("backprop=torch", r"backprop to be one of layers, network, engine, autograd, but got 'torch'"),
             ("model.hidden=[0]", r"positive whole numbers in model.hidden, but got \[0\]"),
             ("model.dropout=2", r"a dropout probability between 0 and 1; got 2"),
             ("optimizer.lr=-1", r"Invalid learning rate: -1; correct optimizer"),
@@ -277,41 +284,41 @@ class TestBackprop:
             ["model.loss=cross_entropy", "model.activation=silu", "model.dropout=0.2", "optimizer.lr=0.1"],
         ],
     )
-    def test_layers_and_autograd_give_the_same_figures(self, tmp_path: Path, model: list[str]) -> None:
-        logs = []
-        for backprop in NETS:
-            overrides = ["data=iris", "trainer.max_epochs=4", f"backprop={backprop}", *model]
-            training.run(configured(tmp_path / backprop, *overrides))
-            logs.append(rows(tmp_path / backprop))
-        for ours, theirs in zip(*logs, strict=True):
-            numbers = [{name: float(cell) for name, cell in row.items() if cell} for row in (ours, theirs)]
-            assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+    def test_all_give_the_same_figures(self, tmp_path: Path, model: list[str]) -> None:
+        layers, *others = [
+            logged(tmp_path / backprop, "data=iris", "trainer.max_epochs=4", f"backprop={backprop}", *model)
+            for backprop in BACKPROP
+        ]
+        for other in others:
+            assert other == [pytest.approx(row, rel=1e-4) for row in layers]
 
     @pytest.mark.parametrize("initialisation", INITIALISATIONS)
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
     def test_same_bits_to_begin_with_and_same_keys(self, initialisation: str, dropout: float) -> None:
         arguments = {"sizes": [4, 3, 3, 2], "activation": "tanh", "output_activation": "identity", "dropout": dropout}
         nets = []
-        for backprop in NETS:
+        for backprop in BACKPROP:
             torch.manual_seed(1)
-            nets.append(build_net(backprop, initialisation, **arguments).state_dict())
+            nets.append(build_net(BACKPROP[backprop].make_net, initialisation, **arguments).state_dict())
         assert list(nets[0]) == ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]
-        torch.testing.assert_close(nets[0], nets[1], rtol=0, atol=0)
+        for other in nets[1:]:
+            torch.testing.assert_close(nets[0], other, rtol=0, atol=0)
 
     def test_twin_is_torch_alone(self) -> None:
         net = torch_mlp([4, 3, 2], "gelu_tanh", "sigmoid", dropout=0.1)
         assert all(type(module).__module__.startswith("torch.nn") for module in net.modules())
         assert not isinstance(net[0], mm.Affine)
-        assert all(set(COSTS["layers"]) == set(costs) for costs in COSTS.values())
+        assert len({frozenset(strategy.costs) for strategy in BACKPROP.values()}) == 1
 
     def test_checkpoints_interchange(self, tmp_path: Path) -> None:
         training.run(configured(tmp_path, "data=iris", "trainer.max_epochs=2"))
         x = torch.randn(5, 4)
-        ours, theirs = (
+        first, *others = (
             MLPModule.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True, backprop=backprop)(x)
-            for backprop in NETS
+            for backprop in BACKPROP
         )
-        torch.testing.assert_close(ours, theirs)
+        for other in others:
+            torch.testing.assert_close(first, other)
 
 
 class TestModule:

@@ -157,7 +157,12 @@ class DataModule(L.LightningDataModule):
         # With one process this sampler is a permutation made from (seed, epoch) alone; with several it also shards.
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler: DistributedSampler = DistributedSampler(rows, processes, rank, shuffle=True, seed=self.seed)
-        return DataLoader(rows, self.batch_size, sampler=sampler, collate_fn=_as_it_is)
+        return DataLoader(rows, self.batch_size * self._batches_per_step(), sampler=sampler, collate_fn=_as_it_is)
+
+    def _batches_per_step(self) -> int:
+        """Mini-batches that the module wants at once, rows of a block being in the order of its mini-batches."""
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        return module.batches_per_step(self.batch_size * self.input_size) if hasattr(module, "batches_per_step") else 1
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.splits["val"], EVALUATION_BATCH, collate_fn=_as_it_is)

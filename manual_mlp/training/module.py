@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torchmetrics import MeanSquaredError, MetricCollection, R2Score
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.nets import LOGIT_COSTS, build_net, choose_cost
+from manual_mlp.training.backprop import BACKPROP
+from manual_mlp.training.nets import LOGIT_COSTS, build_net, choose
 
 Batch = tuple[Tensor, Tensor]
 
@@ -20,6 +21,7 @@ class MLPModule(L.LightningModule):
     """Trains an MLP for classification (class_names given) or regression.
 
     All hyper-parameters but `optimizer` are plain values, so a checkpoint loads with `weights_only=True`.
+    backprop: a name in `BACKPROP`: who differentiates and who takes the step.
     output_activation: a name, or "auto": sigmoid for classification under the quadratic cost, identity otherwise.
     target_mean, target_scale: lead from standardised regression targets back to their units.
     optimizer: a functools.partial that makes the optimizer from the parameters; only training needs it.
@@ -54,12 +56,12 @@ class MLPModule(L.LightningModule):
             raise InputError(f"expected positive whole numbers in model.hidden, but got {list(hidden)}; correct it")
         self.save_hyperparameters(ignore="optimizer")
         self.optimizer, self.class_names, self.loss = optimizer, class_names, loss
-        self.cost = choose_cost(backprop, loss)
+        self.backprop = choose(backprop, BACKPROP, "backprop")(loss)
         self.sizes = [input_size, *hidden, output_size]
         self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))
         self.hparams["output_activation"] = self.output_activation  # who reads a checkpoint need not resolve it
         self.net = build_net(
-            backprop,
+            self.backprop.make_net,
             initialisation,
             sizes=self.sizes,
             activation=activation if isinstance(activation, str) else list(activation),
@@ -79,13 +81,26 @@ class MLPModule(L.LightningModule):
         return self.net(features)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self._step("train", batch)
+        features, target = batch
+        loss, prediction = self.backprop.train(self, features, self._as_cost_wants(target))
+        self._add("train", loss, prediction, target)
+        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._step("val", batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._step("test", batch)
+        self._evaluate("test", batch)
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        self.backprop.backward(loss, *arguments, **options)
+
+    def batches_per_step(self, numbers: int) -> int:
+        """How many mini-batches a training step takes, of so many input numbers each."""
+        return self.backprop.batches_per_step(self.trainer, numbers)
+
+    def teardown(self, stage: str) -> None:
+        self.backprop.end()
 
     def on_train_epoch_end(self) -> None:
         self._log_figures("train")
@@ -104,9 +119,11 @@ class MLPModule(L.LightningModule):
         if self.optimizer is None:
             raise InputError("expected an optimizer for training, but got none; pass MLPModule(..., optimizer=...)")
         try:
-            return self.optimizer(self.parameters())
+            optimizer = self.optimizer(self.parameters())
         except (TypeError, ValueError) as error:  # torch's own words for a wrong value are clear
             raise InputError(f"expected values that the optimizer takes, but: {error}; correct optimizer.*") from error
+        self.backprop.begin(self, optimizer)
+        return optimizer
 
     def plain_step(self) -> float:
         """The step for plain gradient descent: a large one where sigmoids and the quadratic cost keep δ small."""
@@ -120,14 +137,15 @@ class MLPModule(L.LightningModule):
         kinds = {"train": evaluated if self.class_names else ["loss"], "val": evaluated, "test": evaluated}
         return [f"{stage}_{kind}" for stage, names in kinds.items() for kind in names]
 
-    def _step(self, stage: str, batch: Batch) -> Tensor:
+    def _evaluate(self, stage: str, batch: Batch) -> None:
         features, target = batch
         prediction = self.net(features)
-        loss = self.cost(prediction, self._as_cost_wants(target))
+        self._add(stage, self.backprop.cost(prediction, self._as_cost_wants(target)), prediction, target)
+
+    def _add(self, stage: str, loss: Tensor, prediction: Tensor, target: Tensor) -> None:
         self.sums[stage].add(loss, prediction, target if self.class_names else None)
         if stage in self.scores:
             self._scores(stage).update(self._in_units(prediction), self._in_units(target))
-        return loss
 
     def _as_cost_wants(self, target: Tensor) -> Tensor:
         """Class indices become rows of 0 and 1, except for cross-entropy, which takes indices."""

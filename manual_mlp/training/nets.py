@@ -1,39 +1,16 @@
-"""What `backprop` chooses between: the same net and cost, differentiated by hand or by torch's autograd."""
+"""Nets and their initial parameters, by the names that a config gives."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-import manual_mlp as mm
-from manual_mlp import formulas, functional
+from manual_mlp import formulas
 from manual_mlp.errors import InputError
 
 T = TypeVar("T")
 
 
-def torch_quadratic_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """The quadratic cost (1/N) Σ_N Σ_i ½ (a_i − ŷ_i)² as torch operations, for autograd to differentiate."""
-    return nn.functional.mse_loss(prediction, target, reduction="sum") / (2 * len(prediction))
-
-
-def torch_mlp(
-    sizes: list[int], activation: str | list[str], output_activation: str, bias: bool = True, dropout: float = 0.0
-) -> nn.Sequential:
-    """The twin of `manual_mlp.MLP` in torch's own layers: same arguments, same state_dict keys, same initial bits."""
-    return mm.MLP(sizes, activation, output_activation, bias, dropout).to_torch()
-
-
-NETS: dict[str, Callable[..., nn.Module]] = {"layers": mm.MLP, "autograd": torch_mlp}
-COSTS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "layers": functional.COSTS,
-    "autograd": {
-        "quadratic": torch_quadratic_loss,
-        "mse": nn.functional.mse_loss,
-        "bce": nn.functional.binary_cross_entropy_with_logits,
-        "cross_entropy": nn.functional.cross_entropy,
-    },
-}
 LOGIT_COSTS = [name for name, cost in formulas.COSTS.items() if cost.logits]
 
 
@@ -55,18 +32,13 @@ INITIALISATIONS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-def build_net(backprop: str, initialisation: str, **arguments: object) -> nn.Module:
-    """The net for `backprop`, with initialised parameters. Raises InputError for a name that is not known."""
+def build_net(make_net: Callable[..., nn.Module], initialisation: str, **arguments: object) -> nn.Module:
+    """make_net(**arguments), its parameters initialised. Raises InputError for a name that is not known."""
     initialise = choose(initialisation, INITIALISATIONS, "model.initialisation")
-    net = choose(backprop, NETS, "backprop")(**arguments)
+    net = make_net(**arguments)
     for parameter in net.parameters():
         initialise(parameter)
     return net
-
-
-def choose_cost(backprop: str, loss: str) -> Callable[..., Tensor]:
-    """The cost for `backprop`: (prediction, target) ↦ scalar. Raises InputError for a name that is not known."""
-    return choose(loss, choose(backprop, COSTS, "backprop"), "model.loss")
 
 
 def choose(name: str, known: Mapping[str, T], option: str) -> T:

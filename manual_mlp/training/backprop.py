@@ -1,0 +1,175 @@
+"""What `backprop` chooses between: the same net, cost and data, differentiated and updated in four ways.
+
+A strategy makes the net, and in training the cost and the prediction of each batch. Validation and test go through the
+net's ordinary forward, whatever the strategy.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import manual_mlp as mm
+from manual_mlp import functional
+from manual_mlp.errors import InputError
+from manual_mlp.network import cost_and_prediction
+from manual_mlp.training.data import DataModule
+from manual_mlp.training.nets import choose
+
+if TYPE_CHECKING:
+    from manual_mlp.training.module import MLPModule
+
+MOST_BATCHES = 16  # of a training step of the engine: Lightning's cost for a step is then shared well enough,
+MOST_NUMBERS = 1 << 18  # and 1 MB of their float32 inputs stays in the cache
+PRECISIONS = {"32-true": None, "64-true": None, "bf16-true": None, "bf16-mixed": torch.bfloat16}  # to compute_dtype
+
+
+class Layers:
+    """Derivatives by hand in a Function for each layer; autograd joins them, the optimizer takes the step."""
+
+    make_net: ClassVar[Callable[..., nn.Module]] = mm.MLP
+    costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = functional.COSTS
+
+    def __init__(self, loss: str) -> None:
+        self.loss, self.cost = loss, choose(loss, self.costs, "model.loss")
+
+    def begin(self, module: "MLPModule", optimizer: Optimizer) -> None:
+        """Called once the optimizer is there. Raises InputError for options of the trainer that can't be honoured."""
+
+    def end(self) -> None:
+        """Called when the training is over."""
+
+    def batches_per_step(self, trainer: L.Trainer, numbers: int) -> int:
+        """How many mini-batches `train` gets at once, of so many input numbers each."""
+        return 1
+
+    def train(self, module: "MLPModule", features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """features (N, n_1), target as the cost takes it → C, with its history, and the prediction a^L (N, n_L)."""
+        prediction = module.net(features)
+        return self.cost(prediction, target), prediction
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        loss.backward(*arguments, **options)
+
+
+class Network(Layers):
+    """Net and cost as one Function, its gradients by the δ recursion; the optimizer takes the step."""
+
+    def train(self, module: "MLPModule", features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return cost_and_prediction(module.net, features, target, self.loss)
+
+
+class Engine(Layers):
+    """`mm.BackpropEngine`: no graph, several mini-batches in a training step, so that Lightning's cost is paid rarely.
+
+    Lightning calls optimizer.step(closure) once for a training step, and the closure `train`, which updates the
+    parameters. Lightning then sets the gradients to None, `backward` does nothing, and the optimizer finds nothing left
+    to do: the step is counted, with all that Lightning makes of it, and nothing is updated twice.
+    """
+
+    engine: mm.BackpropEngine | None = None
+
+    def begin(self, module: "MLPModule", optimizer: Optimizer) -> None:
+        trainer = module.trainer
+        _check_trainer(trainer)
+        clip, compute_dtype = trainer.gradient_clip_val or None, PRECISIONS[trainer.precision]
+        try:
+            self.engine = mm.BackpropEngine(module.net, optimizer, self.loss, clip, compute_dtype, keep_prediction=True)
+        except InputError as error:
+            raise InputError(f"{error}; or take backprop=network") from None
+
+    def end(self) -> None:
+        self.engine = None  # it can't be copied with the module, and is of no further use
+
+    def batches_per_step(self, trainer: L.Trainer, numbers: int) -> int:
+        """One where an option counts batches or steps, so that it counts what it says; else up to MOST_BATCHES."""
+        shares = trainer.limit_train_batches, trainer.val_check_interval
+        counted = any(not isinstance(share, float) or share != 1 for share in shares)
+        counted |= trainer.max_steps != -1 or bool(trainer.min_steps)
+        counted |= trainer.overfit_batches > 0  # type: ignore[attr-defined] # Lightning sets it
+        counted |= any(config.frequency != 1 for config in trainer.lr_scheduler_configs if config.interval == "step")
+        return 1 if counted else max(1, min(MOST_BATCHES, MOST_NUMBERS // numbers))
+
+    def train(self, module: "MLPModule", features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.engine is not None
+        _check_accumulation(module.trainer)  # a callback may change it at any time
+        data = module.trainer.datamodule  # type: ignore[attr-defined] # Lightning sets it
+        size = data.batch_size if isinstance(data, DataModule) else len(features)
+        prediction = features.new_empty(len(features), module.sizes[-1])
+        costs: list[Tensor] = []
+        with torch.autocast(features.device.type, enabled=False):
+            for x, y, a in zip(*(rows.split(size) for rows in (features, target, prediction)), strict=True):
+                if costs:
+                    _advance_schedules(module)
+                costs.append(self.engine.step(x, y) * len(x))
+                a.copy_(self.engine.prediction)
+        return torch.stack(costs).sum() / len(features), prediction
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        """Nothing is left to do."""
+
+
+def _advance_schedules(module: "MLPModule") -> None:
+    """Schedules by steps count mini-batches: Lightning advances them after the last of a training step only."""
+    for config in module.trainer.lr_scheduler_configs:
+        if config.interval == "step" and not config.reduce_on_plateau:
+            module.lr_scheduler_step(config.scheduler, None)
+
+
+def _check_trainer(trainer: L.Trainer) -> None:
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise InputError(
+            "expected one process for backprop=engine, whose gradients no other process would see, "
+            f"but got {type(trainer.strategy).__name__}; set trainer.devices=1 trainer.strategy=auto, "
+            "or take backprop=network"
+        )
+    if trainer.precision not in PRECISIONS:
+        raise InputError(
+            f"expected trainer.precision to be one of {', '.join(PRECISIONS)} for backprop=engine, "
+            f"but got {trainer.precision}; choose one of them, or take backprop=network"
+        )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+        raise InputError(
+            "expected gradients to be clipped by their norm for backprop=engine, but got "
+            "trainer.gradient_clip_algorithm=value; leave it out, or take backprop=network"
+        )
+    _check_accumulation(trainer)
+
+
+def _check_accumulation(trainer: L.Trainer) -> None:
+    if trainer.accumulate_grad_batches != 1:
+        raise InputError(
+            "expected trainer.accumulate_grad_batches=1 for backprop=engine, whose every mini-batch is a step, "
+            f"but got {trainer.accumulate_grad_batches}; raise data.batch_size instead, or take backprop=network"
+        )
+
+
+def torch_mlp(
+    sizes: list[int], activation: str | list[str], output_activation: str, bias: bool = True, dropout: float = 0.0
+) -> nn.Sequential:
+    """The twin of `manual_mlp.MLP` in torch's own layers: same arguments, same state_dict keys, same initial bits."""
+    return mm.MLP(sizes, activation, output_activation, bias, dropout).to_torch()
+
+
+def torch_quadratic_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """The quadratic cost (1/N) Σ_N Σ_i ½ (a_i − ŷ_i)² as torch operations, for autograd to differentiate."""
+    return nn.functional.mse_loss(prediction, target, reduction="sum") / (2 * len(prediction))
+
+
+class Autograd(Layers):
+    """The same net in torch's own layers, differentiated by torch."""
+
+    make_net = staticmethod(torch_mlp)
+    costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
+        "quadratic": torch_quadratic_loss,
+        "mse": nn.functional.mse_loss,
+        "bce": nn.functional.binary_cross_entropy_with_logits,
+        "cross_entropy": nn.functional.cross_entropy,
+    }
+
+
+BACKPROP: dict[str, type[Layers]] = {"layers": Layers, "network": Network, "engine": Engine, "autograd": Autograd}
