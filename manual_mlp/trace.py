@@ -15,6 +15,7 @@ from manual_mlp.errors import InputError
 from manual_mlp.network import check_batch, cost_of, draw_masks, net_of
 
 WIDTH = 80
+TITLES = ("given", "1. forward pass", "2. output error", "3. right to left", "4. gradients", "5. update")
 SMALL = 6  # rows and neurons of a layer up to which the numbers themselves are printed
 SATURATED = 0.01  # of the largest |G′|
 SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
@@ -112,6 +113,10 @@ class Trace:
         body = " \\\\\n".join(lines)
         return "\n".join(arrays + [f"\\begin{{align*}}\n{body}\n\\end{{align*}}"] * bool(lines))
 
+    def formulas(self) -> list[tuple[str, list[tuple[str, str, Any]]]]:
+        """What is given, then the five steps, by title: (symbol, formula, value) of all that each computes."""
+        return list(zip(TITLES, self._formulas(), strict=True))
+
     # The tables and the steps, which the three forms share
 
     def _title(self) -> str:
@@ -134,10 +139,9 @@ class Trace:
         """The five steps with their numbers; none of a net or batch too large for that."""
         if max(len(self.a[1]), *self.sizes) > SMALL:
             return []
-        titles = ("given", "1. forward pass", "2. output error", "3. right to left", "4. gradients", "5. update")
         known: dict[str, Tensor] = {"LR": torch.tensor(self.lr, dtype=torch.float64)}
         steps: list[tuple[str, list[Line]]] = []
-        for title, part in zip(titles, self._formulas(), strict=True):
+        for title, part in self.formulas():
             step = []
             for symbol, formula, value in part:
                 numbers = _substituted(formula, known) if self._is_chain else ""
@@ -152,7 +156,7 @@ class Trace:
         return len(self.a[1]) == 1 and set(self.sizes) == {1} and not any(self.drops.values())
 
     def _formulas(self) -> Iterator[list[tuple[str, str, Any]]]:
-        """What is given, then the five steps, as (symbol, formula, value)."""
+        """The parts of `formulas`, without their titles."""
         chain, last = self._is_chain, len(self.sizes)
         W = "w" if chain else "W"
         biases = {layer: bias for layer, bias in self.bias.items() if bias is not None}

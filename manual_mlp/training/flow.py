@@ -1,0 +1,138 @@
+"""What flows back during training: a callback that records δ, so that a vanishing gradient can be seen."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from manual_mlp.errors import InputError
+from manual_mlp.network import cost_of, net_of
+
+Values = dict[str, dict[int, Tensor]]
+"""z, a and δ of a pass, indexed by the sheet's l: {"z": {2: (N, n_2), …}, "a": {1: …}, "delta": {2: …}}."""
+
+STATE = ("epochs", "norms", "first", "snapshots", "steps", "stride")
+KEPT = 1000  # values of z, a and δ a layer, of the first record
+RECORDS = 500  # more than that say nothing more: every second one goes, and the next ones come half as often
+HISTOGRAMS = 10  # TensorBoard gets them with every tenth record
+INPUTS, PARAMETERS = 2, 10_000  # up to which a net's answers are drawn, and so its snapshots kept
+
+
+class DeltaFlow(L.Callback):
+    """Records during training, by the recursion and on the same rows each time, what plots.py draws.
+
+    every: from one record to the next, in training steps. rows: how many of the training part, its first ones.
+
+    epochs      of each record, such as 1.5 in the middle of the second epoch
+    norms       {l: ‖δ^l‖ of each record}: of one sample, the root of the mean square over the rows, so without the 1/N
+    first       z, a and δ of the first record, at most 1000 of the values each
+    snapshots   {epochs passed: state_dict} after 0, 1, 2, 4, 8, … of them, of small nets with at most two inputs
+
+    All of it is plain, and part of the checkpoint. It draws no random numbers and changes nothing: with and without it
+    a run gives the same bits. Dropout is left out. A net that the recursion does not read is not recorded.
+    Needs a data module with `splits`. TensorBoard gets the norms, and histograms with every tenth record.
+    """
+
+    def __init__(self, every: int = 20, rows: int = 32) -> None:
+        if min(every, rows) < 1:
+            raise InputError(
+                f"expected DeltaFlow's every and rows to be 1 or more, but got {every}, {rows}; raise them"
+            )
+        self.every, self.rows = every, rows
+        self.epochs: list[float] = []
+        self.norms: dict[int, list[float]] = {}
+        self.first: Values = {}
+        self.snapshots: dict[int, dict[str, Tensor]] = {}
+        self.steps, self.stride = 0, 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in STATE}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        if batch_idx == 0:
+            self._keep_snapshot(trainer.current_epoch, pl_module.net)
+        if self.steps % (self.every * self.stride) == 0:
+            self._record(trainer, pl_module, trainer.current_epoch + batch_idx / trainer.num_training_batches)
+        self.steps += 1
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and self.epochs:
+            self._record(trainer, pl_module, trainer.current_epoch, histograms=True)
+
+    def _record(self, trainer: L.Trainer, module: Any, epoch: float, histograms: bool = False) -> None:
+        try:
+            values = signals(module, trainer.datamodule.splits["train"][: self.rows])  # type: ignore[attr-defined]
+        except InputError:  # another kind of net, or hooks in it
+            return
+        if not self.first:
+            self.first = {letter: _thinned(values[letter]) for letter in values}
+        if len(self.epochs) == RECORDS:
+            self.stride *= 2
+            self.epochs = self.epochs[::2]
+            self.norms = {layer: norms[::2] for layer, norms in self.norms.items()}
+        self.epochs.append(epoch)
+        of_now = torch.stack([delta.float().norm() for delta in values["delta"].values()]) * math.sqrt(
+            len(values["a"][1])
+        )
+        for layer, norm in zip(values["delta"], of_now.tolist(), strict=True):
+            self.norms.setdefault(layer, []).append(norm)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                self._tell(logger.experiment, trainer.global_step, values if histograms or self._is_tenth() else {})
+
+    def _is_tenth(self) -> bool:
+        return len(self.epochs) % HISTOGRAMS == 1
+
+    def _tell(self, experiment: Any, step: int, values: Values) -> None:
+        for layer, norms in self.norms.items():
+            experiment.add_scalar(f"norm of delta/{layer}", norms[-1], step)
+        for letter, layers in values.items():
+            for layer, value in layers.items():
+                experiment.add_histogram(f"{letter}/{layer}", value, step, bins=64)
+
+    def _keep_snapshot(self, epoch: int, net: nn.Module) -> None:
+        """After 0, 1, 2, 4, … epochs: of these alone epoch & (epoch − 1) is 0."""
+        parameters = net.state_dict()
+        inputs = next(iter(parameters.values())).shape[-1]
+        if epoch & (epoch - 1) == 0 and inputs <= INPUTS and sum(map(torch.numel, parameters.values())) <= PARAMETERS:
+            self.snapshots[epoch] = {name: value.clone() for name, value in parameters.items()}
+
+
+@torch.no_grad()
+def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
+    """z, a and δ of an MLPModule on a batch of its data module, without dropout: what `mm.trace` gives, for less.
+
+    Raises InputError as `network.net_of`.
+    """
+    net = net_of(module.net)
+    cost = cost_of(module.loss, net.layers)
+    weights, biases = [layer.weight for layer in net.layers], [layer.bias for layer in net.layers]
+    features = batch[0].to(weights[0])
+    target = module._as_cost_wants(batch[1].to(features.device))
+    zs: list[Tensor] = []
+    deltas: list[Tensor] = []
+    saved = net.forward(features, weights, biases, [], zs)
+    prediction, n = saved[-1], len(weights)
+    delta = cost.delta(prediction, target.to(features) if target.is_floating_point() else target)
+    needs = [False] * (1 + n) + [True] + [False] * (n - 1)  # of the gradients b^1 alone, to which all δ lead
+    net.recursion(delta * cost.delta_weight(*prediction.shape), features, weights, saved, [], needs, deltas)
+    inputs = [net.input_of(layer, features, saved, []) for layer in range(n)]
+    return {
+        "z": dict(enumerate(zs, 2)),
+        "a": dict(enumerate([*inputs, prediction], 1)),
+        "delta": dict(enumerate(reversed(deltas), 2)),
+    }
+
+
+def _thinned(values: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Of each layer at most KEPT values, evenly spaced."""
+    flat = {layer: value.flatten() for layer, value in values.items()}
+    return {layer: value[:: -(-len(value) // KEPT)].float().cpu() for layer, value in flat.items()}
