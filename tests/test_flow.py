@@ -12,8 +12,8 @@ import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.training import flow
 from manual_mlp.training import run as training
+from manual_mlp.training.backprop import BACKPROP
 from manual_mlp.training.flow import DeltaFlow, signals
-from manual_mlp.training.nets import NETS
 from tests.configs import configured
 
 
@@ -65,7 +65,7 @@ def test_when_it_records(tmp_path: Path) -> None:
     assert callback.snapshots == {}
 
 
-@pytest.mark.parametrize("backprop", NETS)
+@pytest.mark.parametrize("backprop", BACKPROP)
 def test_it_changes_nothing(tmp_path: Path, backprop: str) -> None:
     """The same bits with and without it, dropout and the order of rows included."""
     overrides = [f"backprop={backprop}", "model.dropout=0.3", "data=moons", "data.batch_size=100"]
