@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 from torch import Tensor
@@ -153,10 +154,13 @@ class DataModule(L.LightningDataModule):
         return {name: _scaled(scaler, f"the {name} target", column) for name, column in columns.items()}
 
     def train_dataloader(self) -> DataLoader:
+        """Batches of `batch_size` rows in an order made from (seed, epoch) alone.
+
+        Of P processes each serves every P-th row of that order, so that their batches together are the batches of one
+        process with P · batch_size. Where P does not divide the rows, the first ones are served again at the end.
+        """
         rows = self.splits["train"]
-        # With one process this sampler is a permutation made from (seed, epoch) alone; with several it also shards.
-        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler: DistributedSampler = DistributedSampler(rows, processes, rank, shuffle=True, seed=self.seed)
+        sampler: DistributedSampler = DistributedSampler(rows, *self._processes(), shuffle=True, seed=self.seed)
         return DataLoader(rows, self.batch_size * self._batches_per_step(), sampler=sampler, collate_fn=_as_it_is)
 
     def _batches_per_step(self) -> int:
@@ -165,10 +169,28 @@ class DataModule(L.LightningDataModule):
         return module.batches_per_step(self.batch_size * self.input_size) if hasattr(module, "batches_per_step") else 1
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.splits["val"], EVALUATION_BATCH, collate_fn=_as_it_is)
+        return self._evaluation("val")
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.splits["test"], EVALUATION_BATCH, collate_fn=_as_it_is)
+        return self._evaluation("test")
+
+    def _evaluation(self, part: str) -> DataLoader:
+        """Every row once, spread over the processes in equally many batches, since DDP has them talk at each."""
+        rows, (processes, rank) = self.splits[part], self._processes()
+        if len(rows) < processes:
+            raise InputError(
+                f"expected at least one row of the {part} part for each of {processes} processes, but got {len(rows)}; "
+                f"raise data.{part}_size or lower trainer.devices"
+            )
+        sampler = UnrepeatedDistributedSampler(rows, num_replicas=processes, rank=rank, shuffle=False)
+        batch = EVALUATION_BATCH
+        while len(rows) % processes and len(rows) // processes % batch == 0:  # one more row would be one more batch
+            batch += 1
+        return DataLoader(rows, batch, sampler=sampler, collate_fn=_as_it_is)
+
+    def _processes(self) -> tuple[int, int]:
+        """How many there are, and the number of this one."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
 
 def check(samples: Samples) -> None:

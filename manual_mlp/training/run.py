@@ -15,12 +15,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import SGD, Optimizer
 
 from manual_mlp.errors import InputError
 from manual_mlp.plots import learning_curves
-from manual_mlp.training.config import build, check, likely, optimizer_options
+from manual_mlp.training.config import build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.summary import summary
@@ -152,6 +153,12 @@ def _trainer(cfg: DictConfig) -> L.Trainer:
         raise InputError(
             f"expected trainer.devices of at most {cores}, as the CPU has that many cores, "
             f"but got {cfg.trainer.devices}; lower it"
+        )
+    by_script = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    if in_sweep() and by_script and trainer.world_size > 1:
+        raise InputError(  # each process would begin the whole sweep again
+            f"expected a sweep (-m) in one process, but trainer.strategy={cfg.trainer.strategy} runs this command line "
+            f"in {trainer.world_size}; use trainer.strategy=ddp_spawn or trainer.devices=1"
         )
     return trainer
 
