@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +153,11 @@ class TestSentences:
             (["logger=null"], "the name of a choice for each group, but got null; leave a group out with ~"),
             (["callbacks=null"], "the name of a choice for each group, but got null; leave a group out with ~"),
             (["=3"], "expected overrides of the form key=value"),
+            pytest.param(
+                ["-m", "hydra/sweeper=optuna"],
+                "got hydra/sweeper=optuna; install it with: pip install 'manual-mlp[sweep]'",
+                marks=pytest.mark.skipif(find_spec("optuna") is not None, reason="it is installed"),
+            ),
             (["-m", "model.hiden=[3],[4]"], "did you mean model.hidden?"),
         ],
     )

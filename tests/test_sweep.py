@@ -61,6 +61,21 @@ def test_whole_sweep(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["joblib", "optuna"])
+def test_other_launcher_and_sweeper(tmp_path: Path, how: str) -> None:
+    """What the extra `sweep` brings; a run that fails is told there too."""
+    options = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optimizer.lr=1,-1,2"]
+    if how == "optuna":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        options = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optimizer.lr=choice(1,-1)"]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "data=iris", "threads=1", "trainer.max_epochs=1", *options]
+    job = subprocess.run([*command, f"hydra.sweep.dir={tmp_path}"], cwd=tmp_path, capture_output=True, text=True)
+    assert "sweep of 3 runs (* best val_loss)" in job.stdout, job.stderr
+    assert job.stderr.count("Error: expected values that the optimizer takes") == job.stdout.count("  failed")
+    assert (tmp_path / "sweep.png").exists()
+
+
 class TestTable:
     def test_fits_and_marks_the_best(self) -> None:
         values = {("0.0123456789012345", "relu"): 0.5, ("2", "tanh"): 0.25, ("3", "relu"): nan}

@@ -198,7 +198,9 @@ def _in_words(hint: Any) -> str:
 
 def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
-    return f"expected a known choice for {group}, but got {group}={name}; {likely(name, error.options or ())}"
+    needs_extra = group.startswith("hydra/") and name in ("joblib", "optuna")
+    hint = "install it with: pip install 'manual-mlp[sweep]'" if needs_extra else likely(name, error.options or ())
+    return f"expected a known choice for {group}, but got {group}={name}; {hint}"
 
 
 def _unknown_key(error: ConfigCompositionException) -> str:
