@@ -405,7 +405,7 @@ class BackpropEngine:
             same = of.get(name) is parameter and parameter.data_ptr() == pointer
             if not same or parameter.requires_grad is not trained:
                 return True
-        return self._net.changed(self.model) or self.optimizer.param_groups is not self._groups
+        return self._net.changed() or self.optimizer.param_groups is not self._groups
 
     def _rates(self) -> Rates:
         """Of a plain SGD: w := (1 − LR λ) w − LR ∂C/∂w."""

@@ -71,7 +71,7 @@ def grad_bias(delta: Tensor) -> Tensor:
 # Activations: G(z), and δ = g ⊙ G′ written in what is saved
 # ---------------------------------------------------------------------------------------------------------------------
 
-_ROUNDED = (torch.bfloat16, torch.float16)
+ROUNDED = (torch.bfloat16, torch.float16)  # their formulas are evaluated in float32 and rounded once
 
 
 def rounded_once(delta: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -79,7 +79,7 @@ def rounded_once(delta: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(delta)
     def evaluate(g: Tensor, saved: Tensor, *parameters: float) -> Tensor:
-        if g.dtype in _ROUNDED:
+        if g.dtype in ROUNDED:
             return delta(g.float(), saved.float(), *parameters).to(g.dtype)
         return delta(g, saved, *parameters)
 
@@ -287,10 +287,13 @@ def activation(name: str, **parameters: float | str) -> tuple[Activation, tuple[
 
 _nn: Any = torch._C._nn  # torch.nn.functional's own operators, whose stubs don't know out=
 InPlace = Callable[..., Any]
-"""What both forms of a row in place look like; every tensor (N, n_l), all but g may be destroyed:
+"""What both forms of a row in place look like; every tensor (N, n_l):
 
     G_(z, *parameters, out=a)                    a := G(z); for a row that saves a, z may be the same buffer
-    delta_(g, a, z, work, mask, *parameters)     g := δ; z is there for a row that saves z, work is scratch, mask bool
+    delta_(g, a, z, work, mask, *parameters)     g := δ; work and mask (bool) are scratch
+
+A row that saves a leaves it as it is, and takes None for z, work and mask; or a itself for work, which destroys it.
+A row that saves z may destroy a and z.
 """
 
 
@@ -298,34 +301,37 @@ def _identity_delta_(g: Tensor, *_: Any) -> None:
     """δ = g, which it is already."""
 
 
-def _sigmoid_delta_(g: Tensor, a: Tensor, *_: Any) -> None:
+def _sigmoid_delta_(g: Tensor, a: Tensor, z: None, work: Tensor | None, mask: Tensor | None) -> None:
     """δ = g · (a − a²)."""
-    g.mul_(a.addcmul_(a, a, value=-1))
+    g.mul_(torch.addcmul(a, a, a, value=-1, out=work))
 
 
-def _tanh_delta_(g: Tensor, a: Tensor, *_: Any) -> None:
+def _tanh_delta_(g: Tensor, a: Tensor, z: None, work: Tensor | None, mask: Tensor | None) -> None:
     """δ = g − g a²."""
-    g.addcmul_(g, a.mul_(a), value=-1)
+    g.addcmul_(g, torch.mul(a, a, out=work), value=-1)
 
 
-def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor) -> None:
+def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor | None, mask: Tensor | None) -> None:
     """δ = 0 where a ≤ 0, else g; not by a product, in which an infinite g would become NaN."""
     g.masked_fill_(torch.le(a, 0, out=mask), 0)
 
 
 def _leaky_relu_delta_(
-    g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, negative_slope: float
+    g: Tensor, a: Tensor, z: Tensor | None, work: Tensor | None, mask: Tensor | None, negative_slope: float
 ) -> None:
     """δ = g where a (or z) > 0, else s g."""
     positive = torch.gt(a if z is None else z, 0, out=mask)
     torch.where(positive, g, torch.mul(g, negative_slope, out=work), out=g)
 
 
-def _softplus_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, beta: float, threshold: float) -> None:
+def _softplus_delta_(
+    g: Tensor, a: Tensor, z: None, work: Tensor | None, mask: Tensor | None, beta: float, threshold: float
+) -> None:
     """δ = g · (−expm1(−βa)), and g beyond the certain end of the curve: see `softplus_delta`."""
     certain = (threshold + math.log1p(math.exp(-threshold))) * (1 + 8 * torch.finfo(a.dtype).eps)
-    torch.lt(a.mul_(-beta), -certain, out=mask)
-    g.mul_(a.expm1_().neg_().masked_fill_(mask, 1))
+    slope = torch.mul(a, -beta, out=work)
+    mask = torch.lt(slope, -certain, out=mask)
+    g.mul_(slope.expm1_().neg_().masked_fill_(mask, 1))
 
 
 def _softplus_delta_in_z_(
@@ -575,7 +581,7 @@ def _cross_entropy_delta(z: Tensor, target: Tensor) -> Tensor:
 
 
 def _squares(prediction: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(prediction, target, reduction="sum")
+    return _nn.mse_loss(prediction, target, 2)  # F.mse_loss(…, reduction="sum"), less its Python
 
 
 def _binary_cross_entropy_sum(z: Tensor, target: Tensor) -> Tensor:

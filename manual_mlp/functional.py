@@ -44,7 +44,7 @@ def apply_affine(
     function: type[ManualFunction], input: Tensor, weight: Tensor, bias: Tensor | None, *parameters: float
 ) -> Tensor:
     """One affine Function, autocast and errors around it."""
-    if torch.is_autocast_enabled(_device_type(input)):
+    if autocasting(input):
         input, weight, bias = _autocast(input), _autocast(weight), None if bias is None else _autocast(bias)
     # What torch would take: complex numbers, and shapes that broadcast.
     if weight.dtype.is_complex or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
@@ -97,6 +97,11 @@ def _device_type(tensor: Tensor) -> str:
     """The device autocast is asked for; torch has no autocast to ask about on meta."""
     device = tensor.device.type
     return "cpu" if device == "meta" else device
+
+
+def autocasting(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; first whether it is for any, since naming the device is slow."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(_device_type(tensor))
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -310,7 +315,7 @@ def _real_cost(input: Tensor) -> Tensor:
     """A cost is computed in float32 under autocast, as torch does."""
     if not input.dtype.is_floating_point:
         raise InputError(_not_real("prediction", input))
-    if input.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(_device_type(input)):
+    if input.dtype in (torch.bfloat16, torch.float16) and autocasting(input):
         return input.float()
     return input
 

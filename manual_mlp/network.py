@@ -72,7 +72,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a nested nn.Sequential calls, in order, by qualified name."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if any(_hooks(module)):
         raise InputError(f"expected layers without hooks, since none would be called; got one on {name!r}: remove it")
     if not isinstance(module, nn.Sequential):
         yield name, module
@@ -83,6 +83,10 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     for key, child in module._modules.items():
         assert child is not None
         yield from _leaves(child, f"{name}.{key}" if name else key)
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _read(layers: list[Layer], name: str, module: nn.Module) -> None:
@@ -132,38 +136,40 @@ Masks = list[tuple[Tensor, float] | None]
 class Net:
     """A model as the recursion needs it, beside its parameters: layer l leads from a^l to a^{l+1}, counted from 0 here.
 
-    steps   of each layer: G, its form in place, delta, the values of the row's parameters, and whether z is saved
+    steps   of each layer: G, G_, delta, delta_ for a row that saves a, the row's parameters, and whether z is saved
+    owners  of each layer: the _parameters of the module that owns W^l and b^l
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = layers_of(model)
-        rows = [(layer.row, layer.parameters) for layer in self.layers]
-        self.steps = [(row.G, sheet.in_place(row)[0], row.delta, values, row.saves == "z") for row, values in rows]
-        # Not the model itself: what is kept for it must not keep it.
+        self.steps = [_step(layer.row, layer.parameters) for layer in self.layers]
+        self.owners = [layer.affine._parameters for layer in self.layers]
+        self.drops = any(layer.dropout is not None for layer in self.layers)
+        # What is kept for a model must not keep the model itself, but what it is made of.
         self.children = tuple(model._modules.values())
-        self.modules = [(module, tuple(module._modules.values())) for module in model.modules() if module is not model]
+        everything = list(model.modules())
+        self.modules = [(of, tuple(of.values())) for of in (module._modules for module in everything) if of]
+        self.hooks = [hooks for module in everything for hooks in _hooks(module)]
         self.settings = [
             (module, modules.activation_row(module))
-            for module, _ in self.modules
+            for module in everything
             if type(module) in modules.ACTIVATION_MODULES and hasattr(module, "__constants__")
         ]
 
-    def changed(self, model: nn.Module) -> bool:
+    def changed(self) -> bool:
         """Whether the model has other layers than it had, other activations, or hooks."""
-        for module, children in ((model, self.children), *self.modules):
-            hooks = module._forward_hooks or module._forward_pre_hooks
-            if hooks or module._backward_hooks or module._backward_pre_hooks:
-                return True
-            if children and tuple(module._modules.values()) != children:
-                return True
-        return any(modules.activation_row(module) != row for module, row in self.settings)
+        return (
+            any(self.hooks)
+            or any(tuple(of.values()) != children for of, children in self.modules)
+            or any(modules.activation_row(module) != row for module, row in self.settings)
+        )
 
     def forward(
         self, x: Tensor, weights: Some, biases: Some, masks: Masks, zs: list[Tensor] | None = None
     ) -> list[Tensor]:
         """Step 1: a or z of each layer, whichever its row saves, and the prediction a^L; each z goes to `zs`."""
         a, saved, keeps_z = x, [], torch.is_grad_enabled() or zs is not None
-        for layer, (G, G_, _, parameters, saves_z) in enumerate(self.steps):
+        for layer, (G, G_, _, _, parameters, saves_z) in enumerate(self.steps):
             z = sheet.affine(a, weights[layer], biases[layer])
             a = G(z, *parameters) if saves_z or keeps_z else G_(z, *parameters, out=z)
             if zs is not None:
@@ -177,7 +183,7 @@ class Net:
         """a^l as the layer reads it, after G and dropout, from what was saved."""
         if layer == 0:
             return x
-        G, _, _, parameters, saves_z = self.steps[layer - 1]
+        G, _, _, _, parameters, saves_z = self.steps[layer - 1]
         a = G(saved[layer - 1], *parameters) if saves_z else saved[layer - 1]
         return _dropped(a, masks[layer - 1]) if masks else a
 
@@ -191,18 +197,22 @@ class Net:
         needs: Sequence[bool],
         deltas: list[Tensor] | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """Steps 2 to 4 from delta = ∂C/∂a^L: ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed.
+        """Steps 2 to 4 from delta = ∂C/∂a^L, overwritten: ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed.
 
         Each δ^l goes to `deltas`, from right to left.
         """
         n = len(self.steps)
+        in_place = not torch.is_grad_enabled() and delta.dtype not in sheet.ROUNDED
         gradients: list[Tensor | None] = [None] * len(needs)
         lowest = 0 if needs[0] else min((i - 1) % n for i, needed in enumerate(needs) if needed)
         for layer in range(n - 1, lowest - 1, -1):
             if masks:
                 delta = _dropped(delta, masks[layer])
-            _, _, delta_of, parameters, _ = self.steps[layer]
-            delta = delta_of(delta, saved[layer], *parameters)
+            _, _, delta_of, delta_, parameters, _ = self.steps[layer]
+            if in_place and delta_ is not None:
+                delta_(delta, saved[layer], None, None, None, *parameters)
+            else:
+                delta = delta_of(delta, saved[layer], *parameters)
             if deltas is not None:
                 deltas.append(delta)
             if needs[1 + layer]:
@@ -215,13 +225,18 @@ class Net:
         return tuple(gradients)
 
 
+def _step(row: Activation, parameters: tuple[float, ...]) -> tuple[Any, ...]:
+    G_, delta_ = sheet.in_place(row)
+    return row.G, G_, row.delta, delta_ if row.saves == "a" else None, parameters, row.saves == "z"
+
+
 _NETS: WeakKeyDictionary[nn.Module, Net] = WeakKeyDictionary()
 
 
 def net_of(model: nn.Module) -> Net:
     """The model as a Net, read again only after a change."""
     net = _NETS.get(model)
-    if net is None or net.changed(model):
+    if net is None or net.changed():
         net = Net(model)
         if net.children:  # a lone layer would be kept by what is kept for it
             _NETS[model] = net
@@ -232,7 +247,7 @@ def _dropped(a: Tensor, mask: tuple[Tensor, float] | None) -> Tensor:
     return a if mask is None else sheet.dropout(a, *mask)
 
 
-class NetworkCost(torch.autograd.Function):
+class NetworkCost(functions.ManualFunction):
     """C of a whole net as one node.  x (N, n_1), target, then all W^l and all b^l (or None) → scalar C, a^L (N, n_L).
 
     Only C has a derivative; a^L is there to be looked at.
@@ -289,13 +304,13 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
     net = net_of(model)
     cost = cost_of(loss, net.layers)
     special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
-    if special or torch.is_autocast_enabled(input.device.type):
+    if special or functional.autocasting(input):
         prediction = model(input)
         return functional.COSTS[loss](prediction, target), prediction.detach()
-    owners = [layer.affine._parameters for layer in net.layers]
-    weights, biases = [owner["weight"] for owner in owners], [owner["bias"] for owner in owners]
-    check_batch(weights[0], len(weights[-1]), input, target, loss)
-    return NetworkCost.apply(net, cost, draw_masks(net.layers, input), input, target, *weights, *biases)
+    weights, biases = [owner["weight"] for owner in net.owners], [owner["bias"] for owner in net.owners]
+    check_batch(weights[0], weights[-1].shape[0], input, target, loss)
+    masks = draw_masks(net.layers, input) if net.drops else []
+    return NetworkCost.direct(net, cost, masks, input, target, *weights, *biases)
 
 
 def draw_masks(layers: list[Layer], input: Tensor) -> Masks:
