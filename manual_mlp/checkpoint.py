@@ -1,7 +1,9 @@
-"""Reading what training has kept, with torch alone: nothing in such a file can run code."""
+"""What training keeps, with torch alone: read so that nothing in a file can run code, written whole or not at all."""
 
+import os
 import pickle
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,3 +42,26 @@ def read_checkpoint(path: str | PathLike[str], map_location: Any = "cpu") -> dic
             "to load parameters of other programs use net.load_state_dict"
         )
     return content
+
+
+def write_whole(path: str | PathLike[str], content: bytes | memoryview) -> None:
+    """Write a file as a whole or not at all: beside it, flushed to the disk, and renamed.
+
+    Raises OSError if that fails; what was there before is then still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renaming itself
+    finally:
+        os.close(folder)

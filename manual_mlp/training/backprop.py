@@ -33,6 +33,7 @@ class Layers:
 
     make_net: ClassVar[Callable[..., nn.Module]] = mm.MLP
     costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = functional.COSTS
+    steps_at_once: ClassVar[int] = 1  # at most, between two looks at the loss
 
     def __init__(self, loss: str) -> None:
         self.loss, self.cost = loss, choose(loss, self.costs, "model.loss")
@@ -72,6 +73,7 @@ class Engine(Layers):
     """
 
     engine: mm.BackpropEngine | None = None
+    steps_at_once = MOST_BATCHES
 
     def begin(self, module: "MLPModule", optimizer: Optimizer) -> None:
         trainer = module.trainer

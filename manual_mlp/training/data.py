@@ -1,5 +1,6 @@
 """The data module: samples are checked, split, standardised, and served in batches out of memory."""
 
+import zlib
 from collections.abc import Callable
 from textwrap import shorten
 from typing import Any
@@ -49,7 +50,8 @@ class DataModule(L.LightningDataModule):
     seed: fixes the split and, with the epoch, the order of the rows.
 
     After `setup`: splits (name -> `Rows`, features (N, input_size) float32; target (N,) class indices or
-    (N, output_size) float32), input_size, output_size, class_names (empty for regression).
+    (N, output_size) float32), input_size, output_size, class_names (empty for regression), feature_names (empty where
+    they have none), feature_mean and feature_scale (empty without standardise), fingerprint (of the rows as split).
     """
 
     def __init__(
@@ -78,8 +80,12 @@ class DataModule(L.LightningDataModule):
         self.val_size, self.test_size = val_size, test_size
         self.splits: dict[str, Rows] = {}
         self.class_names: tuple[str, ...] = ()
+        self.feature_names: tuple[str, ...] = ()
+        self.feature_mean: list[float] = []
+        self.feature_scale: list[float] = []
         self.target_mean: list[float] = []
         self.target_scale: list[float] = []
+        self.fingerprint = 0
 
     def setup(self, stage: str | None = None) -> None:
         """Load, check, split and standardise; once, however often Lightning calls it."""
@@ -87,8 +93,9 @@ class DataModule(L.LightningDataModule):
             return
         samples = self.source()
         check(samples)
-        self.class_names = samples.class_names
+        self.class_names, self.feature_names = samples.class_names, samples.feature_names
         parts = self._split(samples)
+        self.fingerprint = _fingerprint(parts)
         inputs = self._inputs({name: features for name, (features, _) in parts.items()})
         targets = self._targets({name: target for name, (_, target) in parts.items()})
         self.splits = {name: Rows(inputs[name], targets[name]) for name in parts}
@@ -141,6 +148,7 @@ class DataModule(L.LightningDataModule):
         if not self.standardise:
             return {name: _tensor(values) for name, values in features.items()}
         scaler = StandardScaler().fit(features["train"])
+        self.feature_mean, self.feature_scale = scaler.mean_.tolist(), scaler.scale_.tolist()
         return {name: _scaled(scaler, f"the {name} features", values) for name, values in features.items()}
 
     def _targets(self, targets: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -153,6 +161,16 @@ class DataModule(L.LightningDataModule):
         self.output_size = len(self.target_mean)
         return {name: _scaled(scaler, f"the {name} target", column) for name, column in columns.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: how to prepare new rows, and how to know these ones again."""
+        return {
+            "name": self.name,
+            "feature_names": list(self.feature_names),
+            "feature_mean": self.feature_mean,
+            "feature_scale": self.feature_scale,
+            "fingerprint": self.fingerprint,
+        }
+
     def train_dataloader(self) -> DataLoader:
         """Batches of `batch_size` rows in an order made from (seed, epoch) alone.
 
@@ -161,7 +179,7 @@ class DataModule(L.LightningDataModule):
         """
         rows = self.splits["train"]
         sampler: DistributedSampler = DistributedSampler(rows, *self._processes(), shuffle=True, seed=self.seed)
-        return DataLoader(rows, self.batch_size * self._batches_per_step(), sampler=sampler, collate_fn=_as_it_is)
+        return _loader(rows, self.batch_size * self._batches_per_step(), sampler)
 
     def _batches_per_step(self) -> int:
         """Mini-batches that the module wants at once, rows of a block being in the order of its mini-batches."""
@@ -186,7 +204,7 @@ class DataModule(L.LightningDataModule):
         batch = EVALUATION_BATCH
         while len(rows) % processes and len(rows) // processes % batch == 0:  # one more row would be one more batch
             batch += 1
-        return DataLoader(rows, batch, sampler=sampler, collate_fn=_as_it_is)
+        return _loader(rows, batch, sampler)
 
     def _processes(self) -> tuple[int, int]:
         """How many there are, and the number of this one."""
@@ -231,6 +249,19 @@ def _scaled(scaler: StandardScaler, name: str, values: np.ndarray) -> Tensor:
     scaled = scaler.transform(values)
     check_numbers(f"{name}, standardised by the training part,", scaled)
     return _tensor(scaled)
+
+
+def _loader(rows: Rows, batch_size: int, sampler: DistributedSampler) -> DataLoader:
+    """With a generator of its own: to make an iterator draws a number, which must not come out of a dropout's state."""
+    return DataLoader(rows, batch_size, sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())
+
+
+def _fingerprint(parts: dict[str, Pair]) -> int:
+    """A checksum of all rows, in the order of their parts."""
+    code = 0
+    for values in (values for pair in parts.values() for values in pair):
+        code = zlib.crc32(np.ascontiguousarray(values).data, code)
+    return code
 
 
 def _tensor(values: np.ndarray) -> Tensor:

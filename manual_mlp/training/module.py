@@ -12,6 +12,7 @@ from torchmetrics import MeanSquaredError, MetricCollection, R2Score
 
 from manual_mlp.errors import InputError
 from manual_mlp.training.backprop import BACKPROP
+from manual_mlp.training.divergence import EVERY, EXPLODED, diverged
 from manual_mlp.training.nets import LOGIT_COSTS, build_net, choose
 
 Batch = tuple[Tensor, Tensor]
@@ -84,6 +85,10 @@ class MLPModule(L.LightningModule):
         features, target = batch
         loss, prediction = self.backprop.train(self, features, self._as_cost_wants(target))
         self._add("train", loss, prediction, target)
+        if (loss.is_cpu or batch_idx % EVERY == 0 or self.trainer.is_last_batch) and not loss.item() <= EXPLODED:
+            lr = self.optimizer.keywords.get("lr") if self.optimizer else None
+            since = self.backprop.steps_at_once * (1 if loss.is_cpu else EVERY)
+            raise diverged(loss.item(), self.net, features, f"epoch {self.current_epoch}, step {batch_idx}", lr, since)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -114,6 +119,7 @@ class MLPModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """A checkpoint tells its own figures."""
         checkpoint["figures"] = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        checkpoint["optimizer"] = self.optimizer_in_words()
 
     def configure_optimizers(self) -> Optimizer:
         if self.optimizer is None:
@@ -124,6 +130,13 @@ class MLPModule(L.LightningModule):
             raise InputError(f"expected values that the optimizer takes, but: {error}; correct optimizer.*") from error
         self.backprop.begin(self, optimizer)
         return optimizer
+
+    def optimizer_in_words(self) -> str:
+        """Its name and what it was given that is not zero, false or null."""
+        if self.optimizer is None:
+            return "none"
+        name = getattr(self.optimizer.func, "__name__", repr(self.optimizer.func))
+        return ", ".join([name, *(f"{key} {value}" for key, value in self.optimizer.keywords.items() if value)])
 
     def plain_step(self) -> float:
         """The step for plain gradient descent: a large one where sigmoids and the quadratic cost keep δ small."""
@@ -166,11 +179,6 @@ class MLPModule(L.LightningModule):
         for kind, value in figures.items():
             shown = stage == "val" and kind in ("accuracy", "r2")  # more does not fit beside the bar
             self.log(f"{stage}_{kind}", value, prog_bar=shown, sync_dist=True)
-        if stage == "train" and not figures["loss"].isfinite():
-            raise InputError(
-                f"expected a finite loss, but after epoch {self.current_epoch} it is {figures['loss'].item()}; "
-                "lower optimizer.lr, or set data.standardise=true"
-            )
 
 
 class Sums:

@@ -5,6 +5,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
@@ -82,27 +83,19 @@ def _check_unpacked(path: Path, claimed: int) -> None:
         )
 
 
-def read_table(path: Path, target: str) -> tuple[np.ndarray, np.ndarray]:
+def read_table(path: Path, target: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Read a table whose first row (CSV), array names (NPZ) or column names (Parquet) include `target`.
 
     In an NPZ file each array has one row per sample; all arrays but the target are features.
 
-    Returns: features (N, n) float64 and target (N,) as it stands in the file.
+    Returns: features (N, n) float64, target (N,) as it stands in the file, and the names of the n columns.
     Raises: InputError if the file can't be read, lacks the target, or has a feature that isn't a number.
     """
-    suffix = path.suffix.lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise InputError(
-            f"expected a table that ends in {', '.join(TABLE_SUFFIXES)}, but got {path.name}; "
-            "convert it or give the file its proper ending"
-        )
-    if not path.is_file():
-        raise InputError(f"expected a table file, but there is none at {path}; check data.source.path")
-    columns = _read_columns(path, suffix)
+    columns = read_columns(path, "data.source.path")
     if target not in columns:
         known = ", ".join(brief(name) for name in list(columns)[:SHOWN])
         known += f", … ({len(columns)} in all)" if len(columns) > SHOWN else ""
-        separated = suffix == ".csv" and len(columns) == 1 and ";" in known
+        separated = path.suffix.lower() == ".csv" and len(columns) == 1 and ";" in known
         fix = "is it separated by ;? separate it by commas" if separated else "name one of them in data.source.target"
         raise InputError(f"expected a target column {target!r} in {path.name}, but its columns are {known}; {fix}")
     labels = columns.pop(target)
@@ -110,7 +103,53 @@ def read_table(path: Path, target: str) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"expected one target value per row, but {target!r} has the shape {labels.shape}; split it up")
     if not len(labels):
         raise InputError(f"expected rows in {path}, but the data is empty; check that it is the right file")
-    return _feature_matrix(columns, len(labels)), labels
+    return _feature_matrix(columns, len(labels)), labels, column_names(columns)
+
+
+def read_features(path: Path, names: Sequence[str], option: str) -> np.ndarray:
+    """The columns `names` of a table, in this order → (N, n) float64; without names, all columns as they come.
+
+    Raises: InputError as `read_table`, and for columns that are missing, or that nobody asked for.
+    """
+    columns = read_columns(path, option)
+    there = column_names(columns)
+    missing, extra = ([name for name in one if name not in other] for one, other in ((names, there), (there, names)))
+    if names and (missing or extra):
+        what = f"lacks {_listed(missing)}" if missing else f"has {_listed(extra)} as well"
+        raise InputError(
+            f"expected the {len(names)} columns that the net was trained on, in any order, but {path.name} {what}; "
+            f"{'add' if missing else 'remove'} {'it' if len(missing or extra) == 1 else 'them'}"
+        )
+    rows = [values.shape[0] for values in columns.values() if values.ndim]
+    features = _feature_matrix(columns, max(rows, default=0))
+    return features[:, [there.index(name) for name in names]] if names else features
+
+
+def read_columns(path: Path, option: str) -> dict[str, np.ndarray]:
+    """The columns of a table by name. `option` is the key that a message tells to check."""
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise InputError(
+            f"expected a table that ends in {', '.join(TABLE_SUFFIXES)}, but got {path.name}; "
+            "convert it or give the file its proper ending"
+        )
+    if not path.is_file():
+        raise InputError(f"expected a table file, but there is none at {path}; check {option}")
+    return _read_columns(path, suffix)
+
+
+def column_names(columns: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """A name for each feature: of an array of several columns (NPZ), name[0], name[1], …"""
+    widths = {name: int(np.prod(values.shape[1:])) for name, values in columns.items()}
+    return tuple(
+        name if columns[name].ndim == 1 else f"{name}[{index}]" for name in columns for index in range(widths[name])
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(brief(name)) for name in names[:SHOWN]) + (
+        f", … ({len(names)} in all)" if len(names) > SHOWN else ""
+    )
 
 
 def _read_columns(path: Path, suffix: str) -> dict[str, np.ndarray]:

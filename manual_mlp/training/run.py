@@ -1,9 +1,12 @@
-"""One training run, from the config to the summary: what train.py calls."""
+"""One run, from the config to the summary: what train.py calls."""
 
+import errno
 import json
 import logging
 import os
 import re
+import signal
+import sys
 import time
 import warnings
 from functools import partial
@@ -19,11 +22,15 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import SGD, Optimizer
 
+from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.plots import learning_curves
+from manual_mlp.training.checkpoints import Continuation, WholeFiles, check_same_rows, check_same_training
 from manual_mlp.training.config import build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
+from manual_mlp.training.nets import choose
+from manual_mlp.training.predict import predict_file
 from manual_mlp.training.summary import summary
 from manual_mlp.training.sweep import FIGURES
 
@@ -38,18 +45,37 @@ IRRELEVANT_ADVICE = (
 )
 
 
-def run(cfg: DictConfig) -> float:
-    """Train, test, draw the curves, print the summary. Returns: the figure that `optimized_metric` names."""
+# What a full disk, a quota, a lost folder or a lost right says.
+NOT_WRITTEN = {
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOENT", "ENOTDIR", "EACCES", "EROFS")
+}
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Do what `task` says. Returns: the figure that `optimized_metric` names, None where the task does not measure it.
+
+    train: train (with ckpt_path, go on), test, draw the curves, print the summary. test: the figures of a checkpoint.
+    predict: a file of predictions for a file of new rows.
+    """
     check(cfg)
+    task = choose(cfg.task, {"train": _train, "test": _test, "predict": _predict}, "task")
     _quieten()
     _set_threads(cfg.threads)
     try:
-        return _run(cfg)
+        return task(cfg)
     except MisconfigurationException as error:  # Lightning's word for a wrong option
         given = cfg.trainer.accelerator
         fix = "correct them" if given in ("auto", "cpu") else f"trainer.accelerator=auto works without {given}"
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"expected options that Lightning accepts, but: {reason}; {fix}") from error
+    except OSError as error:
+        if error.errno not in NOT_WRITTEN:
+            raise
+        raise InputError(
+            f"expected an output folder that can be written, but {error.filename or cfg.run_dir} can't be "
+            f"({error.strerror}); make room, or bring the folder back: checkpoints already there are whole, go on from "
+            "one with ckpt_path=…/last.ckpt"
+        ) from error
 
 
 def _quieten() -> None:
@@ -70,10 +96,8 @@ def _set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _run(cfg: DictConfig) -> float:
-    data: DataModule = build(cfg.data)
-    L.seed_everything(cfg.seed, verbose=False)
-    data.setup()
+def _train(cfg: DictConfig) -> float:
+    data = _data(cfg)
     module = _module(cfg, data)
     if cfg.optimized_metric not in module.figure_names():
         hint = likely(cfg.optimized_metric, module.figure_names())
@@ -81,11 +105,17 @@ def _run(cfg: DictConfig) -> float:
     trainer = _trainer(cfg)
     if getattr(trainer, f"limit_{_part(cfg)}_batches") == 0:
         raise _not_logged(cfg, f"trainer.limit_{_part(cfg)}_batches is 0")
+    if cfg.ckpt_path is not None:
+        content = read_checkpoint(cfg.ckpt_path)
+        check_same_training(content, cfg.ckpt_path, module)
+        check_same_rows(content, cfg.ckpt_path, data)
 
     started = time.perf_counter()
-    trainer.fit(module, data)
+    interrupted = _interrupted(trainer, module, data, cfg.ckpt_path)
     seconds = time.perf_counter() - started
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+    if interrupted and best is None:
+        raise InputError("expected at least one whole epoch to keep, but training was interrupted before; start again")
     epoch, figures = _figures(trainer, best)
     folder = Path(cfg.run_dir)
     if trainer.is_global_zero and (folder / "metrics.csv").is_file():
@@ -100,9 +130,55 @@ def _run(cfg: DictConfig) -> float:
         content = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
         (folder / FIGURES).write_text(json.dumps(content, indent=2))
         print(summary(module, data, trainer, figures, epoch, seconds, folder, cfg.optimized_metric))
+    if interrupted:
+        print(f"interrupted; to go on: python train.py ckpt_path={os.path.relpath(folder)}/last.ckpt")
+        sys.exit(128 + signal.SIGINT)
     if cfg.optimized_metric not in figures:
         raise _not_logged(cfg, "nothing was trained")
     return figures[cfg.optimized_metric]
+
+
+def _test(cfg: DictConfig) -> float | None:
+    content = read_checkpoint(_given(cfg, "ckpt_path"))
+    data = _data(cfg)
+    check_same_rows(content, cfg.ckpt_path, data)
+    module = MLPModule(**content["hyper_parameters"])
+    trainer = _trainer(cfg)
+    trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False)
+    figures = content["figures"] | _numbers(trainer)
+    if trainer.is_global_zero:
+        print(summary(module, data, trainer, figures, content["epoch"], None, Path(cfg.run_dir), cfg.optimized_metric))
+    return figures.get(cfg.optimized_metric)
+
+
+def _predict(cfg: DictConfig) -> None:
+    rows = predict_file(_given(cfg, "ckpt_path"), _given(cfg, "input"), cfg.output)
+    print(f"predictions for {rows} rows in {os.path.relpath(cfg.output)}")
+
+
+def _given(cfg: DictConfig, key: str) -> str:
+    if cfg[key] is None:
+        raise InputError(f"expected {key}=… for task={cfg.task}, but got none; name the file")
+    return str(cfg[key])
+
+
+def _data(cfg: DictConfig) -> DataModule:
+    data: DataModule = build(cfg.data)
+    L.seed_everything(cfg.seed, verbose=False)
+    data.setup()
+    return data
+
+
+def _interrupted(trainer: L.Trainer, module: MLPModule, data: DataModule, checkpoint: str | None) -> bool:
+    """Train; whether Ctrl-C ended it, upon which Lightning would leave the program."""
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning has switched off
+        return True
+    return False
 
 
 def _part(cfg: DictConfig) -> str:
@@ -140,10 +216,10 @@ def _trainer(cfg: DictConfig) -> L.Trainer:
     callbacks = [build(node) for node in (cfg.get("callbacks") or {}).values()]
     unwanted: tuple[type, ...] = () if cfg.trainer.enable_progress_bar else (ProgressBar,)
     unwanted += () if cfg.trainer.enable_checkpointing else (Checkpoint,)
-    callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)]
+    callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)] + [Continuation()]
     logger = [build(node) for node in (cfg.get("logger") or {}).values()]
     try:
-        trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=logger)
+        trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=logger, plugins=[WholeFiles()])
     except ValueError as error:
         raise InputError(
             f"expected options that Lightning's Trainer accepts, but: {error}; correct trainer.*"
@@ -167,7 +243,7 @@ def _figures(trainer: L.Trainer, checkpoint: str | None) -> tuple[int, dict[str,
     """The epoch (counted from 0) whose parameters are kept, and its figures: those of the best checkpoint, if any."""
     if checkpoint is None:
         return trainer.current_epoch - 1, _numbers(trainer)
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    content = read_checkpoint(checkpoint)
     return content["epoch"], content["figures"]
 
 

@@ -25,12 +25,14 @@ class Samples:
 
     features: (N, …), numbers. target: (N,) class indices 0 … len(class_names) − 1, or (N,) or (N, m) numbers.
     class_names: empty for regression. test: the official test set, (features, target), where there is one.
+    feature_names: of the columns of features, where they have any.
     """
 
     features: np.ndarray
     target: np.ndarray
     class_names: tuple[str, ...] = ()
     test: tuple[np.ndarray, np.ndarray] | None = None
+    feature_names: tuple[str, ...] = ()
 
 
 def bundled(name: str) -> Samples:
@@ -46,7 +48,9 @@ def bundled(name: str) -> Samples:
         raise InputError(f"expected one of {', '.join(loaders)}, but got {name!r}; correct data.source.name")
     bunch = loaders[name]()
     features = bunch.images / 16.0 if name == "digits" else bunch.data
-    return Samples(features, bunch.target, tuple(map(str, bunch.get("target_names", ()))))
+    class_names = tuple(map(str, bunch.get("target_names", ())))
+    feature_names = () if name == "digits" else tuple(bunch.feature_names)  # pixels go by their place
+    return Samples(features, bunch.target, class_names, feature_names=feature_names)
 
 
 def moons(samples: int, noise: float, seed: int) -> Samples:
@@ -97,11 +101,11 @@ def table(path: str, target: str | int, task: str) -> Samples:
     if task not in TASKS:
         raise InputError(f"expected data.source.task to be one of {', '.join(TASKS)}, but got {task!r}; correct it")
     target = str(target)  # a column may be called 3
-    features, values = read_table(Path(path), target)
+    features, values, feature_names = read_table(Path(path), target)
     if task == "regression":
-        return Samples(features, _numbers(values, target))
+        return Samples(features, _numbers(values, target), feature_names=feature_names)
     names, indices = np.unique(_labels(values, target), return_inverse=True)
-    return Samples(features, indices, tuple(map(str, names)))
+    return Samples(features, indices, tuple(map(str, names)), feature_names=feature_names)
 
 
 def _idx_folder(folder: Path, class_names: tuple[str, ...], hint: str = "correct data.source.folder") -> Samples:

@@ -2,11 +2,10 @@
 
 import os
 import textwrap
-from functools import partial
 from pathlib import Path
 
 import lightning as L
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam
 
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
@@ -32,26 +31,24 @@ def summary(
     trainer: L.Trainer,
     figures: dict[str, float],
     epoch: int,
-    seconds: float,
+    seconds: float | None,
     folder: Path,
     metric: str,
 ) -> str:
     """figures: by name, such as test_accuracy. epoch: the one whose parameters are kept, counted from 0.
+    seconds: of the training; None where there was none.
 
     metric: the name of the figure that the run returns.
     """
     rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
-    last = trainer.current_epoch - 1  # not known where the training ran in processes that have ended (ddp_spawn)
     facts = {
         "data": f"{Path(str(data.name)).name} ({rows})",
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
         "cost": module.loss,
-        "optimizer": _optimizer(module.optimizer),
+        "optimizer": module.optimizer_in_words(),
         "backprop": str(module.hparams["backprop"]),
-        "epochs": (f"best {epoch}" if epoch >= 0 else "none completed")
-        + (f" of 0 to {last}" if last >= epoch >= 0 else "")
-        + f", in {seconds:.1f} s",
+        "epochs": _epochs(epoch, trainer.current_epoch - 1, seconds),
     }
     lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
     lines += ["", *_table({name: figures[name] for name in module.figure_names() if name in figures})]
@@ -64,18 +61,18 @@ def summary(
     return "\n".join(["", *lines, ""])
 
 
+def _epochs(epoch: int, last: int, seconds: float | None) -> str:
+    if seconds is None:
+        return f"checkpoint of {epoch}"
+    text = f"best {epoch}" if epoch >= 0 else "none completed"
+    # last is not known where the training ran in processes that have ended (ddp_spawn)
+    return text + (f" of 0 to {last}" if last >= epoch >= 0 else "") + f", in {seconds:.1f} s"
+
+
 def _activations(module: MLPModule) -> str:
     hidden = module.hparams["activation"]
     names = hidden if isinstance(hidden, str) else "-".join(hidden)
     return ", ".join([names] * (len(module.sizes) > 2) + [f"output {module.output_activation}"])
-
-
-def _optimizer(optimizer: partial[Optimizer] | None) -> str:
-    """Its name and what it was given that is not zero, false or null."""
-    if optimizer is None:
-        return "none"
-    name = getattr(optimizer.func, "__name__", repr(optimizer.func))
-    return ", ".join([name, *(f"{key} {value}" for key, value in optimizer.keywords.items() if value)])
 
 
 def _hint(module: MLPModule, data: DataModule, figures: dict[str, float]) -> list[str]:
