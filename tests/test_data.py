@@ -461,7 +461,7 @@ class TestBatches:
     def test_processes_share_the_rows(self) -> None:
         data, parts = module(numbered(), batch_size=5), []
         for rank in range(2):
-            data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+            data.trainer = SimpleNamespace(world_size=2, global_rank=rank, lightning_module=None)
             parts += chain(*self.batches(data, 0))
         assert sorted(parts) == sorted(column(data, "train"))
 

@@ -40,7 +40,7 @@ IRRELEVANT_ADVICE = (
     "is smaller than the logging interval",  # figures are logged once an epoch, whatever its length
     "Experiment logs directory",  # a run folder holds Hydra's files before the logger comes
     "Checkpoint directory",
-    "You requested to overfit but enabled train dataloader shuffling",
+    "You requested to overfit but enabled",
     "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning's own affair with torch
 )
 
