@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from manual_mlp.functions import ManualFunction
+from manual_mlp.testing.checks import nodes_of
 from tests.cases import CASES, Case
 
 
@@ -19,8 +21,6 @@ def run(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], second: boo
     if not second:
         return [output, *first]
     squares = sum((gradient.square().sum() for gradient in first), torch.zeros((), dtype=output.dtype))
-    if not squares.requires_grad:  # a linear map: its gradients are constants
-        return [output, *first]
     # With the output itself, so that a first and a second derivative arrive at the same node.
     more = torch.autograd.grad(squares + output.square().sum(), inputs)
     return [output, *first, *more]
@@ -30,8 +30,22 @@ def test_equal_to_the_twin(case: Case) -> None:
     """Values, first and second derivatives, to 1e-12 in float64."""
     ours = run(case.ours, case.inputs(torch.float64), second=True)
     twin = run(case.twin, case.inputs(torch.float64), second=True)
-    for mine, theirs in zip(ours, twin, strict=False):
+    for mine, theirs in zip(ours, twin, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_equal_to_the_twin_at_zero(case: Case) -> None:
+    """Where the kinks are, and where a net starts whose last layer is initialised with zeros."""
+    zeros = tuple(torch.zeros_like(tensor).requires_grad_() for tensor in case.inputs(torch.float64))
+    for mine, theirs in zip(*(run(function, zeros, second=True) for function in (case.ours, case.twin)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_every_function_is_a_case() -> None:
+    """Each Function of functions.py is a node of some case's graph: none is without all these proofs."""
+    outputs = [case.ours(*case.inputs(torch.float64)) for case in CASES]
+    seen = {type(node)._forward_cls for output in outputs for node in nodes_of(output) if hasattr(node, "_forward_cls")}
+    assert {cls for cls in ManualFunction.__subclasses__() if cls.__module__ == ManualFunction.__module__} <= seen
 
 
 # A handful of operations, each rounded to half an eps, on numbers of order 1, summed over at most 16 terms: 16 eps. In

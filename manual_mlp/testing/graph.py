@@ -34,11 +34,8 @@ def assert_manual_backward(model: Callable[..., Any], x: Any, allow: Collection[
         raise AssertionError(
             "expected a graph of manual_mlp's nodes; the output has no graph at all: is grad mode off?"
         )
-    names = [node.name().split("::")[-1] for node in nodes if not _is_ours(node)]
-    plain = {name: name.rstrip("0123456789").removesuffix("Backwards").removesuffix("Backward") for name in names}
-    foreign = sorted(
-        {name for name in names if name.split("::")[-1] not in allow and plain[name].split("::")[-1] not in ALLOWED}
-    )
+    names = {node.name().split("::")[-1] for node in nodes if not _is_ours(node)}
+    foreign = sorted(name for name in names if name not in allow and _operation(name) not in ALLOWED)
     if foreign:
         raise AssertionError(
             f"expected every affine map, activation and cost to be manual_mlp's; the graph has {', '.join(foreign)}: "
