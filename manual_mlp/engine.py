@@ -8,16 +8,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manual_mlp import formulas as sheet
+from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
+from manual_mlp.functional import autocasting
 from manual_mlp.network import Layer, check_batch, cost_of, net_of
 
 _PLANS = 8  # kinds of batches whose buffers are kept
+_TRAINED = attrgetter("requires_grad")
 _CHUNK = 1 << 18  # numbers that train_epoch gathers at once: 1 MB of float32 stays in the cache
 
 Rates = tuple[tuple[float, float], ...]
@@ -68,30 +72,40 @@ class _Plan:
 
     Buffers are made in inference mode: autograd then keeps no books on them. The calls are made once for the
     optimizer's rates and the dropouts that draw; a step only runs through them.
+
+    On CUDA they are launched as one graph. It would bake in addresses and numbers: so input and target are copied to
+    fixed memory, and the rates lie in tensors.
     """
 
     def __init__(self, engine: "BackpropEngine", input: Tensor, target: Tensor) -> None:
         self.engine, n, outputs = engine, len(input), engine._layers[-1].weight.shape[0]
-        self.total_weight = engine._cost.total_weight(n, outputs)
+        weight = engine._cost.total_weight(n, outputs)
+        # Beside a tensor of less than 32 bits a number keeps its digits, and beside others a tensor is quicker.
+        self.total_weight = weight if input.dtype in sheet.ROUNDED else input.new_tensor(weight)
         self.delta_weight = engine._cost.delta_weight(n, outputs)
+        self.fixed, mixed = engine._fixed, engine.compute_dtype is not None
         with torch.inference_mode():
             like = torch.empty(0, dtype=engine.compute_dtype or input.dtype, device=input.device)
             largest = n * max(layer.weight.shape[0] for layer in engine._layers)
             scratch, bits = like.new_empty(largest), like.new_empty(largest, dtype=torch.bool)
             self.stages = [_Stage(layer, n, like, scratch, bits) for layer in engine._layers]
-            self.ones, self.input = like.new_ones(n), like.new_empty(input.shape if engine.compute_dtype else 0)
+            self.ones = like.new_ones(n)
+            self.input = like.new_empty(input.shape) if mixed or self.fixed else None
+            self.target = torch.empty_like(target) if self.fixed else None
             # What the cost reads and writes is in the parameters' dtype.
             real = torch.empty(3, n, outputs, dtype=input.dtype, device=input.device)
             self.prediction, self.delta, self.work = real
             self.column = real.new_empty(n, 1)
             self.cost = real.new_empty(())
-            if engine.compute_dtype is None:
+            self.rates = [(real.new_empty(()), real.new_empty(())) for _ in engine._groups]
+            if not mixed:
                 self.delta = self.stages[-1].delta
             self.flat = self.delta.view(-1)
         batches = max(1, _CHUNK // (n * input.shape[1]))
         self.chunk = [data.new_empty(batches * n, *data.shape[1:]) for data in (input, target)]
         self.batches = list(zip(*(data.split(n) for data in self.chunk), strict=True))
         self.made_for: object = None
+        self.held: Rates = ()
 
     def gathered(self, input: Tensor, target: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows of `order`, which are whole batches, batch by batch."""
@@ -103,11 +117,16 @@ class _Plan:
 
     def run(self, input: Tensor, target: Tensor, out: Tensor) -> None:
         """The five steps, in inference mode; out := C / total_weight."""
-        if self.rounding:
-            for call in self.rounding:
-                call()
-            input = self.input.copy_(input)
-        self.first(input)
+        if self.input is not None:
+            self.input.copy_(input)
+        if self.target is not None:
+            self.target.copy_(target)
+            self.launch()
+            if out is not self.cost:
+                out.copy_(self.cost)
+            return
+        for call in self.first:
+            call(input)
         for call in self.forward:
             call()
         self.both_(self.prediction, target, self.delta, self.flat, self.work, self.column, out)
@@ -116,14 +135,25 @@ class _Plan:
         for call in self.last:
             call(input)
 
-    def make(self, rates: Rates, drops: list[bool]) -> None:
-        """The calls for these rates and dropouts, unless they are there: first and last read the input."""
-        if self.made_for == (rates, drops):
+    def _run_fixed(self) -> None:
+        """The same on input, target and cost that stay where they are."""
+        for call in self.forward:
+            call()
+        self.both_(self.prediction, self.target, self.delta, self.flat, self.work, self.column, self.cost)
+        for call in self.backward:
+            call()
+
+    def make(self, rates: Rates, drops: list[float]) -> None:
+        """The calls for these rates and dropouts, unless they are there: first and last read an input that moves."""
+        if self.fixed and rates != self.held:
+            self._hold(rates)
+        kind = (tuple(beta != 1 for beta, _ in rates) if self.fixed else rates), drops
+        if self.made_for == kind:
             return
-        self.made_for = rates, drops
+        self.made_for = kind
         self.both_ = self.engine._cost.both_
-        inputs: list[Tensor | None] = [None]
-        self.rounding: list[Call] = []
+        inputs = [self.input]
+        self.first: list[Call] = []
         self.forward: list[Call] = []
         self.backward: list[Call] = []
         self.last: list[Call] = []
@@ -144,20 +174,29 @@ class _Plan:
             for layer in range(len(self.stages) - 1, self.engine._first - 1, -1):
                 self._steps_2_and_3(layer, drops[layer])
                 self._steps_4_and_5(layer, inputs[layer], rates)
+        if self.target is not None:
+            self.launch = Launch(self._run_fixed, self.ones.device)
 
-    def _step_1(self, p: _Parameters, stage: _Stage, drop: bool, inputs: list[Tensor | None]) -> None:
+    def _hold(self, rates: Rates) -> None:
+        self.held = rates
+        with torch.inference_mode():
+            for tensors, numbers in zip(self.rates, rates, strict=False):
+                for tensor, number in zip(tensors, numbers, strict=True):
+                    tensor.fill_(number)
+
+    def _step_1(self, p: _Parameters, stage: _Stage, drop: float, inputs: list[Tensor | None]) -> None:
         """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1})."""
         weight, bias = p.read
         a = inputs[-1]
         if self.engine.compute_dtype is not None:
             pairs = zip(p.read, p.both, strict=True)
-            self.rounding += [partial(copy.copy_, own) for copy, own in pairs if copy is not None and own is not None]
+            self.forward += [partial(copy.copy_, own) for copy, own in pairs if copy is not None and own is not None]
         if bias is None:
             affine = partial(torch.mm, mat2=weight.t(), out=stage.z)
         else:
             affine = partial(torch.addmm, bias, mat2=weight.t(), out=stage.z)
         if a is None:
-            self.first = affine
+            self.first.append(affine)
         else:
             self.forward.append(partial(affine, a))
         if stage.row.name != "identity":
@@ -167,15 +206,17 @@ class _Plan:
             self.forward += [stage.draw, partial(torch.mul, stage.a, stage.scale, out=stage.dropped)]
         inputs.append(stage.dropped if drop else stage.a)
 
-    def _steps_2_and_3(self, layer: int, drop: bool) -> None:
+    def _steps_2_and_3(self, layer: int, drop: float) -> None:
         """δ^{l+1} = g ⊙ G′(z^{l+1}), and what arrives at the layer before, δ^{l+1} W^l, with the old W^l."""
         stage = self.stages[layer]
         if drop:
             self.backward.append(partial(stage.delta.mul_, stage.scale))
         if stage.row.name != "identity":
             _, delta_ = sheet.in_place(stage.row)
-            tensors = stage.delta, stage.a, stage.saved_z, stage.work, stage.mask
-            self.backward.append(partial(delta_, *tensors, *stage.parameters))
+            work = stage.a if stage.saved_z is None else stage.work
+            self.backward.append(
+                partial(delta_, stage.delta, stage.a, stage.saved_z, work, stage.mask, *stage.parameters)
+            )
         if layer > self.engine._first:
             weight, _ = self.engine._parameters[layer].read
             self.backward.append(partial(torch.mm, stage.delta, weight, out=self.stages[layer - 1].delta))
@@ -183,43 +224,49 @@ class _Plan:
     def _steps_4_and_5(self, layer: int, a: Tensor | None, rates: Rates) -> None:
         """w := βw + α ∂C/∂w, with rates; without, ∂C/∂w into its own buffer."""
         p, stage = self.engine._parameters[layer], self.stages[layer]
-        (weight, bias), groups = (p.own, p.groups) if rates else (p.gradient, (0, 0))
-        (beta, alpha), (beta_b, alpha_b) = ((rates or ((0.0, 1.0),))[group] for group in groups)
-        alpha, alpha_b = alpha * self.delta_weight, alpha_b * self.delta_weight
         mixed = self.engine.compute_dtype is not None
-        if weight is not None:
+        for index, to in enumerate(p.own if rates else p.gradient):
+            if to is None:
+                continue
+            group = p.groups[index]
+            beta, alpha = rates[group] if rates else (0.0, 1.0)
+            delta_t, rate = stage.delta_t, None
+            if self.fixed and rates:
+                decay, rate = self.rates[group]
+                if beta != 1:
+                    self.backward.append(partial(to.mul_, decay))
+                if not mixed:
+                    self.backward.append(partial(torch.mul, stage.delta, rate, out=stage.work))
+                    delta_t = stage.work.t()
+                beta, alpha = 1.0, 1.0
+            alpha *= self.delta_weight
             call: Call
             if mixed:
-                call = partial(_add_rounded, weight, torch.empty_like(p.read[0]), stage.delta_t, beta, alpha)
+                product = partial(torch.mm, delta_t) if index == 0 else partial(torch.sum, dim=0)
+                call = partial(_add_rounded, to, product, stage.delta.new_empty(to.shape), beta, alpha, rate)
             else:
-                call = partial(weight.addmm_, stage.delta_t, beta=beta, alpha=alpha)
-            if a is None:
+                call = partial(to.addmm_ if index == 0 else to.addmv_, delta_t, beta=beta, alpha=alpha)
+            ones = stage.delta if mixed else self.ones
+            of = a if index == 0 else ones
+            if of is None:
                 self.last.append(call)
             else:
-                self.backward.append(partial(call, a))
-        if bias is not None and mixed:
-            self.backward.append(
-                partial(_add_sum, bias, stage.delta.new_empty(len(bias)), stage.delta, beta_b, alpha_b)
-            )
-        elif bias is not None:
-            self.backward.append(partial(bias.addmv_, stage.delta_t, self.ones, beta=beta_b, alpha=alpha_b))
+                self.backward.append(partial(call, of))
 
 
-def _add_rounded(to: Tensor, rounded: Tensor, delta_t: Tensor, beta: float, alpha: float, a: Tensor) -> None:
-    _add(to, torch.mm(delta_t, a, out=rounded), beta, alpha)
-
-
-def _add_sum(to: Tensor, rounded: Tensor, delta: Tensor, beta: float, alpha: float) -> None:
-    _add(to, torch.sum(delta, 0, out=rounded), beta, alpha)
-
-
-def _add(to: Tensor, gradient: Tensor, beta: float, alpha: float) -> None:
-    """to := β to + α gradient, in the dtype of `to`."""
+def _add_rounded(
+    to: Tensor, product: Call, rounded: Tensor, beta: float, alpha: float, rate: Tensor | None, of: Tensor
+) -> None:
+    """to := β to + α · rate · product(of), the product in the compute_dtype, the rest in the dtype of `to`."""
+    product(of, out=rounded)
     if beta == 0:
         to.zero_()
     elif beta != 1:
         to.mul_(beta)
-    to.add_(gradient, alpha=alpha)
+    if rate is None:
+        to.add_(rounded, alpha=alpha)
+    else:
+        to.addcmul_(rounded, rate, value=alpha)
 
 
 class BackpropEngine:
@@ -247,6 +294,7 @@ class BackpropEngine:
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.max_grad_norm, self.compute_dtype, self.keep_prediction = max_grad_norm, compute_dtype, keep_prediction
+        self._fixed = False
         if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
             raise InputError(f"expected a torch.optim.SGD, Adam or AdamW; got {type(optimizer).__name__}")
         if any(group["differentiable"] for group in optimizer.param_groups):
@@ -306,7 +354,7 @@ class BackpropEngine:
             raise
         if not rates:
             self._give_gradients()
-        return plan.cost * plan.total_weight
+        return torch.mul(plan.cost, plan.total_weight)
 
     def _train(self, plan: _Plan, batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]], rates: Rates) -> None:
         """A step for each (input, target), out; out := the cost, undivided."""
@@ -330,16 +378,15 @@ class BackpropEngine:
         self._net = net_of(self.model)
         self._layers = self._net.layers
         self._cost = cost_of(self.loss, self._layers)
-        self._drops = any(layer.dropout is not None for layer in self._layers)
-        self._no_drops = [False] * len(self._layers)
+        self._no_drops = [0.0] * len(self._layers)
         self._groups = self.optimizer.param_groups
         self._plans: dict[object, _Plan] = {}
-        owned = [(layer.affine._parameters, name) for layer in self._layers for name in ("weight", "bias")]
-        self._watched = [
-            (of, name, parameter, parameter.data_ptr(), parameter.requires_grad)
-            for of, name in owned
-            if (parameter := of[name]) is not None
-        ]
+        owned = [(of, name) for of in self._net.owners for name in ("weight", "bias") if of[name] is not None]
+        self._owners, self._names = zip(*owned, strict=True)
+        self._owned = [of[name] for of, name in owned]
+        self._state = self._state_now()
+        # On CUDA a step is one graph.
+        self._fixed = self._fixed or self._owned[0].is_cuda
         group_of = {id(parameter): i for i, group in enumerate(self._groups) for parameter in group["params"]}
         self._check_parameters(group_of)
         self._parameters = [self._read(layer, group_of) for layer in self._layers]
@@ -364,12 +411,12 @@ class BackpropEngine:
         return _Parameters(both, own, gradient, read, (group_of.get(id(weight), 0), group_of.get(id(bias), 0)))
 
     def _check_parameters(self, group_of: dict[int, int]) -> None:
-        parameters = [watched[2] for watched in self._watched]
+        parameters = self._owned
         trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
         first = parameters[0]
         if any(p.dtype != first.dtype or p.device != first.device or not p.is_floating_point() for p in parameters):
             raise InputError("expected parameters of one floating-point dtype on one device: call model.to() with both")
-        if len({pointer for *_, pointer, _ in self._watched}) < len(parameters):
+        if len({parameter.data_ptr() for parameter in parameters}) < len(parameters):
             raise InputError("expected layers with parameters of their own; got tied ones: train them by their layers")
         if self.compute_dtype is not None and (self.compute_dtype, first.dtype) != (torch.bfloat16, torch.float32):
             raise InputError(
@@ -386,32 +433,38 @@ class BackpropEngine:
         """The plan for such a batch; made anew, with all checks, after anything it was made from has changed."""
         if self._changed():
             self._prepare()
-        if torch.is_autocast_enabled(input.device.type):
+        if autocasting(input):
             raise InputError("expected no autocast around the engine: it would not take part; use compute_dtype")
-        # A wrong dtype or device of the input is torch's to notice, before anything is written.
-        kind = input.shape, target.shape, target.dtype
+        kind: object = input.shape, target.shape, target.dtype
+        # A wrong dtype or device of the input is torch's to notice, before anything is written; a copy notices nothing.
+        if self._fixed or self.compute_dtype is not None:
+            kind = kind, input.dtype, input.device, target.device
         plan = self._plans.get(kind)
         if plan is None:
             self._check(input, target)
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
             plan = self._plans[kind] = _Plan(self, input, target)
-        plan.make(rates, [layer.drops for layer in self._layers] if self._drops else self._no_drops)
+        plan.make(rates, [layer.drops for layer in self._layers] if self._net.drops else self._no_drops)
         self._plan = plan
         return plan
 
     def _changed(self) -> bool:
-        for of, name, parameter, pointer, trained in self._watched:
-            same = of.get(name) is parameter and parameter.data_ptr() == pointer
-            if not same or parameter.requires_grad is not trained:
-                return True
-        return self._net.changed() or self.optimizer.param_groups is not self._groups
+        groups = self.optimizer.param_groups is not self._groups
+        return groups or self._state_now() != self._state or self._net.changed()
+
+    def _state_now(self) -> list[Any]:
+        """Which parameters the layers have, where they lie, and which are trained; by maps, without Python's loops."""
+        owned = map(id, map(dict.get, self._owners, self._names))
+        return [*owned, *map(Tensor.data_ptr, self._owned), *map(_TRAINED, self._owned)]
 
     def _rates(self) -> Rates:
         """Of a plain SGD: w := (1 − LR λ) w − LR ∂C/∂w."""
         optimizer = self.optimizer
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         if type(optimizer) is not torch.optim.SGD or self.max_grad_norm is not None or hooks:
+            return ()
+        if self._fixed and self._owned[0].dtype in sheet.ROUNDED:  # a rate in a tensor would be rounded too
             return ()
         rates = []
         for group in optimizer.param_groups:

@@ -43,8 +43,9 @@ class Layer:
         return self.affine.bias
 
     @property
-    def drops(self) -> bool:
-        return self.dropout is not None and self.dropout.training and self.dropout.p > 0
+    def drops(self) -> float:
+        """The probability with which the dropout draws now, 0 for none."""
+        return self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
 
 
 _AFFINE = (nn.Linear, modules.Affine)
@@ -148,20 +149,19 @@ class Net:
         # What is kept for a model must not keep the model itself, but what it is made of.
         self.children = tuple(model._modules.values())
         everything = list(model.modules())
-        self.modules = [(of, tuple(of.values())) for of in (module._modules for module in everything) if of]
+        self.parents = [module._modules for module in everything if module._modules]
+        self.modules = [tuple(of.values()) for of in self.parents]
         self.hooks = [hooks for module in everything for hooks in _hooks(module)]
-        self.settings = [
-            (module, modules.activation_row(module))
-            for module in everything
-            if type(module) in modules.ACTIVATION_MODULES and hasattr(module, "__constants__")
-        ]
+        kinds = modules.ACTIVATION_MODULES
+        self.adjustable = [m for m in everything if type(m) in kinds and hasattr(m, "__constants__")]
+        self.rows = [modules.activation_row(module) for module in self.adjustable]
 
     def changed(self) -> bool:
         """Whether the model has other layers than it had, other activations, or hooks."""
         return (
             any(self.hooks)
-            or any(tuple(of.values()) != children for of, children in self.modules)
-            or any(modules.activation_row(module) != row for module, row in self.settings)
+            or [tuple(of.values()) for of in self.parents] != self.modules
+            or [modules.activation_row(module) for module in self.adjustable] != self.rows
         )
 
     def forward(

@@ -350,7 +350,7 @@ def trace(
         cost=cost.total(prediction, target) * cost.total_weight(*prediction.shape),
         target=(sheet.onehot(prediction, target) if target.dim() == 1 else target).clone(),
         activation={index: layer.row.name.removesuffix("_in_z") for index, layer in enumerate(net.layers, 2)},
-        drops={index: layer.drops for index, layer in enumerate(net.layers, 2)},
+        drops={index: layer.drops > 0 for index, layer in enumerate(net.layers, 2)},
     )
     result.a[1] = x.clone()
     for index, (layer, z, delta) in enumerate(zip(net.layers, zs, reversed(deltas), strict=True), 2):

@@ -72,6 +72,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "delta = delta_of(g, saved, *ctx.parameters)\n        return delta, *",
     ),
     "recursion: wrong layer's δ": ("network", "delta = delta_of(delta, saved[layer], *parameters)", "delta = delta_of(delta, saved[layer - 1], *parameters)"),
+    "recursion: wrong layer's δ in place": ("network", "delta_(delta, saved[layer], None", "delta_(delta, saved[layer - 1], None"),
     "recursion: next layer's weight": ("network", "delta = sheet.grad_input(delta, weights[layer])", "delta = sheet.grad_input(delta, weights[layer - 1])"),
     "recursion: dropout forgotten on the way back": ("network", "                delta = _dropped(delta, masks[layer])\n", "                pass\n"),
     "recursion: second derivative of constants": ("network", "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph"),

@@ -1,6 +1,7 @@
-"""On a GPU: every Function as on the CPU, and mixed precision there."""
+"""On a GPU: every Function as on the CPU, mixed precision there, and the engine's step as a CUDA graph."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import manual_mlp as mm
+from manual_mlp.engine import BackpropEngine
 from tests.cases import CASES, Case
+from tests.test_engine import OPTIMIZERS, sgd
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -97,3 +100,65 @@ def test_grad_scaler() -> None:
 def test_devices_that_differ_are_told() -> None:
     with pytest.raises(mm.InputError, match="expected one device for all tensors"):
         mm.Affine(4, 3, device=DEVICE)(torch.randn(2, 4))
+
+
+def trained(device: str, name: str = "sgd", loss: str = "quadratic", steps: int = 30, **more: Any) -> list[Tensor]:
+    """Parameters, gradients and costs after steps of two batch sizes, each with another rate, and an epoch."""
+    torch.manual_seed(0)
+    last = "identity" if loss == "cross_entropy" else "sigmoid"
+    dtype = torch.float32 if more else torch.float64
+    model = mm.MLP([4, 16, 16, 3], ["tanh", "gelu"], last, dtype=dtype).to(device)
+    x, y = torch.randn(40, 4, dtype=dtype), torch.rand(40, 3, dtype=dtype)
+    x, y = x.to(device), (y.argmax(1) if loss == "cross_entropy" else y).to(device)
+    optimizer = OPTIMIZERS.get(name, sgd)(model.parameters())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 7)
+    engine, costs = BackpropEngine(model, optimizer, loss, **more), []
+    for step in range(steps):
+        rows = slice(0, 8 if step % 2 else 5)
+        costs.append(engine.step(x[rows], y[rows]))
+        schedule.step()
+    costs.append(engine.train_epoch(x, y, 16, torch.Generator().manual_seed(1)))
+    costs.append(engine.compute_gradients(x, y))
+    return [tensor.detach().cpu() for p in model.parameters() for tensor in (p, p.grad)] + [c.cpu() for c in costs]
+
+
+@pytest.mark.parametrize("loss", ["quadratic", "cross_entropy"])
+@pytest.mark.parametrize("name", ["sgd", "decay", "momentum", "adam"])
+def test_engine_as_on_the_cpu(name: str, loss: str) -> None:
+    for mine, expected in zip(trained(DEVICE, name, loss), trained("cpu", name, loss), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-11)  # other sums, 32 steps
+
+
+def test_engine_in_bfloat16() -> None:
+    more = {"compute_dtype": torch.bfloat16}
+    for mine, expected in zip(trained(DEVICE, **more), trained("cpu", **more), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_engine_clips() -> None:
+    more = {"max_grad_norm": 0.05}
+    for mine, expected in zip(trained(DEVICE, **more), trained("cpu", **more), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)  # float32, 32 steps
+
+
+def test_engine_dropout_draws_anew_at_each_replay() -> None:
+    """The layers' masks, from the device's generator, also after the capture."""
+    model = mm.MLP([4, 64, 3], dropout=0.5, dtype=torch.float64).to(DEVICE)
+    x, y = torch.randn(8, 4, dtype=torch.float64, device=DEVICE), torch.rand(8, 3, dtype=torch.float64, device=DEVICE)
+    engine = BackpropEngine(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    costs = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        costs.append(engine.step(x, y))
+    assert len({cost.item() for cost in costs}) == 6
+    torch.manual_seed(5)
+    torch.testing.assert_close(costs[5], mm.functional.quadratic_loss(model(x), y).detach(), rtol=1e-11, atol=1e-11)
+
+
+def test_engine_beside_a_thread_that_pins_memory() -> None:
+    """As a DataLoader's does: a capture must not fail for it."""
+    model = mm.MLP([4, 16, 3], dtype=torch.float64).to(DEVICE)
+    data = torch.utils.data.TensorDataset(torch.randn(64, 4).double(), torch.rand(64, 3).double())
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    for x, y in torch.utils.data.DataLoader(data, batch_size=8, pin_memory=True):
+        assert engine.step(x.to(DEVICE), y.to(DEVICE)).isfinite()
