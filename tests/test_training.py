@@ -139,7 +139,6 @@ class TestRun:
             ["trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=2"],
             ["trainer.overfit_batches=1"],
             ["model.hidden=[]"],
-            ["threads=1"],
             ["optimizer._target_=torch.optim.RMSprop", "optimizer.lr=0.01"],
             ["optimizer.momentum=0.9", "optimizer.lr=0.5"],
             *([f"optimizer._target_=torch.optim.{name}"] for name in ("RMSprop", "Rprop", "Adagrad", "NAdam", "LBFGS")),
@@ -153,6 +152,17 @@ class TestRun:
     def test_ordinary_options_work(self, run, capsys: pytest.CaptureFixture[str], overrides: list[str]) -> None:
         assert np.isfinite(run("data=iris", "trainer.max_epochs=1", *overrides))
         assert "test accuracy" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("overrides", "threads"), [([], 1), (["model.hidden=[800,800]"], 7), (["threads=null"], 7), (["threads=2"], 2)]
+    )
+    def test_threads(self, run, monkeypatch: pytest.MonkeyPatch, overrides: list[str], threads: int) -> None:
+        """One for a small net; torch's default, here 7, for a large one, also after a small one in a sweep."""
+        calls: list[int] = []
+        monkeypatch.setattr(training, "TORCHS_THREADS", 7)
+        monkeypatch.setattr(torch, "set_num_threads", calls.append)
+        run("data=iris", "trainer.fast_dev_run=true", *overrides)
+        assert calls == [threads]
 
     def test_lbfgs_with_all_rows_learns(self, run) -> None:
         overrides = ["optimizer._target_=torch.optim.LBFGS", "data.batch_size=200", "model.loss=cross_entropy"]
@@ -245,8 +255,8 @@ class TestRun:
             ("model.hidden=[0]", r"positive whole numbers in model.hidden, but got \[0\]"),
             ("model.dropout=2", r"a dropout probability between 0 and 1; got 2"),
             ("optimizer.lr=-1", r"Invalid learning rate: -1; correct optimizer"),
-            ("threads=0", r"threads to be a whole number from 1 on, or null, but got 0"),
-            ("threads=many", r"threads to be a whole number from 1 on, or null, but got 'many'"),
+            ("threads=0", r"threads to be auto, a whole number from 1 on, or null, but got 0"),
+            ("threads=many", r"threads to be auto, a whole number from 1 on, or null, but got 'many'"),
             ("trainer.accelerator=gpuu", r"Lightning's Trainer accepts, but: .*gpuu"),
             pytest.param(
                 "trainer.accelerator=gpu",

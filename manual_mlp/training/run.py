@@ -51,6 +51,10 @@ NOT_WRITTEN = {
 }
 
 
+TORCHS_THREADS = torch.get_num_threads()
+SMALL_STEP = 5_000_000  # weights times rows, half a millisecond of a core: as much as Lightning takes for a step
+
+
 def run(cfg: DictConfig) -> float | None:
     """Do what `task` says. Returns: the figure that `optimized_metric` names, None where the task does not measure it.
 
@@ -60,7 +64,6 @@ def run(cfg: DictConfig) -> float | None:
     check(cfg)
     task = choose(cfg.task, {"train": _train, "test": _test, "predict": _predict}, "task")
     _quieten()
-    _set_threads(cfg.threads)
     try:
         return task(cfg)
     except MisconfigurationException as error:  # Lightning's word for a wrong option
@@ -88,17 +91,25 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=f".*{re.escape(advice)}")
 
 
-def _set_threads(threads: int | None) -> None:
-    if threads is None:
-        return
-    if not isinstance(threads, int) or threads < 1:
-        raise InputError(f"expected threads to be a whole number from 1 on, or null, but got {threads!r}; correct it")
-    torch.set_num_threads(threads)
+def _set_threads(threads: int | str | None, module: MLPModule, data: DataModule) -> None:
+    """auto: one thread where a step is so small that sharing it costs more than it gives.
+
+    On a busy machine, where the threads of a step wait for each other, it costs a hundred times as much.
+    """
+    if threads == "auto":
+        products = data.batch_size * sum(parameter.numel() for parameter in module.parameters())
+        threads = 1 if products < SMALL_STEP else None
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(
+            f"expected threads to be auto, a whole number from 1 on, or null, but got {threads!r}; correct it"
+        )
+    torch.set_num_threads(threads or TORCHS_THREADS)
 
 
 def _train(cfg: DictConfig) -> float:
     data = _data(cfg)
     module = _module(cfg, data)
+    _set_threads(cfg.threads, module, data)
     if cfg.optimized_metric not in module.figure_names():
         hint = likely(cfg.optimized_metric, module.figure_names())
         raise InputError(f"expected optimized_metric to be a logged figure, but got {cfg.optimized_metric}; {hint}")
@@ -143,6 +154,7 @@ def _test(cfg: DictConfig) -> float | None:
     data = _data(cfg)
     check_same_rows(content, cfg.ckpt_path, data)
     module = MLPModule(**content["hyper_parameters"])
+    _set_threads(cfg.threads, module, data)
     trainer = _trainer(cfg)
     trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False)
     figures = content["figures"] | _numbers(trainer)
