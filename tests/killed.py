@@ -5,6 +5,7 @@ last.ckpt, and compares what is left with the run that was never killed. A momen
 """
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -105,7 +106,7 @@ def continued(folder: Path, overrides: list[str]) -> None:
 
 
 def main(folder: Path, mode: str, moments: list[str]) -> None:
-    overrides = [*RUN, f"backprop={mode}", *EXTRA.get(mode, [])]
+    overrides = [*RUN, f"backprop={mode}", *EXTRA.get(mode, []), *shlex.split(os.environ.get("MORE", ""))]
     status, duration = forked(folder / mode / "whole", overrides)
     assert status == 0
     expected = outcome(folder / mode / "whole")

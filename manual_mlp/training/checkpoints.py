@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from manual_mlp.checkpoint import read_checkpoint, write_whole
 from manual_mlp.errors import InputError
-from manual_mlp.training.data import DataModule
+from manual_mlp.training.data import Batches, DataModule
 from manual_mlp.training.module import MLPModule
 
 FREE = ("backprop", "initialisation")  # what may differ when a run goes on: the same net, trained another way
@@ -48,6 +48,11 @@ class EpochCheckpoint(ModelCheckpoint):
 
     _due = False
 
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
+        """In the middle of an epoch, if every_n_train_steps or train_time_interval says so."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, *arguments)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._due = True
 
@@ -65,6 +70,7 @@ class EpochCheckpoint(ModelCheckpoint):
             self._due = False
             with _at_the_end_of_its_epoch(trainer):
                 super().on_train_epoch_end(trainer, pl_module)
+                super().on_train_batch_end(trainer, pl_module, None, None, 0)  # if the last step was one to save
 
     def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
         return True
@@ -128,6 +134,19 @@ class Continuation(Callback):
             set_random_states(self.loaded["random"])
             trainer.should_stop |= self.loaded["stopped"] and bool(trainer.early_stopping_callbacks)
             self.loaded = {}
+        if trainer.fit_loop.restarted_on_epoch_end:
+            _begin_next_epoch(trainer)
+
+
+def _begin_next_epoch(trainer: L.Trainer) -> None:
+    """What Lightning does by itself, but under max_steps, where it would go through the last epoch's end again."""
+    loop = trainer.fit_loop
+    loop._restarting = False
+    loop.epoch_loop.restarting = False  # and of the loops in it
+    loop.reset_restart_stage()
+    loop.epoch_progress.increment_completed()
+    if isinstance(trainer.train_dataloader, Batches):
+        trainer.train_dataloader.skipped = 0
 
 
 def _csv_writers(trainer: L.Trainer) -> list[Any]:

@@ -1,7 +1,8 @@
 """The data module: samples are checked, split, standardised, and served in batches out of memory."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from textwrap import shorten
 from typing import Any
 
@@ -37,6 +38,24 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         rows = torch.tensor(indices)
         return self.features.index_select(0, rows), self.target.index_select(0, rows)
+
+
+class Batches(DataLoader):
+    """A DataLoader that knows how many batches of an epoch it has given, and can begin behind them."""
+
+    given = skipped = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        skipped, self.skipped = self.skipped, 0
+        for self.given, batch in enumerate(islice(super().__iter__(), skipped, None), start=skipped + 1):
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Lightning calls it where a checkpoint was written in the middle of an epoch."""
+        self.skipped = state_dict["given"]
 
 
 class DataModule(L.LightningDataModule):
@@ -251,9 +270,9 @@ def _scaled(scaler: StandardScaler, name: str, values: np.ndarray) -> Tensor:
     return _tensor(scaled)
 
 
-def _loader(rows: Rows, batch_size: int, sampler: DistributedSampler) -> DataLoader:
+def _loader(rows: Rows, batch_size: int, sampler: DistributedSampler) -> Batches:
     """With a generator of its own: to make an iterator draws a number, which must not come out of a dropout's state."""
-    return DataLoader(rows, batch_size, sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())
+    return Batches(rows, batch_size, sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())
 
 
 def _fingerprint(parts: dict[str, Pair]) -> int:

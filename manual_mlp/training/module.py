@@ -73,6 +73,7 @@ class MLPModule(L.LightningModule):
         self.register_buffer("one_hot", torch.eye(output_size), persistent=False)
         self.register_buffer("target_mean", torch.tensor(target_mean), persistent=False)
         self.register_buffer("target_scale", torch.tensor(target_scale), persistent=False)
+        self.figures_before: dict[str, float] = {}  # of the run that this one goes on from
         self.sums = {stage: Sums() for stage in ("train", "val", "test")}
         # what a mean over the rows cannot give; the metrics follow the module to its device
         self.scores = nn.ModuleDict({} if class_names else {stage: _regression_scores() for stage in ("val", "test")})
@@ -118,8 +119,14 @@ class MLPModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """A checkpoint tells its own figures."""
-        checkpoint["figures"] = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        measured = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        checkpoint["figures"] = self.figures_before | measured
         checkpoint["optimizer"] = self.optimizer_in_words()
+        checkpoint["sums"] = vars(self.sums["train"])  # not empty in the middle of an epoch
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.figures_before = checkpoint["figures"]
+        vars(self.sums["train"]).update(checkpoint["sums"])
 
     def configure_optimizers(self) -> Optimizer:
         if self.optimizer is None:
