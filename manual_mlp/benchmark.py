@@ -320,6 +320,24 @@ def measure_layer(rows: int, n_in: int, n_out: int, seconds: float) -> list[Row]
     ]
 
 
+def measure_training(seconds: float, *overrides: str) -> list[Row]:
+    """`train.py` beside a plain loop, whole trainings in turns, three of each at least; µs per step."""
+    from manual_mlp.training import end_to_end  # which brings Lightning and Hydra
+
+    overrides = overrides or end_to_end.EXPERIMENT
+    steps, trainings = end_to_end.trainings(*overrides)
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[end_to_end.PLAIN]) < 3:
+        for name, train in trainings.items():
+            times[name].append(train() / steps * 1e6)
+    base = statistics.median(times[end_to_end.PLAIN])
+    return [
+        Row(" ".join(overrides), name, *percentiles(values), statistics.median(values) / base, math.nan, None)
+        for name, values in times.items()
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Output
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,6 +406,9 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--contenders", nargs="+", help=f"some of: {', '.join(CONTENDERS)}; all if left out")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each case")
     parser.add_argument("--layers", action="store_true", help="single layers instead of nets")
+    parser.add_argument(
+        "--end-to-end", action="store_true", help="whole trainings by train.py instead of nets; minutes"
+    )
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
@@ -401,8 +422,8 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     torch.set_num_threads(1)
     try:
         print(conditions(), file=sys.stderr)
-        rows = []
-        for case in LAYERS if options.layers else nets:
+        rows = measure_training(options.seconds) if options.end_to_end else []
+        for case in [] if options.end_to_end else LAYERS if options.layers else nets:
             new = (
                 measure(case, names, options.seconds)
                 if isinstance(case, Net)

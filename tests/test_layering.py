@@ -20,7 +20,8 @@ LAYERS = [
     ["convert", "network", "perceptron"],
     ["engine", "testing", "trace"],
     ["plots"],
-    ["training", "benchmark", "lecture"],
+    ["training", "lecture"],
+    ["benchmark"],
 ]
 ORDER = {name: index for index, names in enumerate(LAYERS) for name in names}
 ONLY_TRAINING = {"lightning", "hydra", "omegaconf", "sklearn", "pandas", "torchmetrics"}

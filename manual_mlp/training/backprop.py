@@ -23,8 +23,9 @@ from manual_mlp.training.nets import choose
 if TYPE_CHECKING:
     from manual_mlp.training.module import MLPModule
 
-MOST_BATCHES = 16  # of a training step of the engine: Lightning's cost for a step is then shared well enough,
-MOST_NUMBERS = 1 << 18  # and 1 MB of their float32 inputs stays in the cache
+MOST_BATCHES = 128  # of a training step of the engine: Lightning's cost for a step is then shared well enough,
+MOST_NUMBERS = 1 << 20  # the 4 MB of their inputs stay in the cache,
+MOST_PRODUCTS = 1 << 28  # and the progress bar moves several times a second
 PRECISIONS = {"32-true": None, "64-true": None, "bf16-true": None, "bf16-mixed": torch.bfloat16}  # to compute_dtype
 
 
@@ -38,14 +39,17 @@ class Layers:
     def __init__(self, loss: str) -> None:
         self.loss, self.cost = loss, choose(loss, self.costs, "model.loss")
 
+    def check(self, trainer: L.Trainer) -> None:
+        """Raises InputError for options of the trainer that can't be honoured: before other processes are started."""
+
     def begin(self, module: "MLPModule", optimizer: Optimizer) -> None:
-        """Called once the optimizer is there. Raises InputError for options of the trainer that can't be honoured."""
+        """Called once the optimizer is there; checks the trainer once more, for those who call it by themselves."""
 
     def end(self) -> None:
         """Called when the training is over."""
 
-    def batches_per_step(self, trainer: L.Trainer, numbers: int) -> int:
-        """How many mini-batches `train` gets at once, of so many input numbers each."""
+    def batches_per_step(self, module: "MLPModule", batch_size: int) -> int:
+        """How many mini-batches of so many rows `train` gets at once."""
         return 1
 
     def train(self, module: "MLPModule", features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,9 +79,28 @@ class Engine(Layers):
     engine: mm.BackpropEngine | None = None
     steps_at_once = MOST_BATCHES
 
+    def check(self, trainer: L.Trainer) -> None:
+        if not isinstance(trainer.strategy, SingleDeviceStrategy):
+            raise InputError(
+                "expected one process for backprop=engine, whose gradients no other process would see, "
+                f"but got {type(trainer.strategy).__name__}; set trainer.devices=1 trainer.strategy=auto, "
+                "or take backprop=network"
+            )
+        if trainer.precision not in PRECISIONS:
+            raise InputError(
+                f"expected trainer.precision to be one of {', '.join(PRECISIONS)} for backprop=engine, "
+                f"but got {trainer.precision}; choose one of them, or take backprop=network"
+            )
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+            raise InputError(
+                "expected gradients to be clipped by their norm for backprop=engine, but got "
+                "trainer.gradient_clip_algorithm=value; leave it out, or take backprop=network"
+            )
+        _check_accumulation(trainer)
+
     def begin(self, module: "MLPModule", optimizer: Optimizer) -> None:
         trainer = module.trainer
-        _check_trainer(trainer)
+        self.check(trainer)
         clip, compute_dtype = trainer.gradient_clip_val or None, PRECISIONS[trainer.precision]
         try:
             self.engine = mm.BackpropEngine(module.net, optimizer, self.loss, clip, compute_dtype, keep_prediction=True)
@@ -87,14 +110,16 @@ class Engine(Layers):
     def end(self) -> None:
         self.engine = None  # it can't be copied with the module, and is of no further use
 
-    def batches_per_step(self, trainer: L.Trainer, numbers: int) -> int:
+    def batches_per_step(self, module: "MLPModule", batch_size: int) -> int:
         """One where an option counts batches or steps, so that it counts what it says; else up to MOST_BATCHES."""
+        trainer, parameters = module.trainer, sum(parameter.numel() for parameter in module.parameters())
         shares = trainer.limit_train_batches, trainer.val_check_interval
         counted = any(not isinstance(share, float) or share != 1 for share in shares)
         counted |= trainer.max_steps != -1 or bool(trainer.min_steps)
         counted |= trainer.overfit_batches > 0  # type: ignore[attr-defined] # Lightning sets it
         counted |= any(config.frequency != 1 for config in trainer.lr_scheduler_configs if config.interval == "step")
-        return 1 if counted else max(1, min(MOST_BATCHES, MOST_NUMBERS // numbers))
+        rows = min(MOST_NUMBERS // module.sizes[0], MOST_PRODUCTS // parameters)
+        return 1 if counted else max(1, min(MOST_BATCHES, rows // batch_size))
 
     def train(self, module: "MLPModule", features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         assert self.engine is not None
@@ -120,26 +145,6 @@ def _advance_schedules(module: "MLPModule") -> None:
     for config in module.trainer.lr_scheduler_configs:
         if config.interval == "step" and not config.reduce_on_plateau:
             module.lr_scheduler_step(config.scheduler, None)
-
-
-def _check_trainer(trainer: L.Trainer) -> None:
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise InputError(
-            "expected one process for backprop=engine, whose gradients no other process would see, "
-            f"but got {type(trainer.strategy).__name__}; set trainer.devices=1 trainer.strategy=auto, "
-            "or take backprop=network"
-        )
-    if trainer.precision not in PRECISIONS:
-        raise InputError(
-            f"expected trainer.precision to be one of {', '.join(PRECISIONS)} for backprop=engine, "
-            f"but got {trainer.precision}; choose one of them, or take backprop=network"
-        )
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
-        raise InputError(
-            "expected gradients to be clipped by their norm for backprop=engine, but got "
-            "trainer.gradient_clip_algorithm=value; leave it out, or take backprop=network"
-        )
-    _check_accumulation(trainer)
 
 
 def _check_accumulation(trainer: L.Trainer) -> None:

@@ -191,19 +191,16 @@ class DataModule(L.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of `batch_size` rows in an order made from (seed, epoch) alone.
+        """Batches of `batch_size` rows in an order made from (seed, epoch) alone; several at once if the module asks.
 
         Of P processes each serves every P-th row of that order, so that their batches together are the batches of one
         process with P · batch_size. Where P does not divide the rows, the first ones are served again at the end.
         """
         rows = self.splits["train"]
         sampler: DistributedSampler = DistributedSampler(rows, *self._processes(), shuffle=True, seed=self.seed)
-        return _loader(rows, self.batch_size * self._batches_per_step(), sampler)
-
-    def _batches_per_step(self) -> int:
-        """Mini-batches that the module wants at once, rows of a block being in the order of its mini-batches."""
         module: Any = self.trainer.lightning_module if self.trainer else None
-        return module.batches_per_step(self.batch_size * self.input_size) if hasattr(module, "batches_per_step") else 1
+        several = module.batches_per_step(self.batch_size) if hasattr(module, "batches_per_step") else 1
+        return _loader(rows, self.batch_size * several, sampler)
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation("val")

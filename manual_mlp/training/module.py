@@ -101,9 +101,9 @@ class MLPModule(L.LightningModule):
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
         self.backprop.backward(loss, *arguments, **options)
 
-    def batches_per_step(self, numbers: int) -> int:
-        """How many mini-batches a training step takes, of so many input numbers each."""
-        return self.backprop.batches_per_step(self.trainer, numbers)
+    def batches_per_step(self, batch_size: int) -> int:
+        """How many mini-batches of so many rows a training step takes at once."""
+        return self.backprop.batches_per_step(self, batch_size)
 
     def teardown(self, stage: str) -> None:
         self.backprop.end()

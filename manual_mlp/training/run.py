@@ -121,6 +121,8 @@ def _train(cfg: DictConfig) -> float:
         check_same_training(content, cfg.ckpt_path, module)
         check_same_rows(content, cfg.ckpt_path, data)
 
+    module.backprop.check(trainer)
+
     started = time.perf_counter()
     interrupted = _interrupted(trainer, module, data, cfg.ckpt_path)
     seconds = time.perf_counter() - started

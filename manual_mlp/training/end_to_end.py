@@ -1,0 +1,73 @@
+"""Whole trainings for the benchmark: `python train.py` in each of its ways beside a plain loop of torch's layers."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import nn
+
+from manual_mlp.errors import InputError
+from manual_mlp.training.backprop import BACKPROP, torch_mlp
+from manual_mlp.training.config import build
+from manual_mlp.training.data import DataModule
+from manual_mlp.training.run import FIGURES, run
+
+CONF = Path(__file__).parents[2] / "conf"
+EXPERIMENT = ("experiment=nielsen_fashion", "trainer.max_epochs=5")
+PLAIN = "eager torch"
+
+
+def trainings(*overrides: str) -> tuple[int, dict[str, Callable[[], float]]]:
+    """The number of steps of each, and by name a call that trains anew and returns the seconds of the training alone.
+
+    overrides: of train.py's config, whose net must be of sigmoids under the quadratic cost, with plain SGD.
+    """
+    if not CONF.is_dir():
+        raise InputError(
+            f"expected the configuration of train.py in {CONF}, but there is none; run from the repository"
+        )
+    cfg = _config(*overrides)
+    data: DataModule = build(cfg.data)
+    data.setup()
+    steps = cfg.trainer.max_epochs * -(-len(data.splits["train"]) // data.batch_size)
+    by_train_py = {f"train.py {name}": partial(_train_py, *overrides, f"backprop={name}") for name in BACKPROP}
+    return steps, {PLAIN: partial(_plain_loop, cfg, data), **by_train_py}
+
+
+def _config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", ["threads=1", *overrides])
+
+
+def _train_py(*overrides: str) -> float:
+    """All that a run does: progress bar, figures, validation, checkpoints, CSV. Reading the data is left out."""
+    with TemporaryDirectory() as folder, (Path(folder) / "terminal").open("w") as terminal:
+        with redirect_stdout(terminal):
+            run(_config(*overrides, f"run_dir='{folder}'"))
+        return json.loads((Path(folder) / FIGURES).read_text())["seconds"]
+
+
+def _plain_loop(cfg: DictConfig, data: DataModule) -> float:
+    """The same steps and nothing else: no figures, no validation, no files."""
+    torch.set_num_threads(cfg.threads)
+    net = torch_mlp([data.input_size, *cfg.model.hidden, data.output_size], "sigmoid", "sigmoid")
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    features, target = data.splits["train"].features, torch.eye(data.output_size)[data.splits["train"].target]
+    # nn.MSELoss is 2/m of the quadratic cost, so m/2 times the step is the same one.
+    loss = nn.MSELoss()
+    optimizer = torch.optim.SGD(net.parameters(), lr=cfg.optimizer.lr * data.output_size / 2, fused=True)
+    started = time.perf_counter()
+    for _ in range(cfg.trainer.max_epochs):
+        for rows in torch.randperm(len(features)).split(data.batch_size):
+            optimizer.zero_grad()
+            loss(net(features.index_select(0, rows)), target.index_select(0, rows)).backward()
+            optimizer.step()
+    return time.perf_counter() - started
