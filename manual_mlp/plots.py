@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from manual_mlp.errors import InputError
 
@@ -39,7 +40,7 @@ STYLE: Any = {
     "lines.linewidth": 1.5,
     "savefig.dpi": 150,
 }
-WIDTH = 4.8  # inches
+WIDTH = 4.2  # inches
 MAX_NEURONS = 64  # whose weights are shown as images
 MAX_DRAWN = 8  # neurons of a layer, and layers, of a net drawn as a graph
 MAX_NUMBERS = 12  # on the lines between two layers; more would cover each other
@@ -94,6 +95,7 @@ def learning_curves(metrics_csv: str | Path) -> Figure:
         axes.set(ylabel=kind)
         axes.legend()
     panels[-1, 0].set(xlabel="epoch")
+    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -220,16 +222,17 @@ def worst_mistakes(
 
 
 @_styled
-def first_layer_weights(weight: np.ndarray, image_shape: Sequence[int] | None = None) -> Figure:
+def first_layer_weights(weight: np.ndarray, image_shape: Sequence[int] = ()) -> Figure:
     """W^1 (n_2, n_1): of each neuron an image of `image_shape`, or all of it as one table of colours.
 
     Orange is positive, purple negative, white 0. Of more than 64 neurons the first 64 are shown.
     """
     weight = weight[:MAX_NEURONS]
-    if image_shape is None:
+    if not image_shape:
         figure, panels = _panels(1, 1, min(6.0, 1.2 + 0.12 * len(weight)))
         axes, tiles = panels[0, 0], weight
         axes.set(xlabel="feature", ylabel="neuron")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(False)
     else:
         columns = min(8, int(np.ceil(len(weight) ** 0.5)))

@@ -58,7 +58,15 @@ class TestMainJob:
         assert not re.search("Warning|GPU available|Tip|deprecated", job.stdout + job.stderr)
 
         folder = tmp_path / re.search(r"files in (\S+)", summary)[1]
-        for name in ("best.ckpt", "last.ckpt", "metrics.csv", "learning_curves.png", "train.log", ".hydra"):
+        for name in (
+            "best.ckpt",
+            "last.ckpt",
+            "metrics.csv",
+            "learning_curves.png",
+            "report.html",
+            "train.log",
+            ".hydra",
+        ):
             assert (folder / name).exists()
             assert name in summary
         assert "max_epochs=30" in (folder / "train.log").read_text()  # Lightning's messages went there

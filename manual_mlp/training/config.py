@@ -29,7 +29,7 @@ from manual_mlp.errors import InputError
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS[type(None)] = "null"
 PLURALS: dict[Any, str] = {int: " of whole numbers", float: " of numbers", str: " of texts"}
-ROOT = {"seed": int, "optimized_metric": str}  # values of the first level, which no `_target_` declares
+ROOT = {"seed": int, "report": bool, "optimized_metric": str}  # values of the first level, which no `_target_` declares
 
 
 @contextmanager

@@ -102,6 +102,7 @@ class DataModule(L.LightningDataModule):
         self.feature_names: tuple[str, ...] = ()
         self.feature_mean: list[float] = []
         self.feature_scale: list[float] = []
+        self.image_shape: tuple[int, ...] = ()  # (height, width), where the features are images
         self.target_mean: list[float] = []
         self.target_scale: list[float] = []
         self.fingerprint = 0
@@ -113,6 +114,7 @@ class DataModule(L.LightningDataModule):
         samples = self.source()
         check(samples)
         self.class_names, self.feature_names = samples.class_names, samples.feature_names
+        self.image_shape = samples.features.shape[1:] if samples.features.ndim == 3 else ()
         parts = self._split(samples)
         self.fingerprint = _fingerprint(parts)
         inputs = self._inputs({name: features for name, (features, _) in parts.items()})

@@ -15,6 +15,7 @@ Values = dict[str, dict[int, Tensor]]
 """z, a and δ of a pass, indexed by the sheet's l: {"z": {2: (N, n_2), …}, "a": {1: …}, "delta": {2: …}}."""
 
 STATE = ("epochs", "norms", "first", "snapshots", "steps", "stride")
+ROWS = 32
 KEPT = 1000  # values of z, a and δ a layer, of the first record
 RECORDS = 500  # more than that say nothing more: every second one goes, and the next ones come half as often
 HISTOGRAMS = 10  # TensorBoard gets them with every tenth record
@@ -36,7 +37,7 @@ class DeltaFlow(L.Callback):
     Needs a data module with `splits`. TensorBoard gets the norms, and histograms with every tenth record.
     """
 
-    def __init__(self, every: int = 20, rows: int = 32) -> None:
+    def __init__(self, every: int = 20, rows: int = ROWS) -> None:
         if min(every, rows) < 1:
             raise InputError(
                 f"expected DeltaFlow's every and rows to be 1 or more, but got {every}, {rows}; raise them"
@@ -47,12 +48,17 @@ class DeltaFlow(L.Callback):
         self.first: Values = {}
         self.snapshots: dict[int, dict[str, Tensor]] = {}
         self.steps, self.stride = 0, 1
+        self.fits = True
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.fits = stage == "fit"
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update(state_dict)
+        if self.fits:  # a test restores the best checkpoint, whose records end there
+            vars(self).update(state_dict)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero:
@@ -115,13 +121,12 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
     net = net_of(module.net)
     cost = cost_of(module.loss, net.layers)
     weights, biases = [layer.weight for layer in net.layers], [layer.bias for layer in net.layers]
-    features = batch[0].to(weights[0])
-    target = module._as_cost_wants(batch[1].to(features.device))
+    features, target = as_net_takes(module, batch)
     zs: list[Tensor] = []
     deltas: list[Tensor] = []
     saved = net.forward(features, weights, biases, [], zs)
     prediction, n = saved[-1], len(weights)
-    delta = cost.delta(prediction, target.to(features) if target.is_floating_point() else target)
+    delta = cost.delta(prediction, target)
     needs = [False] * (1 + n) + [True] + [False] * (n - 1)  # of the gradients b^1 alone, to which all δ lead
     net.recursion(delta * cost.delta_weight(*prediction.shape), features, weights, saved, [], needs, deltas)
     inputs = [net.input_of(layer, features, saved, []) for layer in range(n)]
@@ -130,6 +135,13 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
         "a": dict(enumerate([*inputs, prediction], 1)),
         "delta": dict(enumerate(reversed(deltas), 2)),
     }
+
+
+def as_net_takes(module: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Features and target of a data module as the module's net and cost take them: device, dtype, rows of 0 and 1."""
+    features = batch[0].to(next(module.net.parameters()))
+    target = module._as_cost_wants(batch[1].to(features.device))
+    return features, target.to(features) if target.is_floating_point() else target
 
 
 def _thinned(values: dict[int, Tensor]) -> dict[int, Tensor]:

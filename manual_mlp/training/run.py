@@ -11,7 +11,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -24,15 +24,17 @@ from torch.optim import SGD, Optimizer
 
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
-from manual_mlp.plots import learning_curves
 from manual_mlp.training.checkpoints import Continuation, WholeFiles, check_same_rows, check_same_training
 from manual_mlp.training.config import build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.nets import choose
+from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.predict import predict_file
-from manual_mlp.training.summary import summary
+from manual_mlp.training.summary import files, run_facts, summary
 from manual_mlp.training.sweep import FIGURES
+
+log = logging.getLogger(__name__)
 
 IRRELEVANT_ADVICE = (
     "does not have many workers",  # batches come out of memory, workers would only copy them
@@ -131,8 +133,7 @@ def _train(cfg: DictConfig) -> float:
         raise InputError("expected at least one whole epoch to keep, but training was interrupted before; start again")
     epoch, figures = _figures(trainer, best)
     folder = Path(cfg.run_dir)
-    if trainer.is_global_zero and (folder / "metrics.csv").is_file():
-        learning_curves(folder / "metrics.csv").savefig(folder / "learning_curves.png", dpi=120)
+    curves = learning_curves(folder) if trainer.is_global_zero else None
 
     if _part(cfg) == "val" and cfg.optimized_metric not in figures:  # no epoch was completed
         trainer.validate(module, data, verbose=False)
@@ -142,7 +143,11 @@ def _train(cfg: DictConfig) -> float:
     if trainer.is_global_zero:
         content = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
         (folder / FIGURES).write_text(json.dumps(content, indent=2))
-        print(summary(module, data, trainer, figures, epoch, seconds, folder, cfg.optimized_metric))
+        facts = run_facts(module, data, trainer, epoch, seconds)
+        print(summary(module, data, facts, figures, cfg.optimized_metric))
+        if cfg.report:
+            _report(cfg, module, data, trainer, epoch, curves, facts, figures)
+        print(files(folder))
     if interrupted:
         print(f"interrupted; to go on: python train.py ckpt_path={os.path.relpath(folder)}/last.ckpt")
         sys.exit(128 + signal.SIGINT)
@@ -161,7 +166,9 @@ def _test(cfg: DictConfig) -> float | None:
     trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False)
     figures = content["figures"] | _numbers(trainer)
     if trainer.is_global_zero:
-        print(summary(module, data, trainer, figures, content["epoch"], None, Path(cfg.run_dir), cfg.optimized_metric))
+        facts = run_facts(module, data, trainer, content["epoch"], None)
+        print(summary(module, data, facts, figures, cfg.optimized_metric))
+        print(files(Path(cfg.run_dir)))
     return figures.get(cfg.optimized_metric)
 
 
@@ -193,6 +200,17 @@ def _interrupted(trainer: L.Trainer, module: MLPModule, data: DataModule, checkp
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning has switched off
         return True
     return False
+
+
+def _report(cfg: DictConfig, *arguments: Any) -> None:
+    """The run is whole without its report: one that fails is told in a sentence, and in full in the log file."""
+    try:
+        leave_report(cfg, *arguments)
+    except Exception as error:
+        log.info("The report failed.", exc_info=True)
+        print(
+            f"\n  no report: {type(error).__name__}: {error} (train.log tells where; the rest of the run is complete)"
+        )
 
 
 def _part(cfg: DictConfig) -> str:

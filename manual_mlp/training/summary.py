@@ -19,29 +19,30 @@ FILES = (
     "metrics.csv",
     "figures.json",
     "learning_curves.png",
+    "report.html",
     "tensorboard",
     "train.log",
     ".hydra",
 )  # in a run's folder
 
 
-def summary(
-    module: MLPModule,
-    data: DataModule,
-    trainer: L.Trainer,
-    figures: dict[str, float],
-    epoch: int,
-    seconds: float | None,
-    folder: Path,
-    metric: str,
-) -> str:
-    """figures: by name, such as test_accuracy. epoch: the one whose parameters are kept, counted from 0.
-    seconds: of the training; None where there was none.
+def summary(module: MLPModule, data: DataModule, facts: dict[str, str], figures: dict[str, float], metric: str) -> str:
+    """facts: of `run_facts`. figures: by name, such as test_accuracy. metric: the one that the run returns."""
+    lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
+    lines += ["", *_table({name: figures[name] for name in module.figure_names() if name in figures})]
+    lines += [f"  {'returned':<12}{metric} {figures[metric]:.6g}"] if metric in figures else []
+    return "\n".join(["", *lines, *_hint(module, data, figures)])
 
-    metric: the name of the figure that the run returns.
+
+def run_facts(
+    module: MLPModule, data: DataModule, trainer: L.Trainer, epoch: int, seconds: float | None
+) -> dict[str, str]:
+    """What was trained on what, by name. epoch: the one whose parameters are kept, counted from 0.
+
+    seconds: of the training; None where there was none.
     """
     rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
-    facts = {
+    return {
         "data": f"{Path(str(data.name)).name} ({rows})",
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
@@ -50,15 +51,14 @@ def summary(
         "backprop": str(module.hparams["backprop"]),
         "epochs": _epochs(epoch, trainer.current_epoch - 1, seconds),
     }
-    lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
-    lines += ["", *_table({name: figures[name] for name in module.figure_names() if name in figures})]
-    lines += [f"  {'returned':<12}{metric} {figures[metric]:.6g}"] if metric in figures else []
-    lines += _hint(module, data, figures)
-    files = [name for name in FILES if (folder / name).exists()]
-    if files:
-        where = os.path.relpath(folder)
-        lines += ["", f"files in {folder if where.startswith('..') else where}", _wrapped("  ", "  ".join(files))]
-    return "\n".join(["", *lines, ""])
+
+
+def files(folder: Path) -> str:
+    """Where the run has left what; nothing if it left nothing."""
+    names = [name for name in FILES if (folder / name).exists()]
+    where = os.path.relpath(folder)
+    heading = f"files in {folder if where.startswith('..') else where}"
+    return "\n".join(["", heading, _wrapped("  ", "  ".join(names)), ""]) if names else ""
 
 
 def _epochs(epoch: int, last: int, seconds: float | None) -> str:

@@ -1,0 +1,184 @@
+"""What a run leaves to look at: its pictures, drawn from the kept net and the data, and the report that holds them."""
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.func import functional_call
+
+import manual_mlp as mm
+from manual_mlp import plots, report
+from manual_mlp.errors import InputError
+from manual_mlp.report import Picture
+from manual_mlp.trace import Trace
+from manual_mlp.training.data import EVALUATION_BATCH, DataModule
+from manual_mlp.training.flow import ROWS, DeltaFlow, as_net_takes
+from manual_mlp.training.module import MLPModule
+
+DRAWN = 1000  # rows of the test part, at most
+STAGES = 6  # of the training, at most
+
+
+def learning_curves(folder: Path) -> Picture | None:
+    """What metrics.csv in the run folder holds, left there as learning_curves.png; None without that file."""
+    if not (folder / "metrics.csv").is_file():
+        return None
+    figure = plots.learning_curves(folder / "metrics.csv")
+    png = report.png(figure)
+    (folder / "learning_curves.png").write_bytes(png)
+    return Picture(
+        "Learning curves", "What was measured in each epoch, in training and on the validation part.", figure, png
+    )
+
+
+def leave_report(
+    cfg: DictConfig,
+    module: MLPModule,
+    data: DataModule,
+    trainer: L.Trainer,
+    epoch: int,
+    curves: Picture | None,
+    facts: Mapping[str, str],
+    figures: Mapping[str, float],
+) -> None:
+    """Write report.html into the run folder, and give TensorBoard the pictures.
+
+    module: with the parameters that are kept, those of `epoch`. facts, figures: as in the summary.
+    """
+    flow = next((callback for callback in trainer.callbacks if isinstance(callback, DeltaFlow)), None)  # type: ignore[attr-defined]
+    trace = _trace(module, data, flow.rows if flow else ROWS)
+    pictures = [curves] if curves else []
+    pictures += _answers(module, data, _stages(module, flow, epoch))
+    pictures += _inside(data, flow, trace)
+    title = f"{facts['data'].partition(' (')[0]}, {'-'.join(map(str, module.sizes))}"
+    origin = {
+        "command": _command(),
+        "seed": f"{cfg.seed}, for the split, the order of the rows, the first parameters and dropout",
+        "device": f"{trainer.strategy.root_device}, {torch.get_num_threads()} threads",
+        "versions": report.versions(),
+    }
+    config = OmegaConf.to_yaml(cfg, resolve=True)
+    page = report.page(title, facts, figures, pictures, trace, origin, config)
+    (Path(cfg.run_dir) / "report.html").write_text(page, encoding="utf-8")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for picture in pictures:
+                logger.experiment.add_figure(picture.title, picture.figure, trainer.global_step)
+            logger.experiment.flush()
+
+
+def _command() -> str:
+    """What was typed; within another program there is no command line."""
+    if not HydraConfig.initialized():
+        return "manual_mlp.training.run.run(cfg), with the configuration below"
+    return shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
+
+
+def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:
+    """Of the first rows of the training part; None where the net is of another kind, or has hooks."""
+    train = data.splits["train"]
+    try:
+        return mm.trace(module.net, *as_net_takes(module, (train.features[:rows], train.target[:rows])), module.loss)
+    except InputError:
+        return None
+
+
+def _stages(module: MLPModule, flow: DeltaFlow | None, epoch: int) -> dict[str, dict[str, Tensor]]:
+    """Parameters by title: at most 6, from the first ones to those that are kept."""
+    early = {passed: state for passed, state in (flow.snapshots if flow else {}).items() if passed <= epoch}
+    chosen = sorted(early)[-(STAGES - 1) :]
+    return {f"after {passed} epochs": early[passed] for passed in chosen} | {
+        f"kept, after {epoch + 1} epochs": module.net.state_dict()
+    }
+
+
+@torch.no_grad()
+def _answers(module: MLPModule, data: DataModule, stages: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Picture]:
+    """What the net answers to the test part."""
+    like = next(module.parameters())
+    rows = data.splits["test"]
+    prediction = torch.cat([module(part.to(like)) for part in rows.features.split(EVALUATION_BATCH)]).float().cpu()
+
+    def answers(state: Mapping[str, Tensor], x: np.ndarray) -> Tensor:
+        return functional_call(module.net, dict(state), (torch.as_tensor(x).to(like),)).float()
+
+    x, target = rows.features.numpy(), rows.target.numpy()
+    if not data.class_names:
+        of_net, of_test = (
+            module._in_units(values.to(like.device)).cpu().numpy() for values in (prediction, rows.target)
+        )
+        if data.input_size == data.output_size == 1:
+            lines = {
+                title: lambda x, s=state: module._in_units(answers(s, x)).cpu().numpy()[:, 0]
+                for title, state in stages.items()
+            }
+            figure = plots.fitted_curve(lines, x[:DRAWN, 0], of_test[:DRAWN, 0])
+            yield Picture(
+                "Fitted curve", f"The net's answer along its input{_units(data)}, and rows of the test part.", figure
+            )
+        figure = plots.predicted_against_true(of_test[:DRAWN].ravel(), of_net[:DRAWN].ravel())
+        yield Picture(
+            "Prediction and target", "Rows of the test part; those on the line are predicted rightly.", figure
+        )
+        return
+    answer = prediction.argmax(1).numpy()
+    yield Picture(
+        "Confusion matrix",
+        _in_words(target, answer, data.class_names),
+        plots.confusion_matrix(target, answer, data.class_names),
+    )
+    if data.image_shape and (answer != target).any():
+        figure = plots.worst_mistakes(x.reshape(-1, *data.image_shape), target, prediction.numpy(), data.class_names)
+        yield Picture("Worst mistakes", "Wrong answers whose own class was furthest behind, the worst first.", figure)
+    if data.input_size == 2:
+        maps = {title: lambda x, s=state: answers(s, x).argmax(1).cpu().numpy() for title, state in stages.items()}
+        figure = plots.decision_boundary(maps, x[:DRAWN], target[:DRAWN], data.class_names)
+        text = f"The class that is answered at each place{_units(data)}, and rows of the test part."
+        yield Picture("Decision boundary", text, figure)
+
+
+def _in_words(target: np.ndarray, answer: np.ndarray, class_names: Sequence[str]) -> str:
+    """How many are right, and the most frequent mistake."""
+    text = f"Of {len(target)} rows of the test part {(answer == target).sum()} are answered rightly."
+    pairs = Counter(zip(target[answer != target].tolist(), answer[answer != target].tolist(), strict=True))
+    for (own, given), times in pairs.most_common(1):
+        text += f" The most frequent mistake, {times} times: {class_names[given]} for {class_names[own]}."
+    return text
+
+
+def _units(data: DataModule) -> str:
+    return " (standardised)" if data.standardise else ""
+
+
+def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> Iterator[Picture]:
+    """Weights, and what flowed through the net."""
+    if trace is None:
+        return
+    kind = "an image" if data.image_shape else "a row"
+    text = f"W¹, {kind} for each neuron of layer 2; orange is positive, purple negative."
+    yield Picture(
+        "First-layer weights", text, plots.first_layer_weights(trace.weight[1].cpu().numpy(), data.image_shape)
+    )
+    if flow is None or not flow.epochs:
+        return
+    first, last = min(flow.norms), max(flow.norms)
+    ratio = flow.norms[first][-1] / (flow.norms[last][-1] or math.nan)
+    text = (
+        f"‖δ‖ of a sample by layer, on the same {len(trace.target)} rows each time. At the end that of layer {first} "
+        f"is {ratio:.3g} times that of layer {last}."
+    )
+    yield Picture("Flow of δ", text, plots.delta_flow(flow.epochs, flow.norms))
+    text = (
+        "z, a and |δ| of these rows before the first step, and with the parameters that are kept; the highest bin is 1."
+    )
+    yield Picture("Histograms", text, plots.histograms({"before": SimpleNamespace(**flow.first), "kept": trace}))

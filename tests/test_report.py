@@ -1,0 +1,242 @@
+"""The page a run leaves: what it holds, that it needs nothing else, that text stays text, that it can't cost a run."""
+
+import base64
+import csv
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import manual_mlp as mm
+from manual_mlp import report
+from manual_mlp.report import Picture
+from manual_mlp.training import pictures
+from manual_mlp.training import run as training
+from tests.configs import CONF, configured
+
+EVIL = "<script>alert('x')</script>\"&"
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Tags must be closed in the order in which they were opened. Collects what a reader and a browser see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def text(self) -> str:
+        """In words with single blanks between them; raised digits are part of their word."""
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def figure(points: int = 3) -> Figure:
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().plot(np.random.default_rng(0).normal(size=points), ".")
+    return figure
+
+
+def make_page(**options: object) -> str:
+    trace = mm.trace(mm.MLP([3, 5, 4, 2], activation=["silu", "tanh"], bias=False), torch.rand(7, 3), torch.rand(7, 2))
+    arguments = {
+        "title": "data, 3-5-4-2",
+        "facts": {"net": "3-5-4-2"},
+        "figures": {"train_loss": 0.123456, "test_loss": 2e-9, "test_accuracy": 0.98765},
+        "pictures": [Picture("Line", "a line", figure())],
+        "trace": trace,
+        "origin": {"seed": "0"},
+        "config": "seed: 0\n",
+    }
+    return report.page(**(arguments | options))
+
+
+class TestPage:
+    def test_needs_nothing_else(self) -> None:
+        page = make_page()
+        sources = [attributes["src"] for attributes in Page(page).all("img")]
+        assert sources
+        assert all(source.startswith("data:image/") for source in sources)
+        assert not re.search(r"<(script|link|iframe|object)|@import|url\(|href=|https?://", page)
+
+    def test_no_text_becomes_markup(self) -> None:
+        page = make_page(
+            title=EVIL,
+            facts={EVIL: EVIL},
+            figures={f"test_{EVIL}": 1.0},
+            pictures=[Picture(EVIL, EVIL, figure())],
+            origin={EVIL: EVIL},
+            config=EVIL,
+        )
+        found = Page(page)
+        assert "script" not in {tag for tag, _ in found.tags}
+        assert found.text().count("alert('x')") == 10  # title, facts, picture, origin: two each; kind, config
+        assert found.all("img")[0]["alt"] == EVIL
+        assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
+
+    def test_figures_as_a_table(self) -> None:
+        text = Page(make_page()).text()
+        assert "train val test loss 0.1235 – 2e-09 accuracy – – 98.77 %" in text
+
+    def test_formulas_with_this_nets_sizes(self) -> None:
+        text = Page(make_page()).text()
+        for formula in (
+            "W 1 (5, 3)",
+            "z 2 = a 1 (W 1 ) T (N, 5)",
+            "a 4 = sigmoid(z 4 ) (N, 2)",
+            "δ 4 = 1/N (a 4 − ŷ) ⊙ sigmoid′(z 4 ) (N, 2)",
+            "δ 2 = (δ 3 W 2 ) ⊙ silu′(z 2 ) (N, 5)",
+            "∂C/∂W 1 = (δ 2 ) T a 1 (5, 3)",
+            "m = 2 the number of outputs",
+            "tanh(z) tanh(z)",
+            "g ⊙ silu′(z) g*σ(z)*(1 + z*(1 - σ(z)))",
+            "σ(z) 1/(1 + exp(-z))",
+        ):
+            assert formula in text
+        assert "b 1" not in text  # a net without biases
+        assert "Φ" not in text
+
+    def test_a_net_without_formulas(self) -> None:
+        page = make_page(trace=None, pictures=[])
+        assert "The formulas of this net" not in page
+        assert "Pictures" not in page
+
+    @pytest.mark.parametrize(("points", "kind"), [(3, "svg+xml"), (20000, "png")])
+    def test_lines_are_drawn_and_many_points_rendered(self, points: int, kind: str) -> None:
+        (image,) = Page(make_page(pictures=[Picture("a", "b", figure(points))])).all("img")
+        head, _, content = image["src"].partition(",")
+        assert head == f"data:image/{kind};base64"
+        assert base64.b64decode(content)[:5] == (b"<?xml" if kind == "svg+xml" else b"\x89PNG\r")
+
+    def test_same_picture_same_bytes(self) -> None:
+        assert make_page() == make_page()
+
+    def test_versions(self) -> None:
+        assert re.match(r"Python 3\.\d+\.\d+, .*torch 2\.", report.versions())
+
+
+def run(folder: Path, *overrides: str) -> Page:
+    training.run(configured(folder, "trainer.max_epochs=2", *overrides))
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def titles(page: Page) -> list[str]:
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("figure") == tags.count("img")
+    return [text for text in page.texts if text in PICTURES]
+
+
+PICTURES = {
+    *("Learning curves", "Confusion matrix", "Worst mistakes", "Decision boundary", "Fitted curve"),
+    *("Prediction and target", "First-layer weights", "Flow of δ", "Histograms"),
+}
+INSIDE = ["First-layer weights", "Flow of δ", "Histograms"]
+
+
+class TestRun:
+    def test_digits(self, tmp_path: Path) -> None:
+        page = run(tmp_path, "data=digits")
+        assert titles(page) == ["Learning curves", "Confusion matrix", "Worst mistakes", *INSIDE]
+        with (tmp_path / "metrics.csv").open() as file:
+            accuracy = float(list(csv.DictReader(file))[-1]["test_accuracy"])
+        assert f"Of 360 rows of the test part {round(360 * accuracy)} are answered rightly." in page.text()
+        for fact in ("64-30-10, sigmoid", "1257 train", "SGD, lr 5.0", "max_epochs: 2", "seed: 0", "Python 3."):
+            assert fact in page.text()
+        assert all(attributes["alt"] for attributes in page.all("img"))
+        assert (tmp_path / "report.html").stat().st_size < 1_500_000
+        assert (tmp_path / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
+
+    @pytest.mark.parametrize(
+        ("overrides", "expected"),
+        [
+            (["data=moons"], ["Confusion matrix", "Decision boundary", *INSIDE]),
+            (["data=sine", "model.dropout=0.1"], ["Fitted curve", "Prediction and target", *INSIDE]),
+            (["data=diabetes", "~callbacks.delta_flow"], ["Prediction and target", "First-layer weights"]),
+            (["data=iris", "trainer.precision=64-true"], ["Confusion matrix", *INSIDE]),
+        ],
+    )
+    def test_other_data(self, tmp_path: Path, overrides: list[str], expected: list[str]) -> None:
+        assert titles(run(tmp_path, *overrides)) == ["Learning curves", *expected]
+
+    def test_without_anything_beside(self, tmp_path: Path) -> None:
+        page = run(tmp_path, "data=iris", "~callbacks", "~logger", "trainer.enable_checkpointing=false")
+        assert titles(page) == ["Confusion matrix", "First-layer weights"]
+
+    def test_flow_reaches_the_end_though_the_best_epoch_is_kept(self, tmp_path: Path, monkeypatch) -> None:
+        drawn = []
+        draw = pictures.plots.delta_flow
+        monkeypatch.setattr(pictures.plots, "delta_flow", lambda *given: (drawn.append(given), draw(*given))[1])
+        run(tmp_path, "data=diabetes", "trainer.max_epochs=12", "optimizer.lr=0.1")
+        ((epochs, norms),) = drawn
+        assert epochs[-1] == 12
+        assert {len(values) for values in norms.values()} == {len(epochs)}
+        assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] < 11
+
+    def test_names_of_a_table_are_only_text(self, tmp_path: Path) -> None:
+        path = tmp_path / "a<b>.csv"
+        rows = [(x, EVIL if x > 0 else "$ordinary^$") for x in np.random.default_rng(0).normal(size=100)]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("x", "class"), *rows])
+        page = run(tmp_path, "data=table", f"data.source.path='{path}'", "data.source.target=class", "optimizer.lr=0")
+        assert "script" not in {tag for tag, _ in page.tags}
+        assert EVIL in page.text()  # in the most frequent mistake
+        assert page.texts.count("a<b>.csv, 1-30-2") == 2
+
+    def test_report_false(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        training.run(configured(tmp_path, "data=iris", "trainer.max_epochs=1", "report=false"))
+        assert not (tmp_path / "report.html").exists()
+        assert (tmp_path / "learning_curves.png").exists()
+        assert "report.html" not in capsys.readouterr().out
+
+    def test_a_report_that_fails_loses_nothing(self, tmp_path: Path, monkeypatch, capsys, caplog) -> None:
+        def fail(*_: object) -> Figure:
+            raise RuntimeError("no ink")
+
+        monkeypatch.setattr(pictures.plots, "confusion_matrix", fail)
+        caplog.set_level("INFO")
+        value = training.run(configured(tmp_path, "data=iris", "trainer.max_epochs=1", "optimized_metric=test_loss"))
+        out = capsys.readouterr().out
+        assert f"test_loss {value:.6g}" in out
+        assert out.index("test_loss") < out.index("no report: RuntimeError: no ink") < out.index("files in")
+        assert "RuntimeError: no ink" in caplog.text  # the traceback, in train.log
+
+    def test_the_command(self) -> None:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", ["data=iris", "model.hidden=[3,4]", "+note='a b'"], return_hydra_config=True)
+        assert "configuration below" in pictures._command()
+        HydraConfig.instance().set_config(cfg)
+        try:
+            assert pictures._command() == "python train.py data=iris 'model.hidden=[3,4]' '+note='\"'\"'a b'\"'\"''"
+        finally:
+            HydraConfig.instance().cfg = None
+
+    def test_tensorboard_gets_the_pictures(self, tmp_path: Path) -> None:
+        page = run(tmp_path, "data=iris", "logger=tensorboard")
+        seen = []
+        for file in (tmp_path / "tensorboard").glob("events*"):
+            seen += EventAccumulator(str(file), {"images": 0}).Reload().Tags()["images"]
+        assert sorted(seen) == sorted(titles(page))
