@@ -46,6 +46,7 @@ def leave_report(
     module: MLPModule,
     data: DataModule,
     trainer: L.Trainer,
+    checkpoint: str | None,
     epoch: int,
     curves: Picture | None,
     facts: Mapping[str, str],
@@ -53,8 +54,10 @@ def leave_report(
 ) -> None:
     """Write report.html into the run folder, and give TensorBoard the pictures.
 
-    module: with the parameters that are kept, those of `epoch`. facts, figures: as in the summary.
+    checkpoint: the one that is kept, of `epoch`, or None where the module is as it is. facts, figures: the summary's.
     """
+    if checkpoint:  # after a test in other processes (ddp_spawn) this one's module is another epoch's
+        module.load_state_dict(torch.load(checkpoint, map_location=module.device, weights_only=True)["state_dict"])
     flow = next((callback for callback in trainer.callbacks if isinstance(callback, DeltaFlow)), None)  # type: ignore[attr-defined]
     trace = _trace(module, data, flow.rows if flow else ROWS)
     pictures = [curves] if curves else []

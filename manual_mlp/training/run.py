@@ -146,7 +146,7 @@ def _train(cfg: DictConfig) -> float:
         facts = run_facts(module, data, trainer, epoch, seconds)
         print(summary(module, data, facts, figures, cfg.optimized_metric))
         if cfg.report:
-            _report(cfg, module, data, trainer, epoch, curves, facts, figures)
+            _report(cfg, module, data, trainer, best, epoch, curves, facts, figures)
         print(files(folder))
     if interrupted:
         print(f"interrupted; to go on: python train.py ckpt_path={os.path.relpath(folder)}/last.ckpt")
