@@ -69,7 +69,8 @@ class DeltaFlow(L.Callback):
             self._record(trainer, pl_module, trainer.current_epoch + batch_idx / trainer.num_training_batches)
         self.steps += 1
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The end too, after the last checkpoint, so that a run which goes on from there knows nothing of it."""
         if trainer.is_global_zero and self.epochs:
             self._record(trainer, pl_module, trainer.current_epoch, histograms=True)
 

@@ -3,7 +3,8 @@
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,8 @@ from manual_mlp.training.module import MLPModule
 
 DRAWN = 1000  # rows of the test part, at most
 STAGES = 6  # of the training, at most
+Stages = dict[str, dict[str, Tensor]]
+"""Parameters of the net in the course of its training, by title."""
 
 
 def learning_curves(folder: Path) -> Picture | None:
@@ -96,8 +99,8 @@ def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:
         return None
 
 
-def _stages(module: MLPModule, flow: DeltaFlow | None, epoch: int) -> dict[str, dict[str, Tensor]]:
-    """Parameters by title: at most 6, from the first ones to those that are kept."""
+def _stages(module: MLPModule, flow: DeltaFlow | None, epoch: int) -> Stages:
+    """At most 6, from the first ones to those that are kept."""
     early = {passed: state for passed, state in (flow.snapshots if flow else {}).items() if passed <= epoch}
     chosen = sorted(early)[-(STAGES - 1) :]
     return {f"after {passed} epochs": early[passed] for passed in chosen} | {
@@ -106,48 +109,62 @@ def _stages(module: MLPModule, flow: DeltaFlow | None, epoch: int) -> dict[str, 
 
 
 @torch.no_grad()
-def _answers(module: MLPModule, data: DataModule, stages: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Picture]:
+def _answers(module: MLPModule, data: DataModule, stages: Stages) -> Iterator[Picture]:
     """What the net answers to the test part."""
-    like = next(module.parameters())
-    rows = data.splits["test"]
-    prediction = torch.cat([module(part.to(like)) for part in rows.features.split(EVALUATION_BATCH)]).float().cpu()
+    rows, like = data.splits["test"], next(module.parameters())
+    prediction = torch.cat([module(part.to(like)) for part in rows.features.split(EVALUATION_BATCH)]).float()
+    yield from (_classes if data.class_names else _curves)(module, data, stages, prediction)
 
-    def answers(state: Mapping[str, Tensor], x: np.ndarray) -> Tensor:
-        return functional_call(module.net, dict(state), (torch.as_tensor(x).to(like),)).float()
 
-    x, target = rows.features.numpy(), rows.target.numpy()
-    if not data.class_names:
-        of_net, of_test = (
-            module._in_units(values.to(like.device)).cpu().numpy() for values in (prediction, rows.target)
-        )
-        if data.input_size == data.output_size == 1:
-            lines = {
-                title: lambda x, s=state: module._in_units(answers(s, x)).cpu().numpy()[:, 0]
-                for title, state in stages.items()
-            }
-            figure = plots.fitted_curve(lines, x[:DRAWN, 0], of_test[:DRAWN, 0])
-            yield Picture(
-                "Fitted curve", f"The net's answer along its input{_units(data)}, and rows of the test part.", figure
-            )
-        figure = plots.predicted_against_true(of_test[:DRAWN].ravel(), of_net[:DRAWN].ravel())
-        yield Picture(
-            "Prediction and target", "Rows of the test part; those on the line are predicted rightly.", figure
-        )
-        return
-    answer = prediction.argmax(1).numpy()
-    yield Picture(
-        "Confusion matrix",
-        _in_words(target, answer, data.class_names),
-        plots.confusion_matrix(target, answer, data.class_names),
-    )
+def _classes(module: MLPModule, data: DataModule, stages: Stages, prediction: Tensor) -> Iterator[Picture]:
+    x, target = _in_units(data), data.splits["test"].target.numpy()
+    answer, names = prediction.argmax(1).cpu().numpy(), data.class_names
+    yield Picture("Confusion matrix", _in_words(target, answer, names), plots.confusion_matrix(target, answer, names))
     if data.image_shape and (answer != target).any():
-        figure = plots.worst_mistakes(x.reshape(-1, *data.image_shape), target, prediction.numpy(), data.class_names)
+        scores = prediction.cpu().numpy()
+        figure = plots.worst_mistakes(x.reshape(-1, *data.image_shape), target, scores, names)
         yield Picture("Worst mistakes", "Wrong answers whose own class was furthest behind, the worst first.", figure)
     if data.input_size == 2:
-        maps = {title: lambda x, s=state: answers(s, x).argmax(1).cpu().numpy() for title, state in stages.items()}
-        figure = plots.decision_boundary(maps, x[:DRAWN], target[:DRAWN], data.class_names)
-        text = f"The class that is answered at each place{_units(data)}, and rows of the test part."
+        figure = plots.decision_boundary(
+            _functions(module, data, stages, lambda a: a.argmax(1)), x[:DRAWN], target[:DRAWN], names
+        )
+        text = "The class that is answered at each place, and rows of the test part."
         yield Picture("Decision boundary", text, figure)
+
+
+def _curves(module: MLPModule, data: DataModule, stages: Stages, prediction: Tensor) -> Iterator[Picture]:
+    target = module._in_units(data.splits["test"].target.to(prediction)).cpu().numpy()[:DRAWN]
+    if data.input_size == data.output_size == 1:
+        lines = _functions(module, data, stages, lambda a: module._in_units(a)[:, 0])
+        figure = plots.fitted_curve(lines, _in_units(data)[:DRAWN, 0], target[:, 0])
+        yield Picture("Fitted curve", "The net's answer along its input, and rows of the test part.", figure)
+    figure = plots.predicted_against_true(target.ravel(), module._in_units(prediction).cpu().numpy()[:DRAWN].ravel())
+    yield Picture("Prediction and target", "Rows of the test part; those on the line are predicted rightly.", figure)
+
+
+def _in_units(data: DataModule) -> np.ndarray:
+    """The features of the test part as they came, before they were standardised."""
+    return data.splits["test"].features.numpy() * _scale(data) + _mean(data)
+
+
+def _scale(data: DataModule) -> np.ndarray:
+    return np.asarray(data.feature_scale or 1.0)
+
+
+def _mean(data: DataModule) -> np.ndarray:
+    return np.asarray(data.feature_mean or 0.0)
+
+
+def _functions(
+    module: MLPModule, data: DataModule, stages: Stages, read: Callable[[Tensor], Tensor]
+) -> dict[str, plots.Predict]:
+    """Of each stage, features in their units ↦ what `read` makes of the prediction."""
+
+    def answers(state: Mapping[str, Tensor], x: np.ndarray) -> np.ndarray:
+        features = torch.as_tensor((x - _mean(data)) / _scale(data)).to(next(module.parameters()))
+        return read(functional_call(module.net, dict(state), (features,)).float()).cpu().numpy()
+
+    return {title: partial(answers, state) for title, state in stages.items()}
 
 
 def _in_words(target: np.ndarray, answer: np.ndarray, class_names: Sequence[str]) -> str:
@@ -157,10 +174,6 @@ def _in_words(target: np.ndarray, answer: np.ndarray, class_names: Sequence[str]
     for (own, given), times in pairs.most_common(1):
         text += f" The most frequent mistake, {times} times: {class_names[given]} for {class_names[own]}."
     return text
-
-
-def _units(data: DataModule) -> str:
-    return " (standardised)" if data.standardise else ""
 
 
 def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> Iterator[Picture]:
