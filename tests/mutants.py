@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # What most often notices comes first.
 PROOFS = ["examples", "twins", "modules", "activations", "gradients"]
 
-# What is planted: file, the right text (which must occur just once), the wrong one.
-MUTANTS: dict[str, tuple[str, str, str]] = {
+# What is planted: file, the right text (which must occur just once), the wrong one, and the proof to begin with where
+# the first ones are known to pass.
+MUTANTS: dict[str, tuple[str, ...]] = {
     "sign of ∂C/∂a": ("formulas", "return delta @ weight", "return -delta @ weight"),
     "∂C/∂W transposed": ("formulas", "rows(delta).t() @ rows(a)", "(rows(delta).t() @ rows(a)).t()"),
     "bias sum forgotten": ("formulas", "rows(delta).sum(0)", "rows(delta)[0]"),
@@ -31,7 +32,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "δ of the cost turned round": ("formulas", "    return prediction - target", "    return target - prediction"),
     "sigmoid 0.05 % off": ("formulas", "return (g * (1 - a)) * a", "return (g * (1 - a)) * a * 1.0005"),
     "sigmoid factor forgotten": ("formulas", "return (g * (1 - a)) * a", "return g * (1 - a)"),
-    "sigmoid in another order": ("formulas", "return (g * (1 - a)) * a", "return g * ((1 - a) * a)"),
+    "sigmoid in another order": ("formulas", "return (g * (1 - a)) * a", "return g * ((1 - a) * a)", "modules"),
     "tanh not squared": ("formulas", "return g * (1 - a * a)", "return g * (1 - a)"),
     "relu at 0": ("formulas", "torch.where(a <= 0, 0, g)", "torch.where(a < 0, 0, g)"),
     "relu writes into g": ("formulas", "torch.where(a <= 0, 0, g)", "g.masked_fill_(a <= 0, 0)"),
@@ -39,9 +40,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "softplus threshold forgotten": ("formulas", "torch.where(z * beta > threshold, g,", "torch.where(z < -1e9, g,"),
     "softplus without β": ("formulas", "torch.expm1(a * -beta)", "torch.expm1(-a)"),
     "silu's last term": ("formulas", "(1 + z * (1 - s))", "(1 + z * (1 - s * 1.0005))"),
-    "gelu's tail": ("formulas", "torch.erfc(z * -math.sqrt(1 / 2)) / 2", "(1 + torch.erf(z * math.sqrt(1 / 2))) / 2"),
+    "gelu's tail": ("formulas", "torch.erfc(z * -math.sqrt(1 / 2)) / 2", "(1 + torch.erf(z * math.sqrt(1 / 2))) / 2", "activations"),
     "gelu_tanh's cubic term": ("formulas", "slope = (1 + square * (3 * cubic))", "slope = (1 + square * (2 * cubic))"),
-    "formula text": ("formulas", '"g*(1 - a**2)"', '"g*(1 - a)**2"'),
+    "formula text": ("formulas", '"g*(1 - a**2)"', '"g*(1 - a)**2"', "activations"),
     "bce: G′ not cancelled": (
         "formulas",
         "        return torch.sigmoid(z) - target\n",
@@ -64,12 +65,13 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "needs_input_grad of the input ignored": ("functions", "if needs_a else None,\n        sheet", "if True else None,\n        sheet"),
     "needs_input_grad of the bias ignored": ("functions", "sheet.grad_bias(delta) if needs_bias", "sheet.grad_bias(delta) if True"),
     "target's gradient with the prediction's sign": ("functions", "-delta if needs_target", "delta if needs_target"),
-    "tangent of the weight forgotten": ("functions", "z_t + sheet.affine(a, weight_t)", "z_t"),
+    "tangent of the weight forgotten": ("functions", "z_t + sheet.affine(a, weight_t)", "z_t", "gradients"),
     "second derivative lost at z": ("functions", "    return delta + g_z\n", "    return delta\n"),
     "undefined gradient not expected": (
         "functions",
         "delta = None if g is None else delta_of(g, saved, *ctx.parameters)\n        return delta, *",
         "delta = delta_of(g, saved, *ctx.parameters)\n        return delta, *",
+        "gradients",
     ),
     "recursion: wrong layer's δ": ("network", "delta = delta_of(delta, saved[layer], *parameters)", "delta = delta_of(delta, saved[layer - 1], *parameters)"),
     "recursion: wrong layer's δ in place": ("network", "delta_(delta, saved[layer], None", "delta_(delta, saved[layer - 1], None"),
@@ -89,7 +91,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
     "engine: 1/N forgotten": ("engine", "self.delta_weight = engine._cost.delta_weight(n, outputs)", "self.delta_weight = 1.0"),
     "engine: sign of the step": ("engine", "-lr))\n", "lr))\n"),
     "engine: weight decay forgotten": ("engine", "(1.0 - lr * group[\"weight_decay\"], -lr)", "(1.0, -lr)"),
-    "another initialisation": ("modules", "nn.Linear.reset_parameters(self)", "nn.init.xavier_uniform_(self.weight)"),
+    "another initialisation": ("modules", "nn.Linear.reset_parameters(self)", "nn.init.xavier_uniform_(self.weight)", "modules"),
     "keys shifted by dropout": ("modules", "self.add_module(str(2 * index), layer)", "self.add_module(str(len(self)), layer)"),
 }  # fmt: skip
 
@@ -105,13 +107,13 @@ def plant(folder: Path, file: str, right: str, wrong: str) -> None:
     path.write_text(text.replace(right, wrong))
 
 
-def fails(folder: Path, file: str) -> bool:
+def fails(folder: Path, file: str, first: str | None = None) -> bool:
     """Whether the proofs notice: pytest's exit code 1, in a fork of this process, on the package in folder."""
     if file in ("network", "engine"):
         names = [file]
     else:  # the proofs of the activations read the sheet alone
         names = [name for name in PROOFS if name != "activations" or file == "formulas"]
-    proofs = [f"tests/test_{name}.py" for name in names]
+    proofs = [f"tests/test_{name}.py" for name in sorted(names, key=lambda name: name != first)]
     child = os.fork()
     if child == 0:
         os.chdir(folder)
@@ -128,13 +130,13 @@ def fails(folder: Path, file: str) -> bool:
     return code == 1
 
 
-def survivors(mutants: dict[str, tuple[str, str, str]]) -> list[str]:
+def survivors(mutants: dict[str, tuple[str, ...]]) -> list[str]:
     torch.set_num_threads(1)
     alive = []
-    for name, planted in mutants.items():
+    for name, (file, right, wrong, *first) in mutants.items():
         with tempfile.TemporaryDirectory() as folder:
-            plant(Path(folder), *planted)
-            if not fails(Path(folder), planted[0]):
+            plant(Path(folder), file, right, wrong)
+            if not fails(Path(folder), file, *first):
                 alive.append(name)
     return alive
 

@@ -20,3 +20,13 @@ def test_no_mutant_survives(part: int) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split("\n") == ["", ""], f"these mutants survive:\n{result.stdout}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["formulas", "network", "engine"])
+def test_without_a_mistake_the_proofs_pass(file: str) -> None:
+    """Where a mutant is tried, too: it is the mistake that they notice. (A minute: all proofs, each to its end.)"""
+    same = (file, "\nimport torch\n", "\nimport torch\n")
+    code = f"from tests.mutants import survivors; print(survivors({{'none': {same}}}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.stdout == "['none']\n", result.stdout + result.stderr[-3000:]
