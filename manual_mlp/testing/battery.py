@@ -20,9 +20,10 @@ def check_gradients(
 ) -> Report:
     """The battery on a differentiable function, an autograd.Function (its class or its apply) or a module.
 
-    inputs: a tensor or a tuple of what the function takes; floating-point tensors are copied to float64 and
-    differentiated, everything else is passed on. Keep them small: finite differences visit each element. A module's
-    parameters are inputs too. reference: a function of the same inputs that must agree to 1e-12 with its derivatives.
+    inputs: a tensor or a tuple of what the function takes, the first with the rows; floating-point tensors are copied
+    to float64 and differentiated, everything else is passed on. Keep them small: finite differences visit each element.
+    A module's parameters are inputs too. reference: a function of the same inputs that must agree to 1e-12 with its
+    derivatives.
     compile: whether torch.compile is asked too.
 
     Raises InputError for no floating-point input, or a function that fails on these inputs or returns no tensor.

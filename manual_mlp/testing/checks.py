@@ -500,8 +500,15 @@ def _empty(subject: Subject) -> Measured:
     first = next((value for value in subject.values if is_real(value)), None)
     if first is None or first.dim() < 2:
         raise _NotApplicableError("no batch dimension")
-    batched = [isinstance(v, Tensor) and v.dim() >= 1 and v.shape[0] == len(first) for v in subject.values]
-    values = tuple(v[:0] if cut else v for v, cut in zip(subject.values, batched, strict=True))
+    try:
+        return _without_rows(subject, [value is first for value in subject.values])
+    except Exception:  # other inputs have its rows too, as the target of a cost has
+        rows = [isinstance(v, Tensor) and v.shape[:1] == first.shape[:1] for v in subject.values]
+        return _without_rows(subject, rows)
+
+
+def _without_rows(subject: Subject, cut: list[bool]) -> Measured:
+    values = tuple(v[:0] if empty else v for v, empty in zip(subject.values, cut, strict=True))
     inputs = Subject(subject.name, subject.function, values).inputs()
     gradients = _gradients(subject, inputs)
     return _compare(gradients, [torch.zeros_like(leaf) for leaf in leaves(inputs)], "gradient", 0, 0)
