@@ -1,8 +1,9 @@
 """`python -m manual_mlp.benchmark`: µs per training step of the engine, the whole-net Function and the layers.
 
-Honest by construction: all contenders of a case run interleaved in one process, on the same batch and one thread,
-after a warm-up; medians stand beside their 20th and 80th percentiles, and the conditions above the table. A step is
-zero_grad, prediction, cost, gradients and update by SGD. "products" is the floor: the step's matrix products alone.
+Honest by construction: all contenders of a case run interleaved in one process, on the same batch, one thread and one
+core, after a warm-up; medians stand beside their 20th and 80th percentiles, and the conditions above the table. A ratio
+is the median of the ratios within a round. A step is zero_grad, prediction, cost, gradients and update by SGD.
+"products" is the floor: the step's matrix products alone. An epoch's time is divided by its batches.
 """
 
 import argparse
@@ -10,19 +11,26 @@ import csv
 import importlib
 import importlib.util
 import math
+import operator
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # scikit-learn's own
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from manual_mlp import functional, modules
 from manual_mlp.convert import convert
@@ -40,6 +48,7 @@ class Net:
     name: str
     sizes: tuple[int, ...]
     rows: int
+    device: str = "cpu"
 
 
 NETS = [
@@ -50,13 +59,14 @@ NETS = [
     Net("1024-1024-1024-1024-10, 512", (1024, 1024, 1024, 1024, 10), 512),
     Net("20 x 256-10, 128", (*[256] * 20, 10), 128),
 ]
-LAYERS = [(16, 64, 64), (64, 256, 256), (256, 512, 512), (512, 1024, 1024)]
+LAYERS = [(16, 64, 64), (64, 128, 128), (64, 256, 256), (256, 512, 512), (512, 1024, 1024)]
+WIDTHS = [64, 128, 256, 512, 1024, 2048, 4096]
 EPOCH_BATCHES = 32  # of train_epoch, whose time is divided by them
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results: times in µs, kept in bytes."""
+    """One line of the results: times in µs; kept for backward and allocated at once in a step, in bytes."""
 
     case: str
     contender: str
@@ -66,6 +76,7 @@ class Row:
     to_eager: float
     to_products: float
     kept: int | None
+    peak: int | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,14 +86,17 @@ class Row:
 
 def plain_net(net: Net) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*[module for i, o in pairwise(net.sizes) for module in (nn.Linear(i, o), nn.Sigmoid())])
+    layers = [module for i, o in pairwise(net.sizes) for module in (nn.Linear(i, o), nn.Sigmoid())]
+    return nn.Sequential(*layers).to(net.device)
 
 
 def batch_of(net: Net, batches: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     rows = net.rows * batches
-    x = torch.randn(rows, net.sizes[0], generator=generator)
-    return x, torch.rand(rows, net.sizes[-1], generator=generator)
+    x, y = (
+        make(rows, n, generator=generator) for make, n in ((torch.randn, net.sizes[0]), (torch.rand, net.sizes[-1]))
+    )
+    return x.to(net.device), y.to(net.device)
 
 
 def autograd_step(model: nn.Module, cost: Callable[[Tensor, Tensor], Tensor], net: Net) -> Step:
@@ -100,14 +114,17 @@ def autograd_step(model: nn.Module, cost: Callable[[Tensor, Tensor], Tensor], ne
     return step
 
 
-def eager(net: Net) -> Step:
+def eager(net: Net, bfloat16: bool = False, compiled: bool = False) -> Step:
+    """The cost of nn.Linear and nn.Sigmoid; bfloat16: products by autocast."""
     model, loss = plain_net(net), nn.MSELoss()
-    return autograd_step(model, lambda x, y: loss(model(x), y), net)
 
+    def cost(x: Tensor, y: Tensor) -> Tensor:
+        if not bfloat16:
+            return loss(model(x), y)
+        with torch.autocast(net.device, torch.bfloat16):
+            return loss(model(x).float(), y)
 
-def compiled(net: Net) -> Step:
-    model, loss = plain_net(net), nn.MSELoss()
-    return autograd_step(model, torch.compile(lambda x, y: loss(model(x), y)), net)
+    return autograd_step(model, torch.compile(cost) if compiled else cost, net)
 
 
 def two_functions(net: Net) -> Step:
@@ -116,7 +133,7 @@ def two_functions(net: Net) -> Step:
 
 
 def fused_layers(net: Net) -> Step:
-    model = modules.MLP(net.sizes)
+    model = modules.MLP(net.sizes, device=net.device)
     return autograd_step(model, lambda x, y: functional.quadratic_loss(model(x), y), net)
 
 
@@ -146,13 +163,26 @@ def engine_epoch(net: Net) -> Step:
     return lambda: engine.train_epoch(x, y, net.rows)
 
 
+def engine_batches(net: Net) -> Step:
+    """train_epoch's own loop over as many batches, their rows gathered before."""
+    engine, (x, y) = engine_of(net), batch_of(net)
+    rates = engine._rates()
+    plan = engine._planned(x, y, rates)
+    for data, chunk in zip((x, y), plan.chunk, strict=True):
+        chunk.copy_(data.repeat(len(plan.batches), 1))
+    batches = [plan.batches[index % len(plan.batches)] for index in range(EPOCH_BATCHES)]
+    steps = list(zip(batches, torch.empty(EPOCH_BATCHES, device=net.device).unbind(), strict=True))
+    return lambda: engine._train(plan, steps, rates)
+
+
 def products(net: Net) -> Step:
     """z = a Wᵀ + b, δ W and W := W + α δᵀ a of every layer, into tensors that are there, without an autograd."""
     with torch.inference_mode():
-        weights = [torch.randn(o, i) / math.sqrt(i) for i, o in pairwise(net.sizes)]
-        biases = [torch.zeros(o) for o in net.sizes[1:]]
-        a = [batch_of(net)[0]] + [torch.randn(net.rows, n) for n in net.sizes[1:]]
-        z, delta = ([torch.randn(net.rows, n) for n in net.sizes] for _ in range(2))
+        on: Any = {"device": net.device}
+        weights = [torch.randn(o, i, **on) / math.sqrt(i) for i, o in pairwise(net.sizes)]
+        biases = [torch.zeros(o, **on) for o in net.sizes[1:]]
+        a = [batch_of(net)[0]] + [torch.randn(net.rows, n, **on) for n in net.sizes[1:]]
+        z, delta = ([torch.randn(net.rows, n, **on) for n in net.sizes] for _ in range(2))
         turned, delta_t = [weight.t() for weight in weights], [d.t() for d in delta]
 
     def step() -> None:
@@ -204,18 +234,23 @@ def sklearn_step(net: Net) -> Step:
 
 CONTENDERS: dict[str, Callable[[Net], Step]] = {
     "eager torch": eager,
-    "torch.compile": compiled,
+    "torch.compile": partial(eager, compiled=True),
     "two Functions a layer": two_functions,
     "fused layers": fused_layers,
     "network Function": network,
     "engine.step": engine_step,
     "engine.train_epoch": engine_epoch,
+    "train_epoch, rows gathered": engine_batches,
+    "eager torch, bfloat16": partial(eager, bfloat16=True),
+    "torch.compile, bfloat16": partial(eager, bfloat16=True, compiled=True),
     "engine.step, bfloat16": engine_bfloat16,
     "JAX jit": jax_jit,
     "scikit-learn": sklearn_step,
     "products": products,
 }
-EXTRAS = {"JAX jit": "jax", "scikit-learn": "sklearn"}
+EXTRAS = {"JAX jit": "jax", "scikit-learn": "sklearn"}  # on the CPU, where installed
+EPOCHS = ("engine.train_epoch", "train_epoch, rows gathered")
+MEMORY = ("eager torch", "two Functions a layer", "fused layers", "network Function", "engine.step")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,27 +258,36 @@ EXTRAS = {"JAX jit": "jax", "scikit-learn": "sklearn"}
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def interleaved(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
+def interleaved(steps: dict[str, Step], seconds: float, device: str = "cpu") -> dict[str, list[float]]:
     """µs per call of each, measured in turns for about so many seconds in all; ten rounds at least."""
-    repeats = {name: _repeats(step) for name, step in steps.items()}
+    wait = torch.cuda.synchronize if device == "cuda" else _nothing
+    repeats = {name: _repeats(step, wait) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 10:
         for name, step in steps.items():
             step()  # brings its own data back into the cache
+            wait()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 step()
+            wait()
             times[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
     return times
 
 
-def _repeats(step: Step) -> int:
+def _nothing() -> None:
+    """A CPU has done what it was called for."""
+
+
+def _repeats(step: Step, wait: Step) -> int:
     """Calls that take a few milliseconds together; the first ones are the warm-up."""
     for _ in range(3):
         step()
+    wait()
     start = time.perf_counter()
     step()
+    wait()
     return max(1, math.ceil(2e-3 / max(time.perf_counter() - start, 1e-6)))
 
 
@@ -267,33 +311,72 @@ def kept(step: Step) -> int:
     return sum(sizes.values())
 
 
+class _Allocated(TorchDispatchMode):
+    """Bytes of the tensors made under it that live at once: `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors(result)}.values():
+            if storage._cdata not in given:
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.held -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def peak(step: Step) -> int:
+    """The most bytes that a step's new tensors take at once, gradients included."""
+    with _Allocated() as allocated:
+        step()
+    return allocated.peak
+
+
 def measure(net: Net, names: Iterable[str], seconds: float) -> list[Row]:
     """One case: every contender that can be made here."""
-    steps = {name: CONTENDERS[name](net) for name in names if _installed(name)}
-    times = interleaved(steps, seconds)
-    if "engine.train_epoch" in times:
-        times["engine.train_epoch"] = [t / EPOCH_BATCHES for t in times["engine.train_epoch"]]
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    autograd = ("eager torch", "two Functions a layer", "fused layers", "network Function")
+    steps = {name: CONTENDERS[name](net) for name in names if _possible(name, net.device)}
+    memory = {name: (kept(step), peak(step)) for name, step in steps.items() if name in MEMORY}
+    times = interleaved(steps, seconds, net.device)
+    for name in times.keys() & set(EPOCHS):
+        times[name] = [t / EPOCH_BATCHES for t in times[name]]
     return [
         Row(
             net.name,
             name,
             *percentiles(values),
-            middle[name] / middle.get("eager torch", math.nan),
-            middle[name] / middle.get("products", math.nan),
-            kept(steps[name]) if name in autograd else None,
+            ratio(values, times.get("eager torch")),
+            ratio(values, times.get("products")),
+            *memory.get(name, (None, None)),
         )
         for name, values in times.items()
     ]
 
 
-def _installed(name: str) -> bool:
-    return name not in EXTRAS or importlib.util.find_spec(EXTRAS[name]) is not None
+def ratio(times: list[float], to: list[float] | None) -> float:
+    """The median of the ratios within a round, which a machine that slows down for a while leaves alone."""
+    return math.nan if to is None else statistics.median(map(operator.truediv, times, to))
 
 
-def measure_layer(rows: int, n_in: int, n_out: int, seconds: float) -> list[Row]:
+def _possible(name: str, device: str) -> bool:
+    if name not in EXTRAS:
+        return True
+    return device == "cpu" and importlib.util.find_spec(EXTRAS[name]) is not None
+
+
+def measure_layer(sizes: tuple[int, int, int], seconds: float) -> list[Row]:
     """One layer forward and backward, input gradient included: fused and as two Functions, beside nn's two."""
+    rows, n_in, n_out = sizes
     plain = nn.Sequential(nn.Linear(n_in, n_out), nn.Sigmoid())
     contenders = {
         "eager torch": plain,
@@ -311,11 +394,12 @@ def measure_layer(rows: int, n_in: int, n_out: int, seconds: float) -> list[Row]
 
         return step
 
-    times = interleaved({name: step_of(layer) for name, layer in contenders.items()}, seconds)
-    base = statistics.median(times["eager torch"])
+    steps = {name: step_of(layer) for name, layer in contenders.items()}
+    memory = {name: (kept(step), peak(step)) for name, step in steps.items()}
+    times = interleaved(steps, seconds)
     case = f"layer {rows} x {n_in} x {n_out}"
     return [
-        Row(case, name, *percentiles(values), statistics.median(values) / base, math.nan, None)
+        Row(case, name, *percentiles(values), ratio(values, times["eager torch"]), math.nan, *memory[name])
         for name, values in times.items()
     ]
 
@@ -331,9 +415,9 @@ def measure_training(seconds: float, *overrides: str) -> list[Row]:
     while time.perf_counter() < end or len(times[end_to_end.PLAIN]) < 3:
         for name, train in trainings.items():
             times[name].append(train() / steps * 1e6)
-    base = statistics.median(times[end_to_end.PLAIN])
+    case, plain = " ".join(overrides), times[end_to_end.PLAIN]
     return [
-        Row(" ".join(overrides), name, *percentiles(values), statistics.median(values) / base, math.nan, None)
+        Row(case, name, *percentiles(values), ratio(values, plain), math.nan, None, None)
         for name, values in times.items()
     ]
 
@@ -343,12 +427,30 @@ def measure_training(seconds: float, *overrides: str) -> list[Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def conditions() -> str:
+@contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """So many threads for torch and for NumPy's BLAS, and with one thread one core, which binds JAX's threads too."""
+    before = torch.get_num_threads()
+    cores: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    torch.set_num_threads(threads)
+    if threads == 1 and cores:
+        os.sched_setaffinity(0, {max(cores)})
+    try:
+        with threadpool_limits(threads):
+            yield
+    finally:
+        torch.set_num_threads(before)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def conditions(cuda: bool) -> str:
     """What the numbers depend on."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    card = f"{torch.cuda.get_device_name()}, " if cuda else ""
     return (
-        f"torch {torch.__version__}, Python {platform.python_version()}, {_processor()}, "
-        f"{torch.get_num_threads()} thread of {os.cpu_count()} cores, load {load}; float32, sigmoid, plain SGD"
+        f"{card}torch {torch.__version__}, Python {platform.python_version()}, {_processor()}, "
+        f"threads: {torch.get_num_threads()}, cores: {os.cpu_count()}, load {load}; float32, sigmoid, plain SGD"
     )
 
 
@@ -360,17 +462,52 @@ def _processor() -> str:
 
 
 def table(rows: list[Row]) -> str:
-    lines = [
-        "| case | contender | µs | 20 % | 80 % | / eager | / products | kept for backward |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        floor = "" if math.isnan(row.to_products) else f"{row.to_products:.2f}"
-        eager = "" if math.isnan(row.to_eager) else f"{row.to_eager:.2f}"
-        bytes_kept = "" if row.kept is None else f"{row.kept / 1024:.0f} KiB"
-        times = " | ".join(f"{value:.1f}" for value in (row.median, row.low, row.high))
-        lines.append(f"| {row.case} | {row.contender} | {times} | {eager} | {floor} | {bytes_kept} |")
-    return "\n".join(lines)
+    """All that was measured, a line for each contender of each case."""
+    head = ("contender", "µs", "20 %", "80 %", "/ eager", "/ products", "kept", "peak")
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows):
+        lines += ["", f"{case:26}" + "".join(f"{name:>11}" for name in head[1:])]
+        for row in rows:
+            if row.case == case:
+                times = [f"{value:.1f}" for value in (row.median, row.low, row.high)]
+                cells = [*times, _digits(row.to_eager), _digits(row.to_products), _size(row.kept), _size(row.peak)]
+                lines.append(f"{row.contender:26}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines[1:])
+
+
+def _digits(number: float) -> str:
+    return "" if math.isnan(number) else f"{number:.2f}"
+
+
+def _size(size: int | None) -> str:
+    return "" if size is None else f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} B"
+
+
+SHORT = {
+    "torch.compile": "compile",
+    "two Functions a layer": "2 Functions",
+    "fused layers": "fused",
+    "network Function": "network",
+    "engine.step": "step",
+    "train_epoch, rows gathered": "epoch",
+    "engine.step, bfloat16": "bf16",
+    "JAX jit": "JAX",
+    "scikit-learn": "sklearn",
+}
+
+
+def markdown(rows: list[Row]) -> str:
+    """A line for each case: eager torch in µs, the others relative to it, the engine also to the bare products."""
+    names = [name for name in SHORT if any(row.contender == name for row in rows)]
+    floor = [name for name in ("engine.step", "train_epoch, rows gathered") if name in names]
+    head = ["net, batch", "eager, µs", *(SHORT[name] for name in names), *(f"{SHORT[n]}/products" for n in floor)]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for case in dict.fromkeys(row.case for row in rows):
+        of = {row.contender: row for row in rows if row.case == case}
+        eager_time = f"{of['eager torch'].median:.0f}" if "eager torch" in of else ""
+        cells = [_digits(of[name].to_eager) if name in of else "" for name in names]
+        lines.append([case, eager_time, *cells, *(_digits(of[name].to_products) for name in floor)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
@@ -399,46 +536,77 @@ def write_plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path)
 
 
+def write_sweep(rows: list[Row], path: Path) -> None:
+    """µs of a step over the width of the net, a line for each contender and device."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for device in dict.fromkeys(row.case.split()[-1] for row in rows):
+        of = [row for row in rows if row.case.endswith(device)]
+        for contender in dict.fromkeys(row.contender for row in of):
+            points = [(int(row.case.split()[1]), row.median) for row in of if row.contender == contender]
+            axes.loglog(*zip(*points, strict=True), marker="o", label=f"{contender}, {device}")
+    axes.set_xlabel("neurons of each hidden layer")
+    axes.set_ylabel("µs for a step")
+    axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Measures what the arguments choose, prints the table, and returns its rows."""
+    options = _options(arguments)
+    rows: list[Row] = []
+    with pinned(options.threads):
+        stated = conditions(options.device == "cuda" or (options.widths and torch.cuda.is_available()))
+        print(stated, file=sys.stderr)
+        for case in _cases(options):
+            rows += case()
+            print(f"{rows[-1].case} done", file=sys.stderr)
+    print(f"{stated}.\n\n{markdown(rows) if options.markdown else table(rows)}")
+    if options.csv:
+        write_csv(rows, options.csv)
+    if options.plot:
+        (write_sweep if options.widths else write_plot)(rows, options.plot)
+    return rows
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m manual_mlp.benchmark", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nets", default="", help="only nets whose name contains this")
     parser.add_argument("--contenders", nargs="+", help=f"some of: {', '.join(CONTENDERS)}; all if left out")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each case")
-    parser.add_argument("--layers", action="store_true", help="single layers instead of nets")
-    parser.add_argument(
-        "--end-to-end", action="store_true", help="whole trainings by train.py instead of nets; minutes"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layers", action="store_true", help="single layers instead of nets, on the CPU")
+    parser.add_argument("--end-to-end", action="store_true", help="whole trainings by train.py, on the CPU; minutes")
+    parser.add_argument("--widths", action="store_true", help="wider and wider nets, on the CPU and, if there, on CUDA")
+    parser.add_argument("--markdown", action="store_true", help="a line for each case, as in the README")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
-    names = options.contenders or list(CONTENDERS)
-    if unknown := set(names) - CONTENDERS.keys():
+    if unknown := set(options.contenders or ()) - CONTENDERS.keys():
         raise InputError(f"expected contenders among {', '.join(CONTENDERS)}; got {', '.join(sorted(unknown))}")
-    nets = [net for net in NETS if options.nets in net.name]
-    if not nets:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("expected a CUDA device for --device cuda; torch finds none: leave --device out")
+    if not any(options.nets in net.name for net in NETS):
         raise InputError(f"expected --nets in one of {'; '.join(net.name for net in NETS)}; got {options.nets!r}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        print(conditions(), file=sys.stderr)
-        rows = measure_training(options.seconds) if options.end_to_end else []
-        for case in [] if options.end_to_end else LAYERS if options.layers else nets:
-            new = (
-                measure(case, names, options.seconds)
-                if isinstance(case, Net)
-                else measure_layer(*case, options.seconds)
-            )
-            rows += new
-            print(f"{new[0].case} done", file=sys.stderr)
-    finally:
-        torch.set_num_threads(threads)
-    print(table(rows))
-    if options.csv:
-        write_csv(rows, options.csv)
-    if options.plot:
-        write_plot(rows, options.plot)
-    return rows
+    if options.threads < 1:
+        raise InputError(f"expected at least one of --threads; got {options.threads}")
+    return options
+
+
+def _cases(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
+    seconds, names = options.seconds, options.contenders or list(CONTENDERS)
+    if options.end_to_end:
+        return [partial(measure_training, seconds)]
+    if options.layers:
+        return [partial(measure_layer, sizes, seconds) for sizes in LAYERS]
+    nets = [replace(net, device=options.device) for net in NETS if options.nets in net.name]
+    if options.widths:
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        nets = [Net(f"width {n} on {device}", (n, n, n, 10), 256, device) for device in devices for n in WIDTHS]
+    return [partial(measure, net, names, seconds) for net in nets]
 
 
 if __name__ == "__main__":

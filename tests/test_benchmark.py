@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from manual_mlp import benchmark
 from manual_mlp.errors import InputError
 
 TINY = benchmark.Net("3-4-2, 5", (3, 4, 2), 5)
-QUICK = [name for name in benchmark.CONTENDERS if name not in ("torch.compile", "JAX jit")]
+QUICK = [name for name in benchmark.CONTENDERS if "torch.compile" not in name and name != "JAX jit"]
 
 
 def test_every_contender_takes_a_step() -> None:
@@ -30,24 +31,67 @@ def test_table_csv_and_plot(
     files = [f"--csv={tmp_path / 'a.csv'}", f"--plot={tmp_path / 'a.png'}"]
     rows = benchmark.main(["--seconds=0", *files, "--contenders", *chosen])
     printed = capsys.readouterr()
-    assert "1 thread" in printed.err
-    assert torch.__version__ in printed.err
-    assert printed.out.count("\n") == 2 + len(chosen)
+    assert "threads: 1" in printed.out
+    assert torch.__version__ in printed.out
+    assert printed.out.count("\n") == 3 + len(chosen)
+    assert all(len(line) <= 120 for line in printed.out.splitlines()[2:])
     assert [row.contender for row in rows] == chosen
     for row in rows:
         assert 0 < row.low <= row.median <= row.high
         assert row.to_products > 0
     assert rows[0].to_eager == 1
     assert rows[1].kept is not None
+    assert rows[2].kept == 0
+    assert rows[2].peak == 4  # the cost
     with (tmp_path / "a.csv").open() as file:
         assert [line["contender"] for line in csv.DictReader(file)] == chosen
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_memory_is_what_it_is_said_to_be() -> None:
+    """Kept: what autograd holds between forward and backward, without parameters. Peak: new tensors alive at once."""
+    x = torch.randn(100, 10, requires_grad=True)
+
+    def step() -> torch.Tensor:
+        a = x * 2  # 4000 bytes, let go
+        b = a.sum(0)
+        del a
+        return (x.exp() + b).sum()  # exp keeps its result: 4000; with b as much; the sum
+
+    assert benchmark.kept(step) == 4000
+    assert benchmark.peak(step) == 4000 + 4000 + 40 + 4
+
+
+def test_readme_table_and_widths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "NETS", [TINY])
+    monkeypatch.setattr(benchmark, "WIDTHS", [4, 8])
+    chosen = ["eager torch", "engine.step", "train_epoch, rows gathered", "products"]
+    benchmark.main(["--seconds=0", "--markdown", "--contenders", *chosen])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split("|")[1:-1] == [
+        f" {name} " for name in ("net, batch", "eager, µs", "step", "epoch", "step/products", "epoch/products")
+    ]
+    assert [len(line.split("|")) for line in lines[2:]] == [8, 8, 8]
+    rows = benchmark.main(["--seconds=0", "--widths", f"--plot={tmp_path / 'w.png'}", "--contenders", *chosen])
+    assert {"width 4 on cpu", "width 8 on cpu"} <= {row.case for row in rows}
+    assert (tmp_path / "w.png").stat().st_size > 1000
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads(), os.sched_getaffinity(0)
+    with benchmark.pinned(1):
+        assert torch.get_num_threads() == 1
+        assert len(os.sched_getaffinity(0)) == 1
+    assert before == (torch.get_num_threads(), os.sched_getaffinity(0))
 
 
 def test_single_layers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "LAYERS", [(2, 3, 4)])
     rows = benchmark.main(["--seconds=0", "--layers"])
     assert [row.case for row in rows] == ["layer 2 x 3 x 4"] * 3
+    assert all(row.kept and row.peak for row in rows)
     assert all(math.isnan(row.to_products) for row in rows)
     assert "nan" not in capsys.readouterr().out
 
@@ -57,6 +101,11 @@ def test_refused() -> None:
         benchmark.main(["--contenders", "abacus"])
     with pytest.raises(InputError, match="expected --nets in one of"):
         benchmark.main(["--nets", "7-7"])
+    with pytest.raises(InputError, match="at least one of --threads"):
+        benchmark.main(["--threads", "0"])
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="expected a CUDA device"):
+            benchmark.main(["--device", "cuda"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
