@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ def read_checkpoint(path: str | PathLike[str], map_location: Any = "cpu") -> dic
     Raises InputError for a file that is missing, damaged, foreign, or holds anything that could run code.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load takes any bits for parameters
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
         raise InputError(

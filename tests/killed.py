@@ -1,7 +1,8 @@
 """Runs that are killed and continued, forked off one process that has imported everything.
 
-`python -m tests.killed FOLDER MODE MOMENT …` runs to the end, then kills a run at every moment given, goes on from
-last.ckpt, and compares what is left with the run that was never killed. A moment is `event:count`, or `time:share`.
+`python -m tests.killed FOLDER MODE=MOMENT,… …` runs to the end, then kills a run at every moment given, goes on from
+last.ckpt, and compares what is left with the run that was never killed. A moment is `event:count`, or `time:share` of
+the time that the whole run took. MORE holds more overrides.
 """
 
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -99,26 +101,31 @@ def _bytes(value: object) -> object:
     return [_bytes(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def continued(folder: Path, overrides: list[str]) -> None:
-    last = folder / "last.ckpt"
-    status, _ = forked(folder, [*overrides, f"ckpt_path='{last}'"] if last.exists() else overrides)
-    assert status == 0, (folder, status)
-
-
 def main(folder: Path, mode: str, moments: list[str]) -> None:
+    """Kill, go on and compare, once for each moment; where a moment is `a+b`, go on once more after b."""
     overrides = [*RUN, f"backprop={mode}", *EXTRA.get(mode, []), *shlex.split(os.environ.get("MORE", ""))]
     status, duration = forked(folder / mode / "whole", overrides)
     assert status == 0
     expected = outcome(folder / mode / "whole")
     for moment in moments:
         place = folder / mode / moment
-        status, _ = forked(place, overrides, moment, duration)
-        assert moment.startswith("time") or os.WIFSIGNALED(status), f"{mode} {moment}: never came"
-        continued(place, overrides)
+        for part in moment.split("+"):
+            status, _ = forked(place, going_on(place, overrides), part, duration)
+            assert part.startswith("time") or os.WIFSIGNALED(status), f"{mode} {moment}: never came"
+        status, _ = forked(place, going_on(place, overrides))
+        assert status == 0, f"{mode}, killed at {moment}: can't go on"
         assert outcome(place) == expected, f"{mode}, killed at {moment}: another end"
         print(f"{mode} {moment}: the same end", flush=True)
 
 
+def going_on(folder: Path, overrides: list[str]) -> list[str]:
+    last = folder / "last.ckpt"
+    return [*overrides, f"ckpt_path='{last}'"] if last.exists() else overrides
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    training.learning_curves = lambda path: SimpleNamespace(savefig=lambda *arguments, **options: None)
+    for words in sys.argv[2:]:
+        one, _, moments_of_it = words.partition("=")
+        main(Path(sys.argv[1]), one, moments_of_it.split(","))
