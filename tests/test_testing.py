@@ -100,6 +100,7 @@ def test_pytest_helper_fails_and_skips() -> None:
     ("function", "inputs", "message"),
     [
         (torch.sigmoid, (torch.ones(3).long(),), "floating-point tensor to differentiate"),
+        (torch.sigmoid, None, "a tensor or a tuple of what the function takes; got None"),
         (torch.argmax, (torch.ones(3),), "returns a floating-point tensor"),
         (lambda x: x.detach(), (torch.ones(3),), "requires no gradient: is it detached"),
         (lambda x: x @ torch.ones(4), (torch.ones(3),), "to run on float64 copies of these inputs"),

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The battery on the package, or on what the arguments name. Returns the exit status: 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m manual_mlp.testing", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("function", nargs="?", help="package.module:function of yours; without it, this whole package")
-    parser.add_argument("--inputs", help="package.module:make_inputs, a function that returns the inputs")
+    parser.add_argument("--inputs", help="package.module:make_inputs, makes the inputs, or is them")
     parser.add_argument("--reference", help="package.module:function that yours should equal")
     parser.add_argument("--compile", action="store_true", help="ask torch.compile too (seconds for each function)")
     options = parser.parse_args(arguments)
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.inputs is None:
             parser.error("expected --inputs package.module:make_inputs beside the function")
         reference = _imported(options.reference) if options.reference else None
-        report = check_gradients(
-            _imported(options.function), _imported(options.inputs)(), reference, compile=options.compile
-        )
+        inputs = _imported(options.inputs)
+        inputs = inputs() if callable(inputs) else inputs
+        report = check_gradients(_imported(options.function), inputs, reference, compile=options.compile)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

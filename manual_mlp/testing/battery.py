@@ -35,6 +35,8 @@ def check_gradients(
 def _subject(
     function: Any, inputs: Iterable[Any], reference: Callable[..., Any] | None = None, compile: bool = False
 ) -> Subject:
+    if not isinstance(inputs, Iterable):
+        raise InputError(f"expected a tensor or a tuple of what the function takes; got {inputs!r}")
     values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
