@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from manual_mlp.training import run as training
+from tests.configs import configured
 from tests.readme import README, generated
 
 TEXT = README.read_text()
@@ -25,6 +27,7 @@ COMMANDS = [
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, as somebody would paste them into one session."""
     monkeypatch.chdir(tmp_path)
+    training.run(configured(tmp_path / "runs" / "iris", "data=iris", "trainer.max_epochs=1"))  # as the page says before
     assert len(PYTHON) >= 2
     exec(compile("\n".join(PYTHON), str(README), "exec"), {"__name__": "readme"})
 
