@@ -87,6 +87,7 @@ def test_long_training_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_values_are_thinned() -> None:
     (kept,) = flow._thinned({2: torch.arange(2500.0).reshape(50, 50)}).values()
     assert kept.tolist() == list(range(0, 2500, 3))
+    assert kept.untyped_storage().nbytes() == 4 * len(kept)
 
 
 def test_snapshots_of_the_plane(tmp_path: Path) -> None:

@@ -146,6 +146,6 @@ def as_net_takes(module: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
 
 
 def _thinned(values: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Of each layer at most KEPT values, evenly spaced."""
+    """Of each layer at most KEPT values, evenly spaced; copies, since a checkpoint writes all the memory of a view."""
     flat = {layer: value.flatten() for layer, value in values.items()}
-    return {layer: value[:: -(-len(value) // KEPT)].float().cpu() for layer, value in flat.items()}
+    return {layer: value[:: -(-len(value) // KEPT)].float().cpu().clone() for layer, value in flat.items()}
