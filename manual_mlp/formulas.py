@@ -321,7 +321,11 @@ def _leaky_relu_delta_(
 ) -> None:
     """δ = g where a (or z) > 0, else s g."""
     positive = torch.gt(a if z is None else z, 0, out=mask)
-    torch.where(positive, g, torch.mul(g, negative_slope, out=work), out=g)
+    scaled = torch.mul(g, negative_slope, out=work)
+    if work is None:  # legacy vmap, of is_grads_batched, has no out=
+        g.copy_(torch.where(positive, g, scaled))
+    else:
+        torch.where(positive, g, scaled, out=g)
 
 
 def _softplus_delta_(

@@ -1,5 +1,6 @@
 """Net and cost as one node: the layers' figures, first and second derivatives, transforms, memory, refusals."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -79,6 +80,34 @@ def test_second_derivatives_of_every_row(row: Activation, parameters: tuple[floa
     ours = second(network_loss(model, input, target))
     for mine, theirs in zip(ours, second(F.quadratic_loss(model(input), target)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+@rows
+def test_batched_gradients(row: Activation, parameters: tuple[float, ...]) -> None:
+    model, (input, target) = net(row.name, parameters), batch()
+    cost, weights = network_loss(model, input, target), list(model.parameters())
+    g = torch.tensor([1.0, 2.0, -3.0], dtype=double)
+    batched = torch.autograd.grad(cost, weights, g, retain_graph=True, is_grads_batched=True)
+    for mine, one in zip(batched, torch.autograd.grad(cost, weights), strict=True):
+        torch.testing.assert_close(mine, torch.stack([one * factor for factor in g]))
+
+
+def test_one_node_for_any_optimizer_with_clipping_and_accumulation() -> None:
+    ours, data = net("relu"), [batch() for _ in range(4)]
+    theirs = copy.deepcopy(ours)
+    node = network_loss(ours, *data[0]).grad_fn
+    assert node is not None
+    assert {type(of).__name__ for of, _ in node.next_functions} == {"NoneType", "AccumulateGrad"}
+    for model, cost in ((ours, network_loss), (theirs, lambda model, x, y: F.quadratic_loss(model(x), y))):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        for step, (input, target) in enumerate(data * 5):
+            cost(model, input, target).backward()
+            if step % 2:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
 def test_scaled_retained_and_accumulated() -> None:
