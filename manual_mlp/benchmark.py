@@ -345,6 +345,7 @@ def peak(step: Step) -> int:
 
 def measure(net: Net, names: Iterable[str], seconds: float) -> list[Row]:
     """One case: every contender that can be made here."""
+    torch.compiler.reset()  # after eight nets torch.compile would give up, and run them as they are
     steps = {name: CONTENDERS[name](net) for name in names if _possible(name, net.device)}
     memory = {name: (kept(step), peak(step)) for name, step in steps.items() if name in MEMORY}
     times = interleaved(steps, seconds, net.device)
