@@ -39,13 +39,15 @@ class Perceptron(nn.Module):
             )
         mistakes: list[int] = []
         while len(mistakes) < max_epochs and (not mistakes or mistakes[-1] > 0):
-            mistakes.append(sum(self._learn(x, label, rate) for x, label in zip(input, target, strict=True)))
+            wrong = [not torch.equal(self.learn(x, y, rate), y) for x, y in zip(input, target, strict=True)]
+            mistakes.append(sum(wrong))
         return mistakes
 
-    def _learn(self, x: Tensor, target: Tensor, rate: float) -> int:
-        """One sample; 1 if it was answered wrongly."""
-        prediction = self(x)
+    @torch.no_grad()
+    def learn(self, x: Tensor, target: Tensor, rate: float = 1.0) -> Tensor:
+        """One sample: x (in_features,), target (out_features,) → the answer before the step, (out_features,)."""
+        prediction = sheet.threshold(self.affine(x))
         step_weight, step_bias = sheet.perceptron_step(prediction, target, x, rate)
         self.affine.weight.add_(step_weight)
         self.affine.bias.add_(step_bias)
-        return int(not torch.equal(prediction, target))
+        return prediction

@@ -127,6 +127,19 @@ def delta_flow(epochs: Sequence[float], norms: Mapping[int, Sequence[float]]) ->
 
 
 @_styled
+def delta_by_layer(norms: Mapping[str, Mapping[int, float]]) -> Figure:
+    """‖δ^l‖ against l, on a logarithmic scale, a line for each net. norms: {label: {l: norm}}."""
+    figure, panels = _panels(1, 1, 3.2)
+    axes = panels[0, 0]
+    for index, (label, layers) in enumerate(norms.items()):
+        axes.semilogy(list(layers), list(layers.values()), label=label, marker=MARKERS[index % len(MARKERS)])
+    axes.set(xlabel="layer $l$", ylabel=r"$\|\delta^l\|$ of a sample")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return figure
+
+
+@_styled
 def histograms(stages: Mapping[str, Any]) -> Figure:
     """How z, a and |δ| are distributed in each layer, a column for each stage, such as {"before": …, "after": …}.
 

@@ -27,8 +27,10 @@ NEEDED = {
     "data=table": ["data.source.path=table.csv", "data.source.target=y"],
     "data=fashion_mnist": ["data.source.folder=images", "data.val_size=50"],
     "data=mnist": ["data.source.folder=images", "data.val_size=50"],
-    "experiment=nielsen": ["data.source.folder=images", "data.val_size=50"],
-    "experiment=nielsen_fashion": ["data.source.folder=images", "data.val_size=50"],
+    # the engine wants a trainer to begin with
+    "experiment=nielsen": ["data.source.folder=images", "data.val_size=50", "backprop=layers"],
+    "experiment=nielsen_fashion": ["data.source.folder=images", "data.val_size=50", "backprop=layers"],
+    "model=perceptron": ["data=halves"],
 }
 
 
@@ -142,7 +144,10 @@ class TestSentences:
             (["modle=mlp"], "expected a group or a key, but got modle; did you mean model?"),
             (["modle.hidden=[3]"], "expected a group or a key, but got modle; did you mean model?"),
             (["sead=3"], "did you mean seed?"),
-            (["experiment=nope"], "got experiment=nope; known are nielsen, nielsen_fashion, regression, xor"),
+            (
+                ["experiment=nope"],
+                "got experiment=nope; known are chain, deep_sigmoid, digits, linear_neuron, logistic_neuron, nielsen, ",
+            ),
             (["data=digit"], "expected a known choice for data, but got data=digit; did you mean digits?"),
             (["optimizer=sdg"], "did you mean sgd?"),
             (["model.hidden=[3"], "an override of the form key=value, but got 'model.hidden=[3'"),

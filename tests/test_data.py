@@ -329,7 +329,7 @@ class TestSources:
         with pytest.raises(InputError, match=r"one of digits, iris, .* but got 'titanic'"):
             sources.bundled("titanic")
 
-    @pytest.mark.parametrize("source", [sources.moons, sources.xor, sources.sine])
+    @pytest.mark.parametrize("source", [sources.moons, sources.halves, sources.xor, sources.line, sources.sine])
     def test_drawn_data_follow_the_seed(self, source) -> None:
         one, same, other = (source(samples=50, noise=0.1, seed=seed) for seed in (0, 0, 1))
         check(one)

@@ -21,14 +21,22 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 
 def test_reads_well(pages: tuple[str, Path]) -> None:
-    """80 columns but for the paths of pictures, each slide once, in the lecture's order, and its pictures beside it."""
+    """80 columns but for the paths of pictures, the lecture's titles in its order, and three pictures."""
     text, folder = pages
     assert max(len(line) for line in text.splitlines() if not line.startswith("picture: ")) <= 80
-    titles = re.findall(r"^(.+)\n─+$", text, re.MULTILINE)
-    assert titles == [slide.title for slide in lecture.slides()]
-    assert len(titles) == len(set(titles)) >= 9
+    assert re.findall(r"^(.+)\n─+$", text, re.MULTILINE) == [
+        "The smallest building block of an ANN: The Neuron",
+        "Combining the Neurons to a Network",
+        "History of ANNs",
+        "Einfaches Modell eines MLP",
+        "Gradientenberechnung",
+        "Zusammenfassung",
+        "Backpropagation für generelle MLPs",
+        "Learnings!",
+        "And on",
+    ]
     assert sorted(path.name for path in folder.iterdir()) == ["flow.png", "network.png", "xor.png"]
-    assert all(path.stat().st_size > 5000 for path in folder.iterdir())
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
 
 
 def test_goes_through_the_five_steps(pages: tuple[str, Path]) -> None:
@@ -54,7 +62,7 @@ def test_what_learns_and_what_does_not(pages: tuple[str, Path]) -> None:
     text, _ = pages
     assert re.search(r"AND .* 0: converged", text)
     assert re.search(r"XOR .* never fewer than [1-4] in 100", text)
-    before, after = map(float, re.search(r"C was ([\d.]+)\sand is ([\d.]+)", text).groups())  # type: ignore[union-attr]
+    before, after = map(float, re.search(r"C was (\d\.\d+)\sand is (\d\.\d+)", text).groups())  # type: ignore[union-attr]
     assert after < before
     costs = [float(row[1]) for row in re.findall(r"^ +(\d+)  (0\.\d{4})  ", text, re.MULTILINE)]
     assert costs == sorted(costs, reverse=True)
@@ -68,6 +76,9 @@ def test_names_experiments_that_exist() -> None:
         assert (CONF / "experiment" / f"{name}.yaml").exists()
 
 
-def test_without_a_folder_no_picture(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_folder_no_picture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lecture, "slides", lecture.chain)
     lecture.main([])
-    assert "picture:" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "picture:" not in printed
+    assert "Gradientenberechnung" in printed

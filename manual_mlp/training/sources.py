@@ -69,12 +69,34 @@ def xor(samples: int, noise: float, seed: int) -> Samples:
     return Samples(features, corners[:, 0] ^ corners[:, 1], ("equal", "different"))
 
 
-def sine(samples: int, noise: float, seed: int) -> Samples:
-    """y = sin x plus noise, for x uniform in [−π, π]; a regression."""
+def halves(samples: int, noise: float, seed: int) -> Samples:
+    """A square cut in two by a slanted line, the halves moved 0.02 away from it each; then `noise` added to the points.
+
+    Without noise a straight line separates the classes.
+    """
+    _check_drawn(samples, noise)
+    random = np.random.default_rng(seed)
+    points = random.uniform(-1.0, 1.0, size=(samples, 2))
+    normal = np.array([0.6, 0.8])
+    target = (points @ normal > 0.3).astype(np.int64)
+    features = points + np.outer(0.02 * (2 * target - 1), normal) + random.normal(0.0, noise, size=points.shape)
+    return Samples(features, target, ("below", "above"))
+
+
+def line(samples: int, noise: float, seed: int) -> Samples:
+    """y = 1 + 2 x plus noise, for x uniform in [−1, 1]; a regression."""
+    _check_drawn(samples, noise)
+    random = np.random.default_rng(seed)
+    x = random.uniform(-1.0, 1.0, size=(samples, 1))
+    return Samples(x, 1 + 2 * x + random.normal(0.0, noise, size=x.shape))
+
+
+def sine(samples: int, noise: float, seed: int, frequency: float = 1.0) -> Samples:
+    """y = sin(frequency · x) plus noise, for x uniform in [−π, π]; a regression."""
     _check_drawn(samples, noise)
     random = np.random.default_rng(seed)
     x = random.uniform(-np.pi, np.pi, size=(samples, 1))
-    return Samples(x, np.sin(x) + random.normal(0.0, noise, size=x.shape))
+    return Samples(x, np.sin(frequency * x) + random.normal(0.0, noise, size=x.shape))
 
 
 def mnist(folder: str | None) -> Samples:

@@ -20,6 +20,8 @@ FILES = (
     "figures.json",
     "learning_curves.png",
     "report.html",
+    "trace.md",
+    "flow.png",
     "tensorboard",
     "train.log",
     ".hydra",
@@ -85,6 +87,8 @@ def _hint(module: MLPModule, data: DataModule, figures: dict[str, float]) -> lis
         failed, reason = figures.get("val_r2", 0.0) < 0, "always guessing the mean gives r2 0"
     if not failed or module.optimizer is None:
         return []
+    if module.output_activation == "threshold":
+        return ["", _wrapped("  ", f"hint: {reason}; if no straight line separates the classes, use model=mlp")]
     lr = module.optimizer.keywords.get("lr")
     now = "" if lr is None else f" (now {lr})"
     other = "" if module.optimizer.func is Adam else " or use optimizer=adam"

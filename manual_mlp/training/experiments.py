@@ -1,0 +1,45 @@
+"""What single experiments of the lecture add to their runs: a traced step, and a sweep's δ drawn together."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from manual_mlp.plots import delta_by_layer, flow
+from manual_mlp.trace import trace
+from manual_mlp.training.flow import DeltaFlow
+from manual_mlp.training.sweep import read_runs
+
+
+class Traced(L.Callback):
+    """Before the first step, prints `mm.trace` of the first training sample; trace.md and flow.png in the run folder.
+
+    The LR of its step 5 is the optimizer's lr: what plain SGD would do.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        features, target = trainer.datamodule.splits["train"][:1]  # type: ignore[attr-defined] # Lightning sets it
+        device, lr = pl_module.device, trainer.optimizers[0].param_groups[0]["lr"]
+        target = pl_module._as_cost_wants(target.to(device))
+        traced = trace(pl_module.net, features.to(device), target, pl_module.loss, lr)
+        folder = Path(trainer.default_root_dir)
+        (folder / "trace.md").write_text(traced.to_markdown() + "\n")
+        flow(traced).savefig(folder / "flow.png")
+        print(f"\n{traced}\n")
+
+
+class DeltaByLayer(Callback):
+    """At the end of a sweep: ‖δ^l‖ against l before the first step, a line for each run, as deltas.png."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        norms = {}
+        for run in read_runs(folder):
+            content = torch.load(folder / run.name / "last.ckpt", map_location="cpu", weights_only=True)
+            recorded = content["callbacks"][DeltaFlow.__qualname__]["norms"]
+            norms[", ".join(run.settings.values())] = {layer: values[0] for layer, values in recorded.items()}
+        delta_by_layer(norms).savefig(folder / "deltas.png")
+        print(f"\npicture of δ by layer: {folder / 'deltas.png'}")

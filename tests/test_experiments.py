@@ -1,0 +1,180 @@
+"""Every `experiment=` preset in a short form, with what it is there to show."""
+
+import csv
+import itertools
+import logging
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from manual_mlp import InputError
+from manual_mlp.plots import delta_by_layer
+from manual_mlp.training import run as training
+from manual_mlp.training import sources
+from manual_mlp.training.module import MLPModule
+from manual_mlp.training.perceptron import PerceptronModule
+from tests.configs import CONF, ROOT, configured
+from tests.test_data import idx_folder
+
+SHORT = {  # overrides, and the least that the returned figure must reach; the others have tests of their own
+    "logistic_neuron": (["trainer.max_epochs=5", "optimized_metric=test_accuracy"], 0.85),
+    "xor": (["backprop=engine", "trainer.max_epochs=30", "optimized_metric=test_accuracy"], 0.97),
+    "digits": (["backprop=engine", "trainer.max_epochs=3", "optimized_metric=test_accuracy"], 0.85),
+    "regression": (["trainer.max_epochs=10", "optimized_metric=val_r2"], 0.1),
+    "nielsen": (["data.source.folder=images", "data.val_size=50", "trainer.max_epochs=1"], 0.0),
+    "nielsen_fashion": (["data.source.folder=images", "data.val_size=50", "trainer.max_epochs=1"], 0.0),
+}
+OTHERS = {"linear_neuron", "perceptron", "perceptron_xor", "chain", "universal_approximator", "deep_sigmoid"}
+
+
+def run(folder: Path, name: str, *overrides: str) -> float:
+    return training.run(configured(folder, f"experiment={name}", *overrides))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """sweep(preset, *overrides): by train.py itself, which the preset makes sweep; the rows of its sweep.csv."""
+
+    def run(name: str, *overrides: str) -> list[dict[str, str]]:
+        where = [f"hydra.sweep.dir={tmp_path}", "trainer.enable_progress_bar=false"]
+        monkeypatch.setattr(sys, "argv", ["train.py", f"experiment={name}", *where, *overrides])
+        monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])  # which Hydra replaces
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        assert (tmp_path / "sweep.png").exists()
+        with (tmp_path / "sweep.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    return run
+
+
+def test_every_preset_is_here_and_in_the_readme_and_help() -> None:
+    names = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
+    assert names == {*SHORT, *OTHERS}
+    for text in ((ROOT / "README.md").read_text(), (CONF / "config.yaml").read_text()):
+        assert all(name in text for name in names)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_reaches_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    idx_folder(tmp_path / "images")
+    overrides, least = SHORT[name]
+    assert run(tmp_path / "run", name, *overrides) >= least
+
+
+class TestPerceptron:
+    @staticmethod
+    def mistakes(folder: Path, *overrides: str) -> list[float]:
+        training.run(configured(folder, *overrides))
+        with (folder / "metrics.csv").open() as file:
+            return [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
+
+    def test_converges_where_a_line_separates(self, tmp_path: Path) -> None:
+        mistakes = self.mistakes(tmp_path, "experiment=perceptron")
+        assert mistakes[0] > 0
+        assert mistakes[-1] == 0
+        first = mistakes.index(0)
+        assert not any(mistakes[first:])  # an epoch without a mistake changes nothing
+        module = PerceptronModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+        samples = sources.halves(400, 0.0, 0)
+        scale = samples.features.std(0)
+        normal = module.net.affine.weight[0] / torch.tensor(scale)  # of the line, in the units of the samples
+        assert abs(normal[0] / normal[1] - 0.75) < 0.15
+
+    def test_never_settles_on_xor(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        best = ["callbacks.best.monitor=val_loss", "callbacks.best.save_on_train_epoch_end=null"]
+        mistakes = self.mistakes(tmp_path, "experiment=perceptron_xor", "trainer.max_epochs=10", *best)
+        assert min(mistakes) > 0.2
+        assert "use model=mlp" in " ".join(capsys.readouterr().out.split())
+
+    def test_is_the_rule(self, tmp_path: Path) -> None:
+        """Sample by sample in the order of the batches, as `Perceptron.fit` does it."""
+        cfg = configured(tmp_path, "experiment=perceptron", "trainer.max_epochs=1")
+        data = training.build(cfg.data)
+        training.run(cfg)
+        data.setup()
+        module = PerceptronModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+        neuron = training.build(cfg.model, _partial_=True)(2, 2, list(data.class_names)).net
+        for features, target in data.train_dataloader():
+            neuron.fit(features, target.float().unsqueeze(1), rate=1.0, max_epochs=1)
+        torch.testing.assert_close(module.net.state_dict(), neuron.state_dict(), rtol=0, atol=0)
+
+    def test_two_classes_only(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"two classes for a perceptron, .* but got 10; choose data=halves"):
+            training.run(configured(tmp_path, "model=perceptron"))
+
+
+def test_linear_neuron_is_least_squares(tmp_path: Path) -> None:
+    """Small steps lead to the line that NumPy finds at once."""
+    cfg = configured(tmp_path, "experiment=linear_neuron", "optimizer.lr=0.03", "trainer.max_epochs=15")
+    training.run(cfg)
+    data = training.build(cfg.data)
+    data.setup()
+    x, y = (tensor.flatten().double().numpy() for tensor in data.splits["train"][:])
+    slope, intercept = np.polyfit(x, y, 1)
+    net = MLPModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True).net
+    assert net[0].weight.item() == pytest.approx(slope, abs=0.02)
+    assert net[0].bias.item() == pytest.approx(intercept, abs=0.02)
+
+
+def test_chain_is_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed and kept is the first sample's pass, before any step."""
+    assert run(tmp_path, "chain", "backprop=engine", "trainer.max_epochs=15", "optimized_metric=val_r2") > 0.5
+    printed = capsys.readouterr().out
+    assert "1-1-1-1, quadratic cost, N = 1" in printed
+    assert "new w¹ = w¹ − LR · ∂C/∂w¹" in printed
+    assert "δ² = w² · δ³ · sigmoid′(z²)" in (tmp_path / "trace.md").read_text()
+    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
+    assert "trace.md" in printed[printed.index("files in") :]
+
+
+def test_universal_approximator(sweep) -> None:
+    """Short: two widths, the wider one nearer to the curve."""
+    narrow, wide = sweep("universal_approximator", "model.hidden=[1],[16]", "backprop=engine", "trainer.max_epochs=30")
+    assert float(wide["val_rmse"]) < 0.5 * float(narrow["val_rmse"])
+
+
+def test_deep_sigmoid(sweep, tmp_path: Path) -> None:
+    """Short: one epoch. δ vanishes through sigmoid layers, less so through relu, and hardly with Glorot's weights."""
+    rows = sweep("deep_sigmoid", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "data.test_size=1400")
+    lost = {}
+    for row in rows:
+        content = torch.load(tmp_path / row["run"] / "last.ckpt", weights_only=True)
+        norms = content["callbacks"]["DeltaFlow"]["norms"]
+        lost[row["model.activation"], row["model.initialisation"]] = norms[10][0] / norms[2][0]
+    order = [("sigmoid", "torch"), ("sigmoid", "glorot"), ("relu", "torch"), ("relu", "glorot")]
+    assert all(lost[more] > 5 * lost[less] for more, less in itertools.pairwise(order))
+    assert lost["sigmoid", "torch"] > 1e5
+    assert lost["relu", "glorot"] < 100
+    assert (tmp_path / "deltas.png").exists()
+
+
+def test_delta_by_layer_draws_each_run() -> None:
+    figure = delta_by_layer({"sigmoid": {2: 1e-4, 3: 1e-2}, "relu": {2: 0.1, 3: 0.2}})
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [[1e-4, 1e-2], [0.1, 0.2]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sigmoid", "relu"]
+
+
+@pytest.mark.slow
+def test_universal_approximator_in_full(sweep) -> None:
+    """Error against width: it falls until 16 neurons, where the curve is met to a tenth of its spread."""
+    errors = [float(row["val_rmse"]) for row in sweep("universal_approximator")]
+    assert len(errors) == 6
+    assert errors[4] < 0.1
+    assert all(wider < 1.05 * narrower for narrower, wider in itertools.pairwise(errors[:5]))
+
+
+@pytest.mark.slow
+def test_deep_sigmoid_in_full(sweep) -> None:
+    """Only where δ arrives does the net learn."""
+    rows = sweep("deep_sigmoid")
+    learned = {(row["model.activation"], row["model.initialisation"]): float(row["val_accuracy"]) for row in rows}
+    assert learned.pop(("relu", "glorot")) > 0.5
+    assert max(learned.values()) < 0.2
