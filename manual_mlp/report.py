@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from manual_mlp import formulas as sheet
-from manual_mlp.trace import SUPERSCRIPTS, Trace
+from manual_mlp.trace import SUPERSCRIPTS, TITLES, Trace
 
 PACKAGES = ("manual-mlp", "torch", "lightning", "hydra-core", "numpy", "scikit-learn", "matplotlib")
 LARGEST_SVG = 100_000  # bytes; a picture of more lines than that is smaller as PNG
@@ -37,19 +37,22 @@ def page(
     figures: Mapping[str, float],
     pictures: Sequence[Picture],
     trace: Trace | None,
+    step: str,
+    remark: str,
     origin: Mapping[str, str],
     config: str,
 ) -> str:
     """The page. All text is escaped, so none of it can become markup.
 
     facts: name and value, such as "net" and "64-30-10". figures: by part and kind, such as test_accuracy.
-    trace: of the net, for its formulas; None for a net that has none.
+    trace: of the net, for its formulas; None for a net that has none. step: what takes the gradients, in words; "" for
+    w := w − LR · ∂C/∂w. remark: what else there is to say of the formulas.
     origin: name and value of what leads to the same run again. config: the resolved configuration.
     """
     sections = [
         _section("The run", _list(facts) + _table_of(figures)),
         _section("Pictures", f'<div class="pictures">{"".join(map(_picture, pictures))}</div>') if pictures else "",
-        _section("The formulas of this net", _formulas(trace)) if trace else "",
+        _section("The formulas of this net", _formulas(trace, step, remark)) if trace else "",
         _section("How to get it again", _list(origin) + f"<h3>Configuration</h3><pre>{_text(config)}</pre>"),
     ]
     return PAGE.format(title=_text(title), style=STYLE, body="\n".join(sections))
@@ -94,7 +97,11 @@ def _table_of(figures: Mapping[str, float]) -> str:
         texts = ["–" if v is None else f"{100 * v:.2f} %" if kind == "accuracy" else f"{v:.4g}" for v in cells]
         rows.append(f'<tr><th scope="row">{_text(kind)}</th>{"".join(f"<td>{text}</td>" for text in texts)}</tr>')
     head = "".join(f'<th scope="col">{part}</th>' for part in PARTS)
-    return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+    return (
+        f'<table class="figures"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        if rows
+        else ""
+    )
 
 
 def _picture(picture: Picture) -> str:
@@ -123,11 +130,13 @@ def _rendered(figure: Figure) -> tuple[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _formulas(trace: Trace) -> str:
+def _formulas(trace: Trace, step: str, remark: str) -> str:
     """The five steps as a table of formula and shape, and each G that occurs in them with its δ."""
     parts = []
     for title, lines in trace.formulas():
         rows = [f"<tr><td>{_formula(*line[:2])}</td><td>{_shape(*line[::2])}</td></tr>" for line in lines]
+        if step and title == TITLES[-1]:
+            rows = [f'<tr><td colspan="2">{_text(step)}</td></tr>']
         head = f'<tr><th colspan="2" scope="rowgroup">{title}</th></tr>'
         parts += [f"<tbody>{head}{''.join(rows)}</tbody>"] if rows else []
     activations = [sheet.ACTIVATIONS[name] for name in dict.fromkeys(trace.activation.values())]
@@ -136,7 +145,7 @@ def _formulas(trace: Trace) -> str:
     used += [(name, meaning) for name, meaning in sheet.SYMBOLS.items() if any(name[:2] in text for _, text in used)]
     cells = [f"<tr><td>{_text(name)}</td><td><code>{_text(text)}</code></td></tr>" for name, text in used]
     head = '<tr><th colspan="2" scope="rowgroup">activations</th></tr>'
-    note = f"N is the number of rows in a batch, m = {trace.sizes[-1]} the number of outputs."
+    note = f"N is the number of rows in a batch, m = {trace.sizes[-1]} the number of outputs. {_text(remark)}"
     return f'<p>{note}</p><table class="formulas">{"".join(parts)}<tbody>{head}{"".join(cells)}</tbody></table>'
 
 
@@ -176,18 +185,19 @@ PAGE = """<!doctype html>
 STYLE = """
 :root { color-scheme: light dark; --line: #ccc; --soft: #f3f4f6; }
 @media (prefers-color-scheme: dark) { :root { --line: #555; --soft: #2a2c30; } }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 64rem; margin: auto; padding: 1rem; overflow-wrap: anywhere; }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 64rem; margin: auto; padding: 1rem; }
+h1, dd, pre, code { overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0; }
 h2 { font-size: 1.25rem; margin: 2rem 0 .75rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0 0 .25rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: 0 0 1rem; }
-dt { color: GrayText; }
+dt, thead th, th[scope=rowgroup] { opacity: .7; }
 dd { margin: 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; font-weight: normal; }
-thead th, th[scope=rowgroup] { color: GrayText; }
+th, td { padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; font-weight: normal; }
 th[scope=rowgroup] { padding-top: .8rem; }
 tr { border-bottom: 1px solid var(--line); }
+.figures { white-space: nowrap; }
 .formulas { width: 100%; max-width: 34rem; }
 .formulas td:first-child { font-family: "Latin Modern Math", "Cambria Math", "STIX Two Math", Georgia, serif; }
 sup { line-height: 0; }

@@ -69,6 +69,8 @@ def make_page(**options: object) -> str:
         "figures": {"train_loss": 0.123456, "test_loss": 2e-9, "test_accuracy": 0.98765},
         "pictures": [Picture("Line", "a line", figure())],
         "trace": trace,
+        "step": "",
+        "remark": "",
         "origin": {"seed": "0"},
         "config": "seed: 0\n",
     }
@@ -119,6 +121,13 @@ class TestPage:
             assert formula in text
         assert "b 1" not in text  # a net without biases
         assert "Φ" not in text
+
+    def test_another_step_than_the_lectures(self) -> None:
+        assert "5. update new W 3 = W 3 − LR · ∂C/∂W 3 (2, 4)" in Page(make_page()).text()
+        text = Page(make_page(step="by Adam, lr <1>", remark="Without dropout.")).text()
+        assert "5. update by Adam, lr <1> activations" in text
+        assert "LR" not in text
+        assert "2 the number of outputs. Without dropout. given" in text
 
     def test_a_net_without_formulas(self) -> None:
         page = make_page(trace=None, pictures=[])
@@ -181,6 +190,11 @@ class TestRun:
     )
     def test_other_data(self, tmp_path: Path, overrides: list[str], expected: list[str]) -> None:
         assert titles(run(tmp_path, *overrides)) == ["Learning curves", *expected]
+
+    def test_the_step_and_dropout_are_told(self, tmp_path: Path) -> None:
+        text = run(tmp_path, "data=iris", "optimizer=adam", "model.dropout=0.1").text()
+        assert "5. update by Adam, lr 0.003 activations" in text
+        assert "after each hidden layer with p = 0.1, is left out. given" in text
 
     def test_without_anything_beside(self, tmp_path: Path) -> None:
         page = run(tmp_path, "data=iris", "~callbacks", "~logger", "trainer.enable_checkpointing=false")

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.func import functional_call
+from torch.optim import SGD, Optimizer
 
 import manual_mlp as mm
 from manual_mlp import plots, report
@@ -74,13 +75,21 @@ def leave_report(
         "versions": report.versions(),
     }
     config = OmegaConf.to_yaml(cfg, resolve=True)
-    page = report.page(title, facts, figures, pictures, trace, origin, config)
+    step = "" if _is_plain(module.optimizer) else f"by {facts['optimizer']}"
+    dropout = module.hparams["dropout"]
+    remark = f"Dropout, in training after each hidden layer with p = {dropout}, is left out." if dropout else ""
+    page = report.page(title, facts, figures, pictures, trace, step, remark, origin, config)
     (Path(cfg.run_dir) / "report.html").write_text(page, encoding="utf-8")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             for picture in pictures:
                 logger.experiment.add_figure(picture.title, picture.figure, trainer.global_step)
             logger.experiment.flush()
+
+
+def _is_plain(optimizer: partial[Optimizer] | None) -> bool:
+    """Whether it is gradient descent, without momentum and the like."""
+    return optimizer is not None and optimizer.func is SGD and not any({**optimizer.keywords, "lr": 0}.values())
 
 
 def _command() -> str:
