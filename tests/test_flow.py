@@ -19,7 +19,7 @@ from tests.configs import configured
 
 def trained(folder: Path, *overrides: str, epochs: int = 2, resume: Path | None = None) -> tuple[L.Trainer, Any, Any]:
     """Trainer, module and data after so many epochs, without test or summary."""
-    training._quieten()
+    training.quieten()
     cfg = configured(folder, "data=iris", f"trainer.max_epochs={epochs}", *overrides)
     data = training.build(cfg.data)
     L.seed_everything(0, verbose=False)

@@ -1,4 +1,4 @@
-"""Whole trainings for the benchmark: `python train.py` in each of its ways beside a plain loop of torch's layers."""
+"""Whole trainings for the benchmark: `train.py` in its ways beside a plain loop of torch and beside Lightning alone."""
 
 import json
 import time
@@ -8,16 +8,19 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
+from manual_mlp import functional
 from manual_mlp.errors import InputError
+from manual_mlp.modules import MLP
 from manual_mlp.training.backprop import BACKPROP, torch_mlp
 from manual_mlp.training.config import build
 from manual_mlp.training.data import DataModule
-from manual_mlp.training.run import FIGURES, run
+from manual_mlp.training.run import FIGURES, quieten, run
 
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENT = ("experiment=nielsen_fashion", "trainer.max_epochs=5")
@@ -38,7 +41,11 @@ def trainings(*overrides: str) -> tuple[int, dict[str, Callable[[], float]]]:
     data.setup()
     steps = cfg.trainer.max_epochs * -(-len(data.splits["train"]) // data.batch_size)
     by_train_py = {f"train.py {name}": partial(_train_py, *overrides, f"backprop={name}") for name in BACKPROP}
-    return steps, {PLAIN: partial(_plain_loop, cfg, data), **by_train_py}
+    return steps, {
+        PLAIN: partial(_plain_loop, cfg, data),
+        "Lightning alone": partial(_lightning_alone, cfg, data),
+        **by_train_py,
+    }
 
 
 def _config(*overrides: str) -> DictConfig:
@@ -70,4 +77,39 @@ def _plain_loop(cfg: DictConfig, data: DataModule) -> float:
             optimizer.zero_grad()
             loss(net(features.index_select(0, rows)), target.index_select(0, rows)).backward()
             optimizer.step()
+    return time.perf_counter() - started
+
+
+class _Alone(L.LightningModule):
+    """The layers and the quadratic cost: what `train.py layers` would be without figures, validation and files."""
+
+    def __init__(self, net: nn.Module, targets: Tensor, lr: float) -> None:
+        super().__init__()
+        self.net, self.targets, self.lr = net, targets, lr
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        features, target = batch
+        return functional.quadratic_loss(self.net(features), self.targets[target])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def _lightning_alone(cfg: DictConfig, data: DataModule) -> float:
+    """The same steps by a Trainer with everything off."""
+    quieten()
+    torch.set_num_threads(cfg.threads)
+    net = MLP([data.input_size, *cfg.model.hidden, data.output_size])
+    trainer = L.Trainer(
+        max_epochs=cfg.trainer.max_epochs,
+        accelerator="cpu",
+        logger=False,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = _Alone(net, torch.eye(data.output_size), cfg.optimizer.lr)
+    started = time.perf_counter()
+    trainer.fit(module, data.train_dataloader())
     return time.perf_counter() - started

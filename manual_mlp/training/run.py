@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> float | None:
     """
     check(cfg)
     task = choose(cfg.task, {"train": _train, "test": _test, "predict": _predict}, "task")
-    _quieten()
+    quieten()
     try:
         return task(cfg)
     except MisconfigurationException as error:  # Lightning's word for a wrong option
@@ -83,7 +83,7 @@ def run(cfg: DictConfig) -> float | None:
         ) from error
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Send Lightning's messages to Hydra's log file instead of the terminal; drop advice that is not to the point."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
