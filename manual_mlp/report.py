@@ -212,6 +212,6 @@ pre { background: var(--soft); padding: .75rem; border-radius: 4px; white-space:
   .pictures { grid-template-columns: 1fr 1fr; }
   figure, tr, dl { break-inside: avoid; }
   h2, h3, th[scope=rowgroup] { break-after: avoid; }
-  pre { padding: 0; background: none; }
+  pre { padding: 0; background: none; columns: 2; }
 }
 """

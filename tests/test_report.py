@@ -168,7 +168,7 @@ INSIDE = ["First-layer weights", "Flow of δ", "Histograms"]
 
 class TestRun:
     def test_digits(self, tmp_path: Path) -> None:
-        page = run(tmp_path, "data=digits")
+        page = run(tmp_path, "data=digits", "model.dropout=0.3")  # which the test leaves out, and so must the page
         assert titles(page) == ["Learning curves", "Confusion matrix", "Worst mistakes", *INSIDE]
         with (tmp_path / "metrics.csv").open() as file:
             accuracy = float(list(csv.DictReader(file))[-1]["test_accuracy"])
@@ -195,6 +195,7 @@ class TestRun:
         text = run(tmp_path, "data=iris", "optimizer=adam", "model.dropout=0.1").text()
         assert "5. update by Adam, lr 0.003 activations" in text
         assert "after each hidden layer with p = 0.1, is left out. given" in text
+        assert "a 2 = sigmoid(z 2 ) (N, 30)" in text  # without its mask
 
     def test_without_anything_beside(self, tmp_path: Path) -> None:
         page = run(tmp_path, "data=iris", "~callbacks", "~logger", "trainer.enable_checkpointing=false")

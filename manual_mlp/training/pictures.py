@@ -62,6 +62,7 @@ def leave_report(
     """
     if checkpoint:  # after a test in other processes (ddp_spawn) this one's module is another epoch's
         module.load_state_dict(torch.load(checkpoint, map_location=module.device, weights_only=True)["state_dict"])
+    module.eval()  # no dropout in its answers; Lightning has left the mode of training
     flow = next((callback for callback in trainer.callbacks if isinstance(callback, DeltaFlow)), None)  # type: ignore[attr-defined]
     trace = _trace(module, data, flow.rows if flow else ROWS)
     pictures = [curves] if curves else []
