@@ -115,6 +115,16 @@ class _Plan:
                 torch.index_select(data, 0, rows, out=chunk[: len(rows)])
             yield from self.batches[: len(rows) // n]
 
+    def in_order(self, input: Tensor, target: Tensor, prediction: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows as they come, batch by batch; whoever asks for the next one has run the last one."""
+        batches = zip(input.split(len(self.ones)), target.split(len(self.ones)), strict=True)
+        if prediction is None:
+            yield from batches
+            return
+        for batch, a in zip(batches, prediction.split(len(self.ones)), strict=True):
+            yield batch
+            a.copy_(self.kept)
+
     def run(self, input: Tensor, target: Tensor, out: Tensor) -> None:
         """The five steps, in inference mode; out := C / total_weight."""
         if self.input is not None:
@@ -164,7 +174,7 @@ class _Plan:
             assert a is not None
             if self.engine.compute_dtype is None:
                 self.prediction = self.kept = a
-                if self.engine.keep_prediction and self.stages[-1].row.name != "identity":  # step 2 overwrites a^L
+                if self.engine._keeps and self.stages[-1].row.name != "identity":  # step 2 overwrites a^L
                     self.kept = torch.empty_like(a)
                     self.forward.append(partial(self.kept.copy_, a))
             else:
@@ -277,7 +287,6 @@ class BackpropEngine:
     loss       "quadratic", "mse", "bce" or "cross_entropy": the functions of `functional.COSTS` with their defaults
     max_grad_norm   clips the gradients, as torch.nn.utils.clip_grad_norm_
     compute_dtype   torch.bfloat16: products and activations in it; parameters, cost and update in float32
-    keep_prediction   leaves in `prediction` what the last batch gave
 
     A plain SGD's step leaves .grad alone; otherwise .grad is filled, in tensors that the next step overwrites.
     Raises InputError for a model, optimizer, loss or batch that it can't train faithfully.
@@ -290,11 +299,10 @@ class BackpropEngine:
         loss: str = "quadratic",
         max_grad_norm: float | None = None,
         compute_dtype: torch.dtype | None = None,
-        keep_prediction: bool = False,
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.max_grad_norm, self.compute_dtype, self.keep_prediction = max_grad_norm, compute_dtype, keep_prediction
-        self._fixed = False
+        self.max_grad_norm, self.compute_dtype = max_grad_norm, compute_dtype
+        self._fixed = self._keeps = False
         if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
             raise InputError(f"expected a torch.optim.SGD, Adam or AdamW; got {type(optimizer).__name__}")
         if any(group["differentiable"] for group in optimizer.param_groups):
@@ -315,13 +323,6 @@ class BackpropEngine:
         """Steps 1 to 4: fills the parameters' .grad (it does not add to it) → C. Arguments as `step`."""
         return self._pass(input, target, ())
 
-    @property
-    def prediction(self) -> Tensor:
-        """a^L (N, n_L) of the last batch, before its update, with keep_prediction; the next batch overwrites it."""
-        if not self.keep_prediction:
-            raise InputError("expected an engine that keeps its prediction: BackpropEngine(…, keep_prediction=True)")
-        return self._plan.kept
-
     def train_epoch(
         self, input: Tensor, target: Tensor, batch_size: int, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -329,19 +330,20 @@ class BackpropEngine:
 
         The order is torch.randperm(N, generator=generator). Learning rates are read once, at the start.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"expected a batch_size of at least 1; got {batch_size!r}")
         self._check(input, target)
         order = torch.randperm(len(input), generator=generator, device=generator.device if generator else None)
-        order, rates = order.to(input.device), self._rates()
-        costs = torch.empty(math.ceil(len(input) / batch_size), dtype=input.dtype, device=input.device)
-        whole = len(input) // batch_size * batch_size
-        outs = costs.unbind()
-        for n, rows, out in ((batch_size, order[:whole], outs), (len(input) - whole, order[whole:], outs[-1:])):
-            if len(rows):
-                plan = self._planned(input[:n], target[:n], rates)
-                self._train(plan, zip(plan.gathered(input, target, rows), out, strict=False), rates)
-        return costs.sum() * self._cost.total_weight(len(input), self._layers[-1].weight.shape[0])
+        return self._train_rows(input, target, batch_size, order.to(input.device), None)
+
+    def train_batches(self, input: Tensor, target: Tensor, batch_size: int, prediction: Tensor | None = None) -> Tensor:
+        """`train_epoch` on the rows in the order in which they come.
+
+        prediction (N, n_L) is filled with a^L of each batch before its step.
+        """
+        self._check(input, target)
+        if prediction is not None and not self._keeps:
+            self._keeps = True
+            self._plans.clear()
+        return self._train_rows(input, target, batch_size, None, prediction)
 
     def _pass(self, input: Tensor, target: Tensor, rates: Rates) -> Tensor:
         """Steps 1 to 4, or to 5 given rates → C, an ordinary tensor."""
@@ -355,6 +357,24 @@ class BackpropEngine:
         if not rates:
             self._give_gradients()
         return torch.mul(plan.cost, plan.total_weight)
+
+    def _train_rows(
+        self, input: Tensor, target: Tensor, batch_size: int, order: Tensor | None, prediction: Tensor | None
+    ) -> Tensor:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"expected a batch_size of at least 1; got {batch_size!r}")
+        rates, whole = self._rates(), len(input) // batch_size * batch_size
+        costs = torch.empty(math.ceil(len(input) / batch_size), dtype=input.dtype, device=input.device)
+        outs = costs.unbind()
+        for n, of, out in ((batch_size, slice(whole), outs), (len(input) - whole, slice(whole, None), outs[-1:])):
+            if n and len(input[of]):
+                plan = self._planned(input[:n], target[:n], rates)
+                if order is None:
+                    batches = plan.in_order(input[of], target[of], None if prediction is None else prediction[of])
+                else:
+                    batches = plan.gathered(input, target, order[of])
+                self._train(plan, zip(batches, out, strict=False), rates)
+        return costs.sum() * self._cost.total_weight(len(input), self._layers[-1].weight.shape[0])
 
     def _train(self, plan: _Plan, batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]], rates: Rates) -> None:
         """A step for each (input, target), out; out := the cost, undivided."""

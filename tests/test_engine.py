@@ -279,19 +279,32 @@ def test_dropout_draws_the_layers_masks() -> None:
     assert_same(ours, twin)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize(("loss", "compute_dtype"), [("quadratic", None), ("bce", None), ("bce", torch.bfloat16)])
-def test_prediction_is_that_of_the_batch_before_its_update(loss: str, compute_dtype: torch.dtype | None) -> None:
-    model = mm.MLP([4, 20, 3], output_activation="identity" if loss == "bce" else "sigmoid", dropout=0.3)
-    engine = BackpropEngine(model, sgd(model.parameters()), loss, compute_dtype=compute_dtype, keep_prediction=True)
+def test_batches_in_order_with_their_predictions(optimizer: Any, loss: str, compute_dtype: torch.dtype | None) -> None:
+    """train_batches is step after step, and gives what each step predicted before it."""
+    ours = mm.MLP([4, 20, 3], output_activation="identity" if loss == "bce" else "sigmoid", dropout=0.3)
+    twin = copy.deepcopy(ours)
+    engines = [
+        BackpropEngine(net, optimizer(net.parameters(), lr=0.1), loss, None, compute_dtype) for net in (ours, twin)
+    ]
+    input, target = torch.randn(17, 4), torch.rand(17, 3)
+    for engine in engines:  # without predictions, first
+        torch.manual_seed(0)
+        engine.train_batches(input, target, 5)
+    given, expected, costs = torch.empty(17, 3), [], []
+    torch.manual_seed(1)
+    mean = engines[0].train_batches(input, target, 5, given)
+    torch.manual_seed(1)
+    for x, y in zip(input.split(5), target.split(5), strict=True):
+        state = torch.get_rng_state()
+        expected.append(twin(x).detach())
+        torch.set_rng_state(state)
+        costs.append(engines[1].step(x, y) * len(x))
+    assert_same(ours, twin)
+    torch.testing.assert_close(mean, sum(costs) / 17)
     tolerance = 1e-6 if compute_dtype is None else 0.02  # 8 bits of mantissa
-    for seed, (input, target) in enumerate(batches()):
-        torch.manual_seed(seed)
-        expected = model(input.float()).detach()
-        torch.manual_seed(seed)
-        engine.step(input.float(), target.float())
-        torch.testing.assert_close(engine.prediction, expected, rtol=tolerance, atol=tolerance)
-    with pytest.raises(mm.InputError, match="keep_prediction=True"):
-        _ = BackpropEngine(model, sgd(model.parameters()), loss).prediction
+    torch.testing.assert_close(given, torch.cat(expected), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("frozen", [[0], [1, 2], [2], ["bias"]])

@@ -16,8 +16,6 @@ from tests.cases import CASES, Case
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
-
-
 class Recorder:
     """A backend that compiles nothing and keeps the graphs AOTAutograd makes: forward, and backward."""
 

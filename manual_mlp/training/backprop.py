@@ -103,7 +103,7 @@ class Engine(Layers):
         self.check(trainer)
         clip, compute_dtype = trainer.gradient_clip_val or None, PRECISIONS[trainer.precision]
         try:
-            self.engine = mm.BackpropEngine(module.net, optimizer, self.loss, clip, compute_dtype, keep_prediction=True)
+            self.engine = mm.BackpropEngine(module.net, optimizer, self.loss, clip, compute_dtype)
         except InputError as error:
             raise InputError(f"{error}; or take backprop=network") from None
 
@@ -126,25 +126,23 @@ class Engine(Layers):
         _check_accumulation(module.trainer)  # a callback may change it at any time
         data = module.trainer.datamodule  # type: ignore[attr-defined] # Lightning sets it
         size = data.batch_size if isinstance(data, DataModule) else len(features)
+        schedules = [config.scheduler for config in module.trainer.lr_scheduler_configs if _counts_batches(config)]
         prediction = features.new_empty(len(features), module.sizes[-1])
-        costs: list[Tensor] = []
+        parts = [part.split(size if schedules else len(features)) for part in (features, target, prediction)]
+        total = torch.zeros((), device=features.device)
         with torch.autocast(features.device.type, enabled=False):
-            for x, y, a in zip(*(rows.split(size) for rows in (features, target, prediction)), strict=True):
-                if costs:
-                    _advance_schedules(module)
-                costs.append(self.engine.step(x, y) * len(x))
-                a.copy_(self.engine.prediction)
-        return torch.stack(costs).sum() / len(features), prediction
+            for index, (x, y, a) in enumerate(zip(*parts, strict=True)):
+                for scheduler in schedules if index else ():  # Lightning advances them after the last mini-batch only
+                    module.lr_scheduler_step(scheduler, None)
+                total = total + self.engine.train_batches(x, y, size, a) * len(x)
+        return total / len(features), prediction
 
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
         """Nothing is left to do."""
 
 
-def _advance_schedules(module: "MLPModule") -> None:
-    """Schedules by steps count mini-batches: Lightning advances them after the last of a training step only."""
-    for config in module.trainer.lr_scheduler_configs:
-        if config.interval == "step" and not config.reduce_on_plateau:
-            module.lr_scheduler_step(config.scheduler, None)
+def _counts_batches(config: Any) -> bool:
+    return config.interval == "step" and not config.reduce_on_plateau
 
 
 def _check_accumulation(trainer: L.Trainer) -> None:
