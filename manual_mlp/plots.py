@@ -95,7 +95,7 @@ def learning_curves(metrics_csv: str | Path) -> Figure:
         axes.set(ylabel=kind)
         axes.legend()
     panels[-1, 0].set(xlabel="epoch")
-    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 
@@ -245,7 +245,8 @@ def first_layer_weights(weight: np.ndarray, image_shape: Sequence[int] = ()) -> 
         figure, panels = _panels(1, 1, min(6.0, 1.2 + 0.12 * len(weight)))
         axes, tiles = panels[0, 0], weight
         axes.set(xlabel="feature", ylabel="neuron")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(False)
     else:
         columns = min(8, int(np.ceil(len(weight) ** 0.5)))
@@ -275,7 +276,8 @@ def decision_boundary(
     lines = [np.linspace(*limits, 150) for limits in zip(low - margin, high + margin, strict=True)]
     plane = np.stack(np.meshgrid(*lines), -1)
     columns = min(2, len(stages))
-    figure, panels = _panels(-(-len(stages) // columns), columns, 3.6 / columns, sharex=True, sharey=True)
+    rows = -(-len(stages) // columns)
+    figure, panels = _panels(rows, columns, (3.4 if columns == 1 else 1.5) + 0.8 / rows, sharex=True, sharey=True)
     n = len(class_names)
     colors = [COLORS[index % len(COLORS)] for index in range(n)]
     for axes in panels.ravel()[len(stages) :]:
@@ -286,8 +288,8 @@ def decision_boundary(
         answer = predict(plane.reshape(-1, 2)).reshape(plane.shape[:2])
         axes.contourf(*lines, answer, levels=np.arange(n + 1) - 0.5, cmap=ListedColormap(colors), alpha=0.25)
         for index, name in enumerate(_names(class_names)):
-            rows, marker = features[target == index], MARKERS[index % len(MARKERS)]
-            axes.scatter(*rows.T, s=7, color=colors[index], marker=marker, linewidths=0, label=name)
+            points, marker = features[target == index], MARKERS[index % len(MARKERS)]
+            axes.scatter(*points.T, s=7, color=colors[index], marker=marker, linewidths=0, label=name)
         axes.set(title=title)
         axes.grid(False)
     figure.supxlabel("$x_1$", fontsize=9)

@@ -161,7 +161,7 @@ def titles(page: Page) -> list[str]:
 
 PICTURES = {
     *("Learning curves", "Confusion matrix", "Worst mistakes", "Decision boundary", "Fitted curve"),
-    *("Prediction and target", "First-layer weights", "Flow of δ", "Histograms"),
+    *("Prediction and target", "First-layer weights", "The net", "Flow of δ", "Histograms"),
 }
 INSIDE = ["First-layer weights", "Flow of δ", "Histograms"]
 
@@ -182,7 +182,7 @@ class TestRun:
     @pytest.mark.parametrize(
         ("overrides", "expected"),
         [
-            (["data=moons"], ["Confusion matrix", "Decision boundary", *INSIDE]),
+            (["data=xor", "model.hidden=[3]"], ["Confusion matrix", "Decision boundary", "The net", *INSIDE[1:]]),
             (["data=sine", "model.dropout=0.1"], ["Fitted curve", "Prediction and target", *INSIDE]),
             (["data=diabetes", "~callbacks.delta_flow"], ["Prediction and target", "First-layer weights"]),
             (["data=iris", "trainer.precision=64-true"], ["Confusion matrix", *INSIDE]),

@@ -113,9 +113,12 @@ def _stages(module: MLPModule, flow: DeltaFlow | None, epoch: int) -> Stages:
     """At most 6, from the first ones to those that are kept."""
     early = {passed: state for passed, state in (flow.snapshots if flow else {}).items() if passed <= epoch}
     chosen = sorted(early)[-(STAGES - 1) :]
-    return {f"after {passed} epochs": early[passed] for passed in chosen} | {
-        f"kept, after {epoch + 1} epochs": module.net.state_dict()
-    }
+    stages = {f"after {_epochs(passed)}": early[passed] for passed in chosen}
+    return stages | {f"kept, after {_epochs(epoch + 1)}": module.net.state_dict()}
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch{'s' * (number != 1)}"
 
 
 @torch.no_grad()
@@ -190,11 +193,14 @@ def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> It
     """Weights, and what flowed through the net."""
     if trace is None:
         return
-    kind = "an image" if data.image_shape else "a row"
-    text = f"W¹, {kind} for each neuron of layer 2; orange is positive, purple negative."
-    yield Picture(
-        "First-layer weights", text, plots.first_layer_weights(trace.weight[1].cpu().numpy(), data.image_shape)
-    )
+    if max(len(trace.sizes), *trace.sizes) <= plots.MAX_DRAWN:
+        text = "W on the lines, orange where positive, purple where negative, the thicker the larger; b in the neurons."
+        yield Picture("The net", text, plots.network(trace))
+    else:
+        kind = "an image" if data.image_shape else "a row"
+        figure = plots.first_layer_weights(trace.weight[1].float().cpu().numpy(), data.image_shape)
+        text = f"W¹, {kind} for each neuron of layer 2; orange is positive, purple negative."
+        yield Picture("First-layer weights", text, figure)
     if flow is None or not flow.epochs:
         return
     first, last = min(flow.norms), max(flow.norms)
