@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import manual_mlp as mm
 from manual_mlp.convert import FusedSequential
+from manual_mlp.testing.checks import nodes_of
 
 # The same formulas in another order of operations: a few eps of float64, on numbers of order 1.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -67,13 +68,7 @@ def output_and_gradients(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
 
 def nodes(output: Tensor) -> list[str]:
     """The names of all nodes in a graph, each node once."""
-    found, waiting = {}, [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found[node] = node.name()
-            waiting += [following for following, _ in node.next_functions]
-    return list(found.values())
+    return [node.name() for node in nodes_of(output)]
 
 
 def anatomy(model: nn.Module) -> list[Any]:

@@ -195,20 +195,9 @@ def test_backward_frees_what_was_saved(case: Case) -> None:
         torch.autograd.grad(output.sum(), inputs)
 
 
-def nodes(output: Tensor) -> list[Any]:
-    found: list[Any] = []
-    waiting = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.append(node)
-            waiting += [following for following, _ in node.next_functions]
-    return found
-
-
 def test_no_tensor_is_kept_outside_of_save_for_backward(case: Case) -> None:
     output = case.ours(*case.inputs(torch.float64))
-    ours = [node for node in nodes(output) if isinstance(node, torch.autograd.function.BackwardCFunction)]
+    ours = [node for node in nodes_of(output) if isinstance(node, BackwardCFunction)]
     assert ours
     for node in ours:
         for value in vars(node).values():

@@ -29,6 +29,8 @@ TORCHS_OWN = {
     "tanh": (torch.tanh, (random(5, 4),)),
     "softplus": (torch_functional.softplus, (random(5, 4),)),
     "layer_norm": (lambda x, w, b: torch_functional.layer_norm(x, (4,), w, b), (random(5, 4), random(4), random(4))),
+    "transposed": (lambda x: x.t().sin().t().contiguous().t(), (random(4, 5).t(),)),
+    "view": (lambda x, w: torch_functional.linear(x, w).transpose(0, 1), (random(5, 2, 3), random(4, 3))),
     "conv2d": (torch_functional.conv2d, (random(2, 2, 4, 4), random(3, 2, 2, 2), random(3))),
 }
 
