@@ -211,6 +211,13 @@ class TestRun:
         assert {len(values) for values in norms.values()} == {len(epochs)}
         assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] < 11
 
+    def test_a_run_that_went_on_shows_the_same(self, tmp_path: Path) -> None:
+        overrides = ["data=xor", "data.batch_size=50", "model.hidden=[2]"]
+        whole = run(tmp_path / "whole", *overrides, "trainer.max_epochs=5")
+        training.run(configured(tmp_path / "parts", *overrides, "trainer.max_epochs=3", "report=false"))
+        parts = run(tmp_path / "parts", *overrides, "trainer.max_epochs=5", f"ckpt_path='{tmp_path}/parts/last.ckpt'")
+        assert parts.all("img") == whole.all("img")  # pictures and what is said of them, to the last byte
+
     def test_names_of_a_table_are_only_text(self, tmp_path: Path) -> None:
         path = tmp_path / "a<b>.csv"
         rows = [(x, EVIL if x > 0 else "$ordinary^$") for x in np.random.default_rng(0).normal(size=100)]
