@@ -149,7 +149,7 @@ class TestPage:
 
 
 def run(folder: Path, *overrides: str) -> Page:
-    training.run(configured(folder, "trainer.max_epochs=2", *overrides))
+    training.run(configured(folder, "report=true", "trainer.max_epochs=2", *overrides))
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
@@ -214,7 +214,7 @@ class TestRun:
     def test_a_run_that_went_on_shows_the_same(self, tmp_path: Path) -> None:
         overrides = ["data=xor", "data.batch_size=50", "model.hidden=[2]"]
         whole = run(tmp_path / "whole", *overrides, "trainer.max_epochs=5")
-        training.run(configured(tmp_path / "parts", *overrides, "trainer.max_epochs=3", "report=false"))
+        training.run(configured(tmp_path / "parts", *overrides, "trainer.max_epochs=3"))
         parts = run(tmp_path / "parts", *overrides, "trainer.max_epochs=5", f"ckpt_path='{tmp_path}/parts/last.ckpt'")
         assert parts.all("img") == whole.all("img")  # pictures and what is said of them, to the last byte
 
@@ -240,7 +240,8 @@ class TestRun:
 
         monkeypatch.setattr(pictures.plots, "confusion_matrix", fail)
         caplog.set_level("INFO")
-        value = training.run(configured(tmp_path, "data=iris", "trainer.max_epochs=1", "optimized_metric=test_loss"))
+        overrides = ["data=iris", "trainer.max_epochs=1", "optimized_metric=test_loss", "report=true"]
+        value = training.run(configured(tmp_path, *overrides))
         out = capsys.readouterr().out
         assert f"test_loss {value:.6g}" in out
         assert out.index("test_loss") < out.index("no report: RuntimeError: no ink") < out.index("files in")
