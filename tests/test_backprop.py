@@ -104,12 +104,6 @@ class TestSameTraining:
         # Both round products to 8 bits, though not at the same places.
         assert engine["figures"]["val_loss"] == pytest.approx(layers["figures"]["val_loss"], rel=0.05)
 
-    @pytest.mark.slow
-    def test_network_in_two_processes(self, tmp_path: Path) -> None:
-        options = ["trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp_spawn"]
-        layers, network = (trained(tmp_path / way, f"backprop={way}", *options) for way in ("layers", "network"))
-        assert_same_training(network, layers)
-
 
 class Scheduled(MLPModule):
     """With a schedule: what a config gives it is tested elsewhere."""

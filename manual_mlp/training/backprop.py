@@ -73,7 +73,8 @@ class Engine(Layers):
 
     Lightning calls optimizer.step(closure) once for a training step, and the closure `train`, which updates the
     parameters. Lightning then sets the gradients to None, `backward` does nothing, and the optimizer finds nothing left
-    to do: the step is counted, with all that Lightning makes of it, and nothing is updated twice.
+    to do: the step is counted, with all that Lightning makes of it, and nothing is updated twice. (Lightning's manual
+    optimization would do the same, but refuses clipping, and leaves schedules and their monitors to the module.)
     """
 
     engine: mm.BackpropEngine | None = None

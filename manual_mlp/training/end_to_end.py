@@ -50,7 +50,7 @@ def trainings(*overrides: str) -> tuple[int, dict[str, Callable[[], float]]]:
 
 def _config(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", ["threads=1", *overrides])
+        return compose("config", ["threads=1", "report=false", *overrides])
 
 
 def _train_py(*overrides: str) -> float:
