@@ -65,6 +65,13 @@ def test_when_it_records(tmp_path: Path) -> None:
     assert callback.snapshots == {}
 
 
+def test_the_engines_blocks_count_as_what_is_in_them(tmp_path: Path) -> None:
+    """It takes an epoch of iris, 11 mini-batches, in one step of Lightning: so every second epoch is recorded."""
+    trainer, _, _ = trained(tmp_path, "backprop=engine", epochs=5)
+    assert trainer.num_training_batches == 1
+    assert records(trainer).epochs == [0, 2, 4, 5]
+
+
 @pytest.mark.parametrize("backprop", BACKPROP)
 def test_it_changes_nothing(tmp_path: Path, backprop: str) -> None:
     """The same bits with and without it, dropout and the order of rows included."""

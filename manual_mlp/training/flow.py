@@ -14,7 +14,7 @@ from manual_mlp.network import cost_of, net_of
 Values = dict[str, dict[int, Tensor]]
 """z, a and δ of a pass, indexed by the sheet's l: {"z": {2: (N, n_2), …}, "a": {1: …}, "delta": {2: …}}."""
 
-STATE = ("epochs", "norms", "first", "snapshots", "steps", "stride")
+STATE = ("epochs", "norms", "first", "snapshots", "steps", "due", "stride")
 ROWS = 32
 KEPT = 1000  # values of z, a and δ a layer, of the first record
 RECORDS = 500  # more than that say nothing more: every second one goes, and the next ones come half as often
@@ -25,7 +25,7 @@ INPUTS, PARAMETERS = 2, 10_000  # up to which a net's answers are drawn, and so 
 class DeltaFlow(L.Callback):
     """Records during training, by the recursion and on the same rows each time, what plots.py draws.
 
-    every: from one record to the next, in training steps. rows: how many of the training part, its first ones.
+    every: mini-batches from one record to the next. rows: how many of the training part, its first ones.
 
     epochs      of each record, such as 1.5 in the middle of the second epoch
     norms       {l: ‖δ^l‖ of each record}: of one sample, the root of the mean square over the rows, so without the 1/N
@@ -47,7 +47,7 @@ class DeltaFlow(L.Callback):
         self.norms: dict[int, list[float]] = {}
         self.first: Values = {}
         self.snapshots: dict[int, dict[str, Tensor]] = {}
-        self.steps, self.stride = 0, 1
+        self.steps, self.due, self.stride = 0, 0, 1
         self.fits = True
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -65,9 +65,10 @@ class DeltaFlow(L.Callback):
             return
         if batch_idx == 0:
             self._keep_snapshot(trainer.current_epoch, pl_module.net)
-        if self.steps % (self.every * self.stride) == 0:
+        if self.steps >= self.due:
             self._record(trainer, pl_module, trainer.current_epoch + batch_idx / trainer.num_training_batches)
-        self.steps += 1
+            self.due = self.steps + self.every * self.stride
+        self.steps += -(-len(batch[0]) // trainer.datamodule.batch_size)  # type: ignore[attr-defined] # many, by the engine
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """The end too, after the last checkpoint, so that a run which goes on from there knows nothing of it."""
@@ -110,7 +111,7 @@ class DeltaFlow(L.Callback):
         parameters = net.state_dict()
         inputs = next(iter(parameters.values())).shape[-1]
         if epoch & (epoch - 1) == 0 and inputs <= INPUTS and sum(map(torch.numel, parameters.values())) <= PARAMETERS:
-            self.snapshots[epoch] = {name: value.clone() for name, value in parameters.items()}
+            self.snapshots[epoch] = {name: value.cpu().clone() for name, value in parameters.items()}
 
 
 @torch.no_grad()

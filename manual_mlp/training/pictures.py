@@ -174,8 +174,10 @@ def _functions(
     """Of each stage, features in their units ↦ what `read` makes of the prediction."""
 
     def answers(state: Mapping[str, Tensor], x: np.ndarray) -> np.ndarray:
-        features = torch.as_tensor((x - _mean(data)) / _scale(data)).to(next(module.parameters()))
-        return read(functional_call(module.net, dict(state), (features,)).float()).cpu().numpy()
+        like = next(module.parameters())
+        parameters = {name: value.to(like) for name, value in state.items()}
+        features = torch.as_tensor((x - _mean(data)) / _scale(data)).to(like)
+        return read(functional_call(module.net, parameters, (features,)).float()).cpu().numpy()
 
     return {title: partial(answers, state) for title, state in stages.items()}
 
