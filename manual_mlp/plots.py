@@ -7,6 +7,7 @@ shows without shrinking the text.
 
 import csv
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, sqrt
@@ -414,10 +415,11 @@ def _lines(axes: Axes, sizes: Sequence[int], layer: int, weight: np.ndarray, arr
     widths = 0.8 + 2.5 * np.abs(weights) / (np.abs(weights).max() or 1.0)
     axes.add_collection(LineCollection(ends, colors=colors, linewidths=widths))
     for index, (begin, end) in enumerate(ends):
-        share = 0.28 + 0.14 * (index // sizes[layer - 1] % 3)  # lines that leave a neuron carry their numbers apart
+        # lines that leave a neuron carry their numbers apart
+        share = 0.42 if len(ends) == 1 else 0.28 + 0.14 * (index // sizes[layer - 1] % 3)
         x, y = begin + share * (end - begin)
         if len(ends) <= MAX_NUMBERS:
-            axes.text(x, y, f"{weights[index]:.2g}", ha="center", va="center", fontsize=7, bbox=PAPER)
+            axes.text(x, y, _short(weights[index]), ha="center", va="center", fontsize=7, bbox=PAPER)
         if arrow:
             x, y = begin + 0.74 * (end - begin)
             axes.scatter([x], [y], marker=arrow, s=22, color=colors[index], zorder=2)
@@ -435,7 +437,13 @@ def _neurons(axes: Axes, sizes: Sequence[int], texts: Mapping[int, Sequence[str]
 
 
 def _numbers(values: Any) -> list[str]:
-    return [f"{value:.2g}" for value in _array(values)]
+    return [_short(value) for value in _array(values)]
+
+
+def _short(value: float) -> str:
+    """Two digits in at most six characters, for a neuron to hold: .15, -.0042, -4e-5."""
+    text = f"{value + 0.0:.2g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
+    return re.sub(r"^(-?)0\.", r"\1.", text.replace("e-0", "e-").replace("e+0", "e"))
 
 
 def _tiles(number: int, columns: int, height: float) -> tuple[Figure, Axes]:

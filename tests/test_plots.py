@@ -168,8 +168,8 @@ class TestGraph:
     def test_network(self) -> None:
         trace = small_trace([2, 3, 1])
         (axes,) = plots.network(trace).axes
-        numbers = [f"{w:.2g}" for layer in (1, 2) for w in trace.weight[layer].ravel()]
-        biases = [f"{b:.2g}" for layer in (1, 2) for b in trace.bias[layer]]
+        numbers = [plots._short(w) for layer in (1, 2) for w in trace.weight[layer].ravel()]
+        biases = [plots._short(b) for layer in (1, 2) for b in trace.bias[layer]]
         assert texts(axes.figure) == [*numbers, "$x_{1}$", "$x_{2}$", *biases]
         strong = [c for c in axes.collections if isinstance(c, LineCollection)][2:]
         for layer, lines in zip((1, 2), strong, strict=True):
@@ -185,10 +185,10 @@ class TestGraph:
     def test_flow_step_by_step(self) -> None:
         trace = small_trace([2, 2, 1])
         panels = plots.flow(trace, sample=1).axes
-        a = {layer: [f"{v:.2g}" for v in trace.a[layer][1]] for layer in (1, 2, 3)}
-        delta = {layer: [f"{v:.2g}" for v in trace.delta[layer][1]] for layer in (2, 3)}
-        weight = {layer: [f"{v:.2g}" for v in trace.weight[layer].ravel()] for layer in (1, 2)}
-        gradient = {layer: [f"{v:.2g}" for v in trace.grad_weight[layer].ravel()] for layer in (1, 2)}
+        a = {layer: [plots._short(v) for v in trace.a[layer][1]] for layer in (1, 2, 3)}
+        delta = {layer: [plots._short(v) for v in trace.delta[layer][1]] for layer in (2, 3)}
+        weight = {layer: [plots._short(v) for v in trace.weight[layer].ravel()] for layer in (1, 2)}
+        gradient = {layer: [plots._short(v) for v in trace.grad_weight[layer].ravel()] for layer in (1, 2)}
         assert [[text.get_text() for text in axes.texts] for axes in panels] == [
             [*weight[1], *a[1], *a[2]],
             [*weight[2], *a[1], *a[2], *a[3]],
@@ -197,6 +197,13 @@ class TestGraph:
             [*gradient[1], *gradient[2], *a[1], *delta[2], *delta[3]],
         ]
         assert [axes.get_title().split(":")[0] for axes in panels] == ["forward"] * 2 + ["backward"] * 2 + ["gradients"]
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [(0.15, ".15"), (-0.0042, "-.0042"), (-4.2e-5, "-4e-5"), (-0.0, "0"), (-1.25, "-1.2"), (1234.5, "1.2e3")],
+    )
+    def test_numbers_fit_into_a_neuron(self, value: float, text: str) -> None:
+        assert plots._short(value) == text
 
     def test_too_large(self) -> None:
         with pytest.raises(InputError, match=r"at most 8 layers of at most 8 neurons, .* but got 9-2; draw a smaller"):
