@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,25 @@ class TestSameTraining:
         assert all(weight.dtype == torch.float32 for weight in engine["state_dict"].values())
         # Both round products to 8 bits, though not at the same places.
         assert engine["figures"]["val_loss"] == pytest.approx(layers["figures"]["val_loss"], rel=0.05)
+
+
+def test_going_on_another_way(tmp_path: Path) -> None:
+    """After an epoch, yes; in the middle of one the blocks of the engine would not begin where the layers stopped."""
+    options = ["optimizer=adam", "+callbacks.last.every_n_train_steps=10"]
+    trained(tmp_path, "trainer.max_epochs=2", *options)
+    with pytest.raises(InputError, match=r"training steps of 4 rows, .* but got 512; go on with its own backprop"):
+        trained(tmp_path, f"ckpt_path={tmp_path / 'last.ckpt'}", "backprop=engine", *options)
+
+    trained(tmp_path / "whole", "trainer.max_epochs=2", "optimizer=adam")
+    for way in ("layers", "engine"):
+        (tmp_path / way).mkdir()
+        shutil.copy(tmp_path / "whole" / "last.ckpt", tmp_path / way / "before.ckpt")
+    layers, engine = (
+        trained(tmp_path / way, f"ckpt_path={tmp_path / way / 'before.ckpt'}", f"backprop={way}", "optimizer=adam")
+        for way in ("layers", "engine")
+    )
+    assert_same_training(engine, layers)
+    assert layers["global_step"] == 27 * 3
 
 
 class Scheduled(MLPModule):

@@ -51,11 +51,17 @@ class Batches(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
+        return {"given": self.given, "batch_size": self.batch_size or 0}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Lightning calls it where a checkpoint was written in the middle of an epoch."""
-        self.skipped = state_dict["given"]
+        """Lightning calls it where a checkpoint was written in the middle of an epoch. Raises InputError for others."""
+        given, size = state_dict["given"], state_dict["batch_size"]
+        if size != self.batch_size and given * size < len(self.sampler):  # type: ignore[arg-type]
+            raise InputError(
+                f"expected training steps of {size} rows, as in the epoch that this checkpoint is in the middle of, "
+                f"but got {self.batch_size}; go on with its own backprop, data.batch_size and options of the trainer"
+            )
+        self.skipped = given if size == self.batch_size else 0
 
 
 class DataModule(L.LightningDataModule):
