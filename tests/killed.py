@@ -18,12 +18,14 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from manual_mlp import checkpoint
+from manual_mlp.training import backprop
 from manual_mlp.training import run as training
 from manual_mlp.training.module import MLPModule
 from tests.configs import configured
 
 RUN = ["data=iris", "trainer.max_epochs=4", "model.dropout=0.2", "optimizer=adam", "threads=1"]
-EXTRA = {"engine": ["data.batch_size=2"]}  # of which it takes 16 in a training step
+EXTRA = {"engine": ["data.batch_size=2"]}
+backprop.MOST_BATCHES = 16  # of the engine's training step, so that an epoch has several
 
 
 def die(*_: object) -> None:
