@@ -188,11 +188,12 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def quadratic_loss(input: Tensor, target: Tensor) -> Tensor:
-    """C = (1/N) Σ_N Σ_i ½ (a_i − ŷ_i)², the lecture's cost.
+def quadratic_loss(input: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """C = (1/N) Σ_N Σ_i w ½ (a_i − ŷ_i)², the lecture's cost where w is 1.
 
-    input (the prediction) and target (…, n_L), N the product of the leading dimensions → scalar.
-    Raises InputError for different shapes or dtypes, and for a one-dimensional prediction, which has no N.
+    input (the prediction) and target (…, n_L), N the product of the leading dimensions, weight broadcastable to them,
+    such as (N, 1) → scalar. Raises InputError for different shapes or dtypes, for a one-dimensional prediction, which
+    has no N, and for a weight that requires a gradient.
     """
     if input.dim() < 2:
         raise InputError(
@@ -200,7 +201,7 @@ def quadratic_loss(input: Tensor, target: Tensor) -> Tensor:
             "whose 1/N would be lost: call .unsqueeze(-1) for one output, .unsqueeze(0) for one sample"
         )
     input, target = _pair(input, target)
-    return apply(functions.Quadratic, input, target, 1.0, "samples")
+    return apply(functions.Quadratic, input, target, _factor("weight", weight, input), 1.0, "samples")
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -210,7 +211,7 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """
     _check_reduction(reduction)
     input, target = _pair(input, target)
-    return apply(functions.Quadratic, input, target, 2.0, reduction)
+    return apply(functions.Quadratic, input, target, None, 2.0, reduction)
 
 
 def binary_cross_entropy_with_logits(
@@ -228,13 +229,7 @@ def binary_cross_entropy_with_logits(
     """
     _check_reduction(reduction)
     input, target = _pair(input, target)
-    weight, pos_weight = _constant("weight", weight, input), _constant("pos_weight", pos_weight, input)
-    for name, factor in (("weight", weight), ("pos_weight", pos_weight)):
-        if factor is not None and not _broadcasts(factor.shape, input.shape):
-            raise InputError(
-                f"expected a {name} that broadcasts to the input's shape {tuple(input.shape)}; "
-                f"got {tuple(factor.shape)}"
-            )
+    weight, pos_weight = _factor("weight", weight, input), _factor("pos_weight", pos_weight, input)
     return apply(functions.BinaryCrossEntropy, input, target, weight, pos_weight, reduction)
 
 
@@ -346,6 +341,15 @@ def _constant(name: str, factor: Tensor | None, input: Tensor) -> Tensor | None:
     if factor.device != input.device:
         raise InputError(str(_mix_problem([(name, factor), ("prediction", input)])))
     return factor.to(input.dtype)
+
+
+def _factor(name: str, factor: Tensor | None, input: Tensor) -> Tensor | None:
+    """A constant for each element of the prediction, or broadcastable to that."""
+    if factor is not None and not _broadcasts(factor.shape, input.shape):
+        raise InputError(
+            f"expected a {name} that broadcasts to the input's shape {tuple(input.shape)}; got {tuple(factor.shape)}"
+        )
+    return _constant(name, factor, input)
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:

@@ -383,36 +383,36 @@ def _sum_of(*terms: Tensor | None) -> Tensor:
 
 
 class Quadratic(ManualFunction):
-    """C = Σ scale · ½ (a − ŷ)² / divisor.  prediction, target (…, n_L).  Saves both.
+    """C = Σ w scale · ½ (a − ŷ)² / divisor.  prediction, target (…, n_L), weight broadcastable to it.  Saves all.
 
     scale 1 and divisor N: the lecture's cost. scale 2: torch.nn.MSELoss.
     """
 
     @staticmethod
-    def forward(prediction: Tensor, target: Tensor, scale: float, reduction: str) -> Tensor:
-        return sheet.reduce(scale * sheet.quadratic(prediction, target), reduction)
+    def forward(prediction: Tensor, target: Tensor, weight: Tensor | None, scale: float, reduction: str) -> Tensor:
+        return sheet.reduce(_weighted(scale * sheet.quadratic(prediction, target), weight), reduction)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, str], output: Tensor) -> None:
-        prediction, target, ctx.scale, ctx.reduction = inputs
-        _save_all(ctx, prediction, target)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.scale, ctx.reduction = inputs
+        _save_all(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         if g is None:
-            return None, None, None, None
-        prediction, target = ctx.saved_tensors
-        share = sheet.share(g * ctx.scale, prediction.shape, ctx.reduction)
+            return (None,) * 5
+        prediction, target, weight = ctx.saved_tensors
+        share = _weighted(sheet.share(g * ctx.scale, prediction.shape, ctx.reduction), weight)
         delta = sheet.quadratic_delta(prediction, target) * share
         needs_prediction, needs_target, *_ = ctx.needs_input_grad
-        return delta if needs_prediction else None, -delta if needs_target else None, None, None
+        return delta if needs_prediction else None, -delta if needs_target else None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, prediction_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        prediction, target = _primals(ctx)
+        prediction, target, weight = _primals(ctx)
         difference_t = _sum_of(prediction_t, None if target_t is None else -target_t)
         elements_t = ctx.scale * sheet.quadratic_delta(prediction, target) * difference_t
-        return sheet.reduce(elements_t, ctx.reduction)
+        return sheet.reduce(_weighted(elements_t, weight), ctx.reduction)
 
 
 class BinaryCrossEntropy(ManualFunction):

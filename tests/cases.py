@@ -169,6 +169,15 @@ def _cost_cases() -> list[Case]:
         Case("quadratic_loss", F.quadratic_loss, _quadratic_twin, both),
         Case("quadratic_loss-three_dimensions", F.quadratic_loss, _quadratic_twin, random((2, 3, 4), (2, 3, 4))),
     ]
+    weight = torch.tensor([[0.5], [2.0], [1.0], [3.0], [0.0]], dtype=torch.float64)  # of each row
+    cases += [
+        Case(
+            "quadratic_loss_weight",
+            lambda prediction, target: F.quadratic_loss(prediction, target, weight),
+            lambda prediction, target: (prediction - target).pow(2).mul(0.5).mul(weight.to(target.dtype)).sum() / 5,
+            both,
+        )
+    ]
     for reduction in ("none", "sum", "mean"):
         cases += _costs_with(reduction, both)
     return cases

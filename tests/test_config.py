@@ -58,12 +58,14 @@ class TestGroups:
     def test_option_composes_and_builds(self, tmp_path: Path, option: str) -> None:
         cfg = configured(tmp_path, option, *NEEDED.get(option, []))
         check(cfg)
+        if option in ("logger=wandb", "logger=mlflow"):
+            pytest.importorskip(option.partition("=")[2])
         from manual_mlp.training import run
 
         data = build(cfg.data)
         data.setup()
         module = run._module(cfg, data)
-        assert module.configure_optimizers().param_groups
+        assert module.configure_optimizers()
         run._trainer(cfg)
 
     @pytest.mark.usefixtures("inputs")

@@ -35,6 +35,11 @@ class Layers:
     make_net: ClassVar[Callable[..., nn.Module]] = mm.MLP
     costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = functional.COSTS
     steps_at_once: ClassVar[int] = 1  # at most, between two looks at the loss
+    # of rows with weights (N, 1): (1/N) Σ w_n C_n. Cross-entropy takes them in its target, whatever the strategy.
+    weighted_costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
+        "quadratic": functional.quadratic_loss,
+        "bce": functional.binary_cross_entropy_with_logits,
+    }
 
     def __init__(self, loss: str) -> None:
         self.loss, self.cost = loss, choose(loss, self.costs, "model.loss")
@@ -57,12 +62,28 @@ class Layers:
         prediction = module.net(features)
         return self.cost(prediction, target), prediction
 
+    def train_weighted(
+        self, module: "MLPModule", features: Tensor, target: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `train`, for rows that count by their weight (N,). Raises InputError where the cost can't be weighted."""
+        if self.loss not in self.weighted_costs:
+            known = " or ".join([*self.weighted_costs, "cross_entropy"])
+            fix = " or take backprop=layers" if self.loss in Layers.weighted_costs else ""
+            raise InputError(
+                f"expected model.loss={known} for weighted rows under backprop={module.hparams['backprop']}, "
+                f"but got {self.loss}; change it{fix}"
+            )
+        prediction = module.net(features)
+        return self.weighted_costs[self.loss](prediction, target, weight.unsqueeze(-1).to(prediction)), prediction
+
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
         loss.backward(*arguments, **options)
 
 
 class Network(Layers):
     """Net and cost as one Function, its gradients by the δ recursion; the optimizer takes the step."""
+
+    weighted_costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}
 
     def train(self, module: "MLPModule", features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return cost_and_prediction(module.net, features, target, self.loss)
@@ -77,6 +98,7 @@ class Engine(Layers):
     optimization would do the same, but refuses clipping, and leaves schedules and their monitors to the module.)
     """
 
+    weighted_costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}
     engine: mm.BackpropEngine | None = None
     steps_at_once = MOST_BATCHES
 
@@ -102,6 +124,11 @@ class Engine(Layers):
     def begin(self, module: "MLPModule", optimizer: Optimizer) -> None:
         trainer = module.trainer
         self.check(trainer)
+        if module.l1:
+            raise InputError(
+                "expected model.l1=0 for backprop=engine, which takes the step of the cost alone, "
+                f"but got {module.l1}; leave it out, or take backprop=network"
+            )
         clip, compute_dtype = trainer.gradient_clip_val or None, PRECISIONS[trainer.precision]
         try:
             self.engine = mm.BackpropEngine(module.net, optimizer, self.loss, clip, compute_dtype)
@@ -166,8 +193,18 @@ def torch_quadratic_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(prediction, target, reduction="sum") / (2 * len(prediction))
 
 
+def torch_weighted_quadratic_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The same of weighted rows: (1/N) Σ_N w Σ_i ½ (a_i − ŷ_i)²."""
+    return (weight * nn.functional.mse_loss(prediction, target, reduction="none")).sum() / (2 * len(prediction))
+
+
 class Autograd(Layers):
     """The same net in torch's own layers, differentiated by torch."""
+
+    weighted_costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
+        "quadratic": torch_weighted_quadratic_loss,
+        "bce": nn.functional.binary_cross_entropy_with_logits,
+    }
 
     make_net = staticmethod(torch_mlp)
     costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {

@@ -29,6 +29,7 @@ from manual_mlp.errors import InputError
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS[type(None)] = "null"
 PLURALS: dict[Any, str] = {int: " of whole numbers", float: " of numbers", str: " of texts"}
+SCHEDULE = ("interval", "monitor")  # Lightning's part of `scheduler`; the rest is its class's
 ROOT = {"seed": int, "report": bool, "optimized_metric": str}  # values of the first level, which no `_target_` declares
 
 
@@ -74,6 +75,8 @@ def check(cfg: DictConfig) -> None:
         _check_value(node[key], ROOT[key], key)
     if "optimizer" in node:
         node["optimizer"] = optimizer_options(node["optimizer"])
+    if node.get("scheduler"):
+        node["scheduler"] = {key: value for key, value in node["scheduler"].items() if key not in SCHEDULE}
     _check_node(node, path="")
 
 
@@ -100,9 +103,13 @@ def build(node: DictConfig, **arguments: object) -> Any:
         if isinstance(error.__cause__, ModuleNotFoundError):
             raise InputError(
                 f"expected the package that {node['_target_']} needs, but it is not installed ({error.__cause__}); "
-                "install it, for TensorBoard with: pip install 'manual-mlp[tensorboard]'"
+                f"install it, for a logger with: pip install 'manual-mlp[{_extra(node['_target_'])}]'"
             ) from error
         raise
+
+
+def _extra(target: str) -> str:
+    return next((extra for extra in ("wandb", "mlflow") if extra in target.lower()), "tensorboard")
 
 
 def likely(name: str, known: Iterable[object]) -> str:

@@ -1,7 +1,7 @@
 """The data module: samples are checked, split, standardised, and served in batches out of memory."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from textwrap import shorten
 from typing import Any
@@ -20,24 +20,25 @@ from manual_mlp.training.readers import check_numbers
 from manual_mlp.training.sources import Samples
 
 EVALUATION_BATCH = 1000  # no gradients are kept, so larger batches cost nothing and save calls
-Pair = tuple[np.ndarray, np.ndarray]
+Part = tuple[np.ndarray, ...]  # features, target, and the weights where there are any
 
 
-class Rows(Dataset[tuple[Tensor, Tensor]]):
-    """Two tensors in memory, gathered a batch at a time: one `index_select` each instead of a Python loop over rows."""
+class Rows(Dataset[tuple[Tensor, ...]]):
+    """Tensors in memory, gathered a batch at a time: one `index_select` each instead of a Python loop over rows."""
 
-    def __init__(self, features: Tensor, target: Tensor) -> None:
+    def __init__(self, features: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         self.features, self.target = features, target
+        self.tensors = (features, target) if weight is None else (features, target, weight)
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.features[index], self.target[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         rows = torch.tensor(indices)
-        return self.features.index_select(0, rows), self.target.index_select(0, rows)
+        return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
 
 
 class Batches(DataLoader):
@@ -73,6 +74,9 @@ class DataModule(L.LightningDataModule):
     standardise: shift and scale each feature to mean 0 and variance 1 over the training part. Regression targets
         always are; `target_mean` and `target_scale` lead back to their units.
     seed: fixes the split and, with the epoch, the order of the rows.
+    class_weight: how much the rows of each class count in the training cost, in the order of the classes; "balanced":
+        all classes the same, as scikit-learn's. It multiplies the weights of the rows, if they bring any. The weights
+        are scaled to a mean of 1; validation and test count each row once.
 
     After `setup`: splits (name -> `Rows`, features (N, input_size) float32; target (N,) class indices or
     (N, output_size) float32), input_size, output_size, class_names (empty for regression), feature_names (empty where
@@ -88,6 +92,7 @@ class DataModule(L.LightningDataModule):
         test_size: float | int | None = 0.2,
         standardise: bool = False,
         seed: int = 0,
+        class_weight: str | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -102,7 +107,7 @@ class DataModule(L.LightningDataModule):
                 )
         self.name, self.source, self.standardise = name, source, standardise
         self.batch_size, self.seed = batch_size, seed
-        self.val_size, self.test_size = val_size, test_size
+        self.val_size, self.test_size, self.class_weight = val_size, test_size, class_weight
         self.splits: dict[str, Rows] = {}
         self.class_names: tuple[str, ...] = ()
         self.feature_names: tuple[str, ...] = ()
@@ -123,13 +128,36 @@ class DataModule(L.LightningDataModule):
         self.image_shape = samples.features.shape[1:] if samples.features.ndim == 3 else ()
         parts = self._split(samples)
         self.fingerprint = _fingerprint(parts)
-        inputs = self._inputs({name: features for name, (features, _) in parts.items()})
-        targets = self._targets({name: target for name, (_, target) in parts.items()})
-        self.splits = {name: Rows(inputs[name], targets[name]) for name in parts}
+        inputs = self._inputs({name: part[0] for name, part in parts.items()})
+        targets = self._targets({name: part[1] for name, part in parts.items()})
+        weights = {"train": self._weights(*parts["train"][1:])}
+        self.splits = {name: Rows(inputs[name], targets[name], weights.get(name)) for name in parts}
         self.input_size = self.splits["train"].features.shape[1]
 
-    def _split(self, samples: Samples) -> dict[str, Pair]:
-        rest = (samples.features.reshape(len(samples.features), -1), samples.target)
+    def _weights(self, target: np.ndarray, weight: np.ndarray | None = None) -> Tensor | None:
+        """(N,), of mean 1; None if every row counts the same."""
+        if self.class_weight is not None:
+            weight = self._class_weights(target)[target] * (1.0 if weight is None else weight)
+        if weight is None:
+            return None
+        if not (weight >= 0).all() or not weight.any():
+            raise InputError(
+                "expected weights of at least 0, and of more for some training row, but the least is "
+                f"{weight.min():g} and the greatest {weight.max():g}; correct data.class_weight or the column"
+            )
+        return _tensor(weight / weight.mean())
+
+    def _class_weights(self, target: np.ndarray) -> np.ndarray:
+        """(classes,), from the option."""
+        given, classes = self.class_weight, len(self.class_names)
+        if not classes or (given != "balanced" if isinstance(given, str) else len(given or ()) != classes):
+            wanted = f"balanced or a number for each of {classes} classes" if classes else "null for a regression"
+            raise InputError(f"expected data.class_weight to be {wanted}, but got {given}; correct it")
+        return np.asarray(given if not isinstance(given, str) else 1 / np.bincount(target, minlength=classes).clip(1))
+
+    def _split(self, samples: Samples) -> dict[str, Part]:
+        rest: Part = (samples.features.reshape(len(samples.features), -1), samples.target)
+        rest += () if samples.weight is None else (samples.weight,)
         stratify = bool(samples.class_names)
         if samples.test is None:
             rest, test = self._carve(rest, self.test_size, "test", stratify)
@@ -146,7 +174,7 @@ class DataModule(L.LightningDataModule):
         train, val = self._carve(rest, val_size, "val", stratify)
         return {"train": train, "val": val, "test": test}
 
-    def _carve(self, rows: Pair, size: float | int | None, name: str, stratify: bool) -> tuple[Pair, Pair]:
+    def _carve(self, rows: Part, size: float | int | None, name: str, stratify: bool) -> tuple[Part, Part]:
         """Take `size` rows away from `rows`; returns what is left and what was taken."""
         if size is None:
             raise InputError(
@@ -168,7 +196,7 @@ class DataModule(L.LightningDataModule):
                 f"expected at least 2 rows in each part, but {name} and the rest got {len(indices[1])} and "
                 f"{len(indices[0])}; bring more rows or change data.{name}_size"
             )
-        left, taken = ((rows[0][index], rows[1][index]) for index in indices)
+        left, taken = (tuple(values[index] for values in rows) for index in indices)
         return left, taken
 
     def _inputs(self, features: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -243,6 +271,8 @@ def check(samples: Samples) -> None:
             "bring rows of another one or change the target"
         )
     _check_part(samples.features, samples.target, samples.class_names)
+    if samples.weight is not None:
+        check_numbers("the weight", samples.weight)
     if samples.test is not None:
         _check_part(*samples.test, samples.class_names)
         if samples.test[0].shape[1:] != samples.features.shape[1:]:
@@ -280,10 +310,10 @@ def _loader(rows: Rows, batch_size: int, sampler: DistributedSampler) -> Batches
     return Batches(rows, batch_size, sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())
 
 
-def _fingerprint(parts: dict[str, Pair]) -> int:
+def _fingerprint(parts: dict[str, Part]) -> int:
     """A checksum of all rows, in the order of their parts."""
     code = 0
-    for values in (values for pair in parts.values() for values in pair):
+    for values in (values for part in parts.values() for values in part):
         code = zlib.crc32(np.ascontiguousarray(values).data, code)
     return code
 

@@ -1,31 +1,38 @@
 """The Lightning module: a net, a cost, and figures that are summed as tensors and logged once an epoch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanSquaredError, MetricCollection, R2Score
+from torchmetrics import MeanSquaredError, Metric, MetricCollection, R2Score
 
+from manual_mlp import formulas
 from manual_mlp.errors import InputError
 from manual_mlp.training.backprop import BACKPROP
 from manual_mlp.training.divergence import EVERY, EXPLODED, diverged
 from manual_mlp.training.nets import LOGIT_COSTS, build_net, choose
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]  # features, target, and in training perhaps the weight of each row
 
 
 class MLPModule(L.LightningModule):
     """Trains an MLP for classification (class_names given) or regression.
 
-    All hyper-parameters but `optimizer` are plain values, so a checkpoint loads with `weights_only=True`.
+    All hyper-parameters but `optimizer`, `scheduler` and `metrics` are plain values, so a checkpoint loads with
+    `weights_only=True`.
     backprop: a name in `BACKPROP`: who differentiates and who takes the step.
     output_activation: a name, or "auto": sigmoid for classification under the quadratic cost, identity otherwise.
     target_mean, target_scale: lead from standardised regression targets back to their units.
+    l1: λ of a penalty λ Σ |W| over all weights, whose gradient joins the cost's; the logged loss is without it.
     optimizer: a functools.partial that makes the optimizer from the parameters; only training needs it.
+    scheduler: what Lightning calls an lr_scheduler_config, its "scheduler" a partial that takes the optimizer.
+    metrics: further figures of val and test, by name. In classification they get P(class | x) and the class indices,
+        in regression prediction and target in the units of the target.
 
     Logs train_loss, val_loss, test_loss; in classification train_accuracy, val_accuracy, test_accuracy; in regression,
     in the units of the target, val_rmse, test_rmse, and val_r2, test_r2.
@@ -49,14 +56,20 @@ class MLPModule(L.LightningModule):
         loss: str = "quadratic",
         bias: bool = True,
         dropout: float = 0.0,
+        l1: float = 0.0,
         backprop: str = "layers",
         optimizer: partial[Optimizer] | None = None,
+        scheduler: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         if any(width < 1 for width in hidden):
             raise InputError(f"expected positive whole numbers in model.hidden, but got {list(hidden)}; correct it")
-        self.save_hyperparameters(ignore="optimizer")
-        self.optimizer, self.class_names, self.loss = optimizer, class_names, loss
+        if l1 < 0:
+            raise InputError(f"expected model.l1 of at least 0, but got {l1}; correct it")
+        self.save_hyperparameters(ignore=["optimizer", "scheduler", "metrics"])
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.class_names, self.loss, self.l1 = class_names, loss, l1
         self.backprop = choose(backprop, BACKPROP, "backprop")(loss)
         self.sizes = [input_size, *hidden, output_size]
         self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))
@@ -76,15 +89,22 @@ class MLPModule(L.LightningModule):
         self.figures_before: dict[str, float] = {}  # of the run that this one goes on from
         self.sums = {stage: Sums() for stage in ("train", "val", "test")}
         # what a mean over the rows cannot give; the metrics follow the module to its device
-        self.scores = nn.ModuleDict({} if class_names else {stage: _regression_scores() for stage in ("val", "test")})
+        names: dict[str, Any] = {**({} if class_names else _regression_scores()), **(metrics or {})}
+        self.measured = list(names)
+        stages = ("val", "test") if names else ()
+        self.scores = nn.ModuleDict({stage: MetricCollection(names).clone() for stage in stages})
 
     def forward(self, features: Tensor) -> Tensor:
         """features: (N, input_size). Returns: prediction (N, output_size)."""
         return self.net(features)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        features, target = batch
-        loss, prediction = self.backprop.train(self, features, self._as_cost_wants(target))
+        features, target, *weight = batch
+        wanted = self._as_cost_wants(target)
+        if weight and self.loss == "cross_entropy":  # −Σ t log softmax(z) with t = w ŷ is w times the row's cost
+            wanted, weight = self.one_hot[target] * weight.pop().unsqueeze(-1), []
+        train = self.backprop.train_weighted if weight else self.backprop.train
+        loss, prediction = train(self, features, wanted, *weight)
         self._add("train", loss, prediction, target)
         if (loss.is_cpu or batch_idx % EVERY == 0 or self.trainer.is_last_batch) and not loss.item() <= EXPLODED:
             lr = self.optimizer.keywords.get("lr") if self.optimizer else None
@@ -128,7 +148,12 @@ class MLPModule(L.LightningModule):
         self.figures_before = checkpoint["figures"]
         vars(self.sums["train"]).update(checkpoint["sums"])
 
-    def configure_optimizers(self) -> Optimizer:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for parameter in self.net.parameters():
+            if self.l1 and parameter.ndim == 2 and parameter.grad is not None:  # not for biases
+                parameter.grad += formulas.l1_gradient(parameter.detach(), self.l1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.optimizer is None:
             raise InputError("expected an optimizer for training, but got none; pass MLPModule(..., optimizer=...)")
         try:
@@ -136,7 +161,26 @@ class MLPModule(L.LightningModule):
         except (TypeError, ValueError) as error:  # torch's own words for a wrong value are clear
             raise InputError(f"expected values that the optimizer takes, but: {error}; correct optimizer.*") from error
         self.backprop.begin(self, optimizer)
-        return optimizer
+        if self.scheduler is None:
+            return optimizer
+        try:
+            schedule = self.scheduler["scheduler"](optimizer)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"expected values that the scheduler takes, but: {error}; correct scheduler.*") from error
+        return cast(
+            OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {**self.scheduler, "scheduler": schedule}}
+        )
+
+    @property
+    def lr(self) -> float:
+        """The optimizer's step, for Lightning's LearningRateFinder to set."""
+        assert self.optimizer is not None
+        return self.optimizer.keywords["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        assert self.optimizer is not None
+        self.optimizer.keywords["lr"] = value
 
     def optimizer_in_words(self) -> str:
         """Its name and what it was given that is not zero, false or null."""
@@ -153,8 +197,9 @@ class MLPModule(L.LightningModule):
 
     def figure_names(self) -> list[str]:
         """What is logged, by name."""
-        evaluated = ["loss", "accuracy"] if self.class_names else ["loss", "rmse", "r2"]
-        kinds = {"train": evaluated if self.class_names else ["loss"], "val": evaluated, "test": evaluated}
+        trained = ["loss", "accuracy"] if self.class_names else ["loss"]
+        evaluated = [*trained, *self.measured]
+        kinds = {"train": trained, "val": evaluated, "test": evaluated}
         return [f"{stage}_{kind}" for stage, names in kinds.items() for kind in names]
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
@@ -165,11 +210,16 @@ class MLPModule(L.LightningModule):
     def _add(self, stage: str, loss: Tensor, prediction: Tensor, target: Tensor) -> None:
         self.sums[stage].add(loss, prediction, target if self.class_names else None)
         if stage in self.scores:
-            self._scores(stage).update(self._in_units(prediction), self._in_units(target))
+            self._scores(stage).update(*self._as_metrics_want(prediction.detach().float(), target))
 
     def _as_cost_wants(self, target: Tensor) -> Tensor:
         """Class indices become rows of 0 and 1, except for cross-entropy, which takes indices."""
         return self.one_hot[target] if self.class_names and self.loss != "cross_entropy" else target
+
+    def _as_metrics_want(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if self.class_names:
+            return formulas.probability(prediction, self.loss), target
+        return self._in_units(prediction), self._in_units(target)
 
     def _in_units(self, values: Tensor) -> Tensor:
         return values.detach().float() * self.target_scale + self.target_mean
@@ -184,6 +234,8 @@ class MLPModule(L.LightningModule):
             figures |= self._scores(stage).compute()
             self._scores(stage).reset()
         for kind, value in figures.items():
+            if value.numel() != 1:
+                raise InputError(f"expected one number of metrics.{kind}, but got {value.numel()}; average them")
             shown = stage == "val" and kind in ("accuracy", "r2")  # more does not fit beside the bar
             self.log(f"{stage}_{kind}", value, prog_bar=shown, sync_dist=True)
 
@@ -211,8 +263,8 @@ class Sums:
         return {"loss": loss / rows} | ({"accuracy": hits / rows} if isinstance(self.hits, Tensor) else {})
 
 
-def _regression_scores() -> MetricCollection:
-    return MetricCollection({"rmse": MeanSquaredError(squared=False), "r2": R2Score()})
+def _regression_scores() -> dict[str, Metric]:
+    return {"rmse": MeanSquaredError(squared=False), "r2": R2Score()}
 
 
 def resolve_output_activation(name: str, loss: str, classification: bool) -> str:

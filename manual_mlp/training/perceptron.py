@@ -1,12 +1,13 @@
 """The perceptron as a training run like any other, with figures and checkpoints, but Rosenblatt's rule for a step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from manual_mlp.errors import InputError
 from manual_mlp.perceptron import Perceptron
@@ -38,18 +39,34 @@ class PerceptronModule(MLPModule):
         target_mean: Sequence[float] = (),
         target_scale: Sequence[float] = (),
         optimizer: partial[Optimizer] | None = None,
+        scheduler: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         if len(class_names) != 2:
             raise InputError(
                 f"expected two classes for a perceptron, whose neuron answers 0 or 1, but got {len(class_names)}; "
                 "choose data=halves, moons or xor"
             )
-        super().__init__(input_size, output_size, class_names, hidden=(), output_activation="identity")
-        self.net, self.output_activation, self.optimizer = TwoClasses(input_size), "threshold", optimizer
+        super().__init__(
+            input_size,
+            output_size,
+            class_names,
+            hidden=(),
+            output_activation="identity",
+            optimizer=optimizer,
+            scheduler=scheduler,
+            metrics=metrics,
+        )
+        self.net, self.output_activation = TwoClasses(input_size), "threshold"
         self.sizes = [input_size, 1]
-        self.hparams["backprop"] = "none, Rosenblatt's rule"
+        self.hparams.update(backprop="none, Rosenblatt's rule", output_activation=self.output_activation)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if len(batch) > 2:
+            raise InputError(
+                "expected rows that count the same for model=perceptron, whose rule knows no weights, but got weights; "
+                "leave out data.class_weight and data.source.weight"
+            )
         features, target = batch
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         rows = zip(features, target.to(features).unsqueeze(-1), strict=True)

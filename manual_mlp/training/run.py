@@ -1,6 +1,7 @@
 """One run, from the config to the summary: what train.py calls."""
 
 import errno
+import inspect
 import json
 import logging
 import os
@@ -15,20 +16,23 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from hydra.utils import get_class
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import SGD, Optimizer
+from torchmetrics import Metric
 
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.training.checkpoints import Continuation, WholeFiles, check_same_rows, check_same_training
-from manual_mlp.training.config import build, check, in_sweep, likely, optimizer_options
+from manual_mlp.training.config import SCHEDULE, build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.nets import choose
+from manual_mlp.training.perceptron import PerceptronModule
 from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.predict import predict_file
 from manual_mlp.training.summary import files, run_facts, summary
@@ -160,7 +164,10 @@ def _test(cfg: DictConfig) -> float | None:
     content = read_checkpoint(_given(cfg, "ckpt_path"))
     data = _data(cfg)
     check_same_rows(content, cfg.ckpt_path, data)
-    module = MLPModule(**content["hyper_parameters"])
+    kind = PerceptronModule if content["hyper_parameters"]["output_activation"] == "threshold" else MLPModule
+    module = kind.load_from_checkpoint(
+        cfg.ckpt_path, map_location="cpu", weights_only=True, metrics=_metrics(cfg, data)
+    )
     _set_threads(cfg.threads, module, data)
     trainer = _trainer(cfg)
     trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False)
@@ -231,9 +238,33 @@ def _module(cfg: DictConfig, data: DataModule) -> MLPModule:
         class_names=list(data.class_names),
         target_mean=data.target_mean,
         target_scale=data.target_scale,
+        metrics=_metrics(cfg, data),
+        scheduler=_scheduler(cfg.get("scheduler")),
     )
     module.optimizer = _optimizer(cfg.optimizer, module)
     return module
+
+
+def _metrics(cfg: DictConfig, data: DataModule) -> dict[str, Metric]:
+    """Metrics of torchmetrics, by name; one for classes need not be told that there are several, nor how many."""
+    told = {"task": "multiclass", "num_classes": len(data.class_names)} if data.class_names else {}
+    metrics = {}
+    for name, node in cfg.metrics.items():
+        known = inspect.signature(get_class(node._target_)).parameters
+        arguments = {key: value for key, value in told.items() if key in known and key not in node}
+        metrics[str(name)] = build(node, **arguments)
+    return metrics
+
+
+def _scheduler(node: DictConfig | None) -> dict[str, Any] | None:
+    """Lightning's part of the configuration, and the rest as a partial that takes the optimizer."""
+    if node is None:
+        return None
+    options = cast(dict, OmegaConf.to_container(node, resolve=True))
+    lightnings = {key: options.pop(key) for key in SCHEDULE if key in options}
+    if lightnings.get("interval", "epoch") not in ("epoch", "step"):
+        raise InputError(f"expected scheduler.interval to be epoch or step, but got {node.interval}; correct it")
+    return {**lightnings, "scheduler": build(OmegaConf.create(options))}
 
 
 def _optimizer(node: DictConfig, module: MLPModule) -> partial[Optimizer]:

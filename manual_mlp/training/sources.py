@@ -26,6 +26,7 @@ class Samples:
     features: (N, …), numbers. target: (N,) class indices 0 … len(class_names) − 1, or (N,) or (N, m) numbers.
     class_names: empty for regression. test: the official test set, (features, target), where there is one.
     feature_names: of the columns of features, where they have any.
+    weight: (N,) how much each counts in training, where that differs; not beside a test set.
     """
 
     features: np.ndarray
@@ -33,6 +34,7 @@ class Samples:
     class_names: tuple[str, ...] = ()
     test: tuple[np.ndarray, np.ndarray] | None = None
     feature_names: tuple[str, ...] = ()
+    weight: np.ndarray | None = None
 
 
 def bundled(name: str) -> Samples:
@@ -118,16 +120,29 @@ def fashion_mnist(folder: str) -> Samples:
     return _idx_folder(Path(folder), FASHION_CLASSES, hint)
 
 
-def table(path: str, target: str | int, task: str) -> Samples:
-    """Your own CSV, NPZ or Parquet file; labels may be text or numbers (see `readers.read_table`)."""
+def table(path: str, target: str | int, task: str, weight: str | int | None = None) -> Samples:
+    """Your own CSV, NPZ or Parquet file; labels may be text or numbers (see `readers.read_table`).
+
+    weight: the column that says how much a row counts in training; it is not a feature.
+    """
     if task not in TASKS:
         raise InputError(f"expected data.source.task to be one of {', '.join(TASKS)}, but got {task!r}; correct it")
     target = str(target)  # a column may be called 3
     features, values, feature_names = read_table(Path(path), target)
+    weights = None
+    if weight is not None:
+        if str(weight) not in feature_names:
+            raise InputError(
+                f"expected data.source.weight to name a column beside the target, but {path} has no {str(weight)!r}; "
+                "correct it"
+            )
+        column = feature_names.index(str(weight))
+        features, weights = np.delete(features, column, axis=1), features[:, column]
+        feature_names = feature_names[:column] + feature_names[column + 1 :]
     if task == "regression":
-        return Samples(features, _numbers(values, target), feature_names=feature_names)
+        return Samples(features, _numbers(values, target), feature_names=feature_names, weight=weights)
     names, indices = np.unique(_labels(values, target), return_inverse=True)
-    return Samples(features, indices, tuple(map(str, names)), feature_names=feature_names)
+    return Samples(features, indices, tuple(map(str, names)), feature_names=feature_names, weight=weights)
 
 
 def _idx_folder(folder: Path, class_names: tuple[str, ...], hint: str = "correct data.source.folder") -> Samples:

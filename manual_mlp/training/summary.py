@@ -12,6 +12,7 @@ from manual_mlp.training.module import MLPModule
 
 WIDTH = 60
 NUMBER = 8  # columns of a figure
+IMBALANCED = 1.5  # times as many rows of the greatest class as of the smallest are worth a line
 MARGIN = 0.05  # a net that got less of the way from the largest class's share to 100 % has learned nothing
 FILES = (
     "best.ckpt",
@@ -44,15 +45,18 @@ def run_facts(
     seconds: of the training; None where there was none.
     """
     rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
-    return {
+    facts = {
         "data": f"{Path(str(data.name)).name} ({rows})",
+        **({"classes": _imbalance(data)} if data.class_names else {}),
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
         "cost": module.loss,
         "optimizer": module.optimizer_in_words(),
+        "scheduler": module.scheduler["scheduler"].func.__name__ if module.scheduler else "",
         "backprop": str(module.hparams["backprop"]),
         "epochs": _epochs(epoch, trainer.current_epoch - 1, seconds),
     }
+    return {name: text for name, text in facts.items() if text}
 
 
 def files(folder: Path) -> str:
@@ -69,6 +73,19 @@ def _epochs(epoch: int, last: int, seconds: float | None) -> str:
     text = f"best {epoch}" if epoch >= 0 else "none completed"
     # last is not known where the training ran in processes that have ended (ddp_spawn)
     return text + (f" of 0 to {last}" if last >= epoch >= 0 else "") + f", in {seconds:.1f} s"
+
+
+def _imbalance(data: DataModule) -> str:
+    """The greatest and the smallest class of the training part; empty where they are of about the same size."""
+    counts = data.splits["train"].target.bincount(minlength=len(data.class_names))
+    (most, greatest), (least, smallest) = (getattr(counts, end)(0) for end in ("max", "min"))
+    if most < IMBALANCED * least:
+        return ""
+    text = " ".join(
+        f"{100 * n / counts.sum():.1f} % {data.class_names[i]}," for n, i in ((most, greatest), (least, smallest))
+    )
+    weighed = "weighed by data.class_weight" if data.class_weight else "data.class_weight=balanced weighs them alike"
+    return f"{text} {weighed}"
 
 
 def _activations(module: MLPModule) -> str:
@@ -100,8 +117,13 @@ def _table(figures: dict[str, float]) -> list[str]:
     lines = []
     for part in ("train", "val", "test"):
         kinds = [name.removeprefix(f"{part}_") for name in figures if name.startswith(f"{part}_")]
-        cells = [_cell(part, kind, figures[f"{part}_{kind}"]) for kind in kinds]
-        lines += ["  " + " ".join(cells).rstrip()] if cells else []
+        line = ""
+        for cell in (_cell(part, kind, figures[f"{part}_{kind}"]) for kind in kinds):
+            if len(f"  {line} {cell}".rstrip()) > WIDTH:
+                lines.append(f"  {line}".rstrip())
+                line = ""
+            line += f" {cell}" if line else cell
+        lines += [f"  {line}".rstrip()] if line else []
     return lines
 
 
