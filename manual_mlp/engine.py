@@ -23,6 +23,7 @@ from manual_mlp.network import Layer, check_batch, cost_of, net_of
 _PLANS = 8  # kinds of batches whose buffers are kept
 _TRAINED = attrgetter("requires_grad")
 _CHUNK = 1 << 18  # numbers that train_epoch gathers at once: 1 MB of float32 stays in the cache
+_BATCHES = 256  # batches in it at most: each is a view, and of tiny ones there would be a quarter of a million
 
 Rates = tuple[tuple[float, float], ...]
 """(β, α) of w := βw + α ∂C/∂w for each group of the optimizer; (), where it takes the step itself."""
@@ -101,7 +102,7 @@ class _Plan:
             if not mixed:
                 self.delta = self.stages[-1].delta
             self.flat = self.delta.view(-1)
-        batches = max(1, _CHUNK // (n * input.shape[1]))
+        batches = min(max(1, _CHUNK // (n * input.shape[1])), _BATCHES)
         self.chunk = [data.new_empty(batches * n, *data.shape[1:]) for data in (input, target)]
         self.batches = list(zip(*(data.split(n) for data in self.chunk), strict=True))
         self.made_for: object = None

@@ -1,8 +1,11 @@
 """The one case list: every Function of the package beside its torch twin, with inputs. Everything is tested from here.
 
 Activation rows are read off the sheet, so a new row is a new case; without a twin in TWINS the collection fails.
+`cases_of(sizes)` is the same list in other sizes: a new case has them too.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,19 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """leading: the dimensions before the last; rows of a cost: their product."""
+
+    leading: tuple[int, ...] = (5,)
+    inputs: int = 3
+    outputs: int = 4
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.leading)
 
 
 TWINS: dict[str, Callable[..., Tensor]] = {
@@ -73,8 +89,8 @@ def _label(name: str, parameters: tuple[float, ...]) -> str:
     return name + "".join(f"-{parameter:g}" for parameter in parameters)
 
 
-def _activation_cases() -> list[Case]:
-    cases = []
+def _activation_cases(sizes: Sizes) -> list[Case]:
+    cases, z = [], random((*sizes.leading, sizes.outputs))
     for name, row in ACTIVATIONS.items():
         if name == "identity":  # has no node of its own; it is fused below
             continue
@@ -86,43 +102,46 @@ def _activation_cases() -> list[Case]:
             def twin(z: Tensor, name: str = name, parameters: tuple[float, ...] = parameters) -> Tensor:
                 return TWINS[name](z, *parameters)
 
-            cases.append(Case(_label(name, parameters), ours, twin, random((5, 4))))
+            cases.append(Case(_label(name, parameters), ours, twin, z))
             if row.parameters == () or parameters == row_parameters(row)[0]:
-                cases.append(_inplace_case(name, parameters))
+                cases.append(_inplace_case(name, parameters, z))
     return cases
 
 
-def _inplace_case(name: str, parameters: tuple[float, ...]) -> Case:
+def _inplace_case(name: str, parameters: tuple[float, ...], z: Callable[[torch.dtype], Inputs]) -> Case:
     """In place on a copy, since a leaf that requires a gradient can't be written."""
     return Case(
         f"{name}-inplace",
         lambda z: F._activation(name, z.clone(), *parameters, inplace=True),
         lambda z: TWINS[name](z, *parameters),
-        random((5, 4)),
+        z,
     )
 
 
-def _affine_cases() -> list[Case]:
+def _affine_cases(sizes: Sizes) -> list[Case]:
+    n, m = sizes.inputs, sizes.outputs
+
     def case(label: str, *shapes: tuple[int, ...]) -> Case:
         return Case(f"affine-{label}", F.affine, torch_functional.linear, random(*shapes))
 
     return [
-        case("bias", (5, 3), (4, 3), (4,)),
-        case("nobias", (5, 3), (4, 3)),
-        case("one_dimension", (3,), (4, 3), (4,)),
-        case("four_dimensions", (2, 1, 3, 3), (4, 3), (4,)),
-        case("one_output", (5, 3), (1, 3), (1,)),
+        case("bias", (*sizes.leading, n), (m, n), (m,)),
+        case("nobias", (*sizes.leading, n), (m, n)),
+        case("one_dimension", (n,), (m, n), (m,)),
+        case("four_dimensions", (2, 1, 3, n), (m, n), (m,)),
+        case("one_output", (*sizes.leading, n), (1, n), (1,)),
     ]
 
 
-def _fused_cases() -> list[Case]:
-    cases = []
+def _fused_cases(sizes: Sizes) -> list[Case]:
+    cases: list[Case] = []
+    n, m = sizes.inputs, sizes.outputs
     for name, row in ACTIVATIONS.items():
         for parameters in row_parameters(row):
             for label, shapes in {
-                "bias": ((5, 3), (4, 3), (4,)),
-                "nobias": ((5, 3), (4, 3)),
-                "three_dimensions": ((2, 3, 3), (4, 3), (4,)),
+                "bias": ((*sizes.leading, n), (m, n), (m,)),
+                "nobias": ((*sizes.leading, n), (m, n)),
+                "three_dimensions": ((2, 3, n), (m, n), (m,)),
             }.items():
 
                 def ours(
@@ -147,14 +166,15 @@ def _fused_cases() -> list[Case]:
     return cases
 
 
-def _dropout_case() -> Case:
+def _dropout_case(sizes: Sizes) -> Case:
     """With a mask drawn beforehand: vmap refuses random numbers inside it, torch's as ours."""
-    mask = torch.rand((5, 4), generator=torch.Generator().manual_seed(1)) < 0.6
+    shape = (*sizes.leading, sizes.outputs)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
     return Case(
         "dropout",
         lambda a: functions.apply(functions.Dropout, a, mask, 0.6),
         lambda a: a * mask.to(a.dtype).div(0.6),
-        random((5, 4)),
+        random(shape),
     )
 
 
@@ -163,29 +183,31 @@ def _quadratic_twin(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).pow(2).mul(0.5).sum() / prediction[..., 0].numel()
 
 
-def _cost_cases() -> list[Case]:
-    both = random((5, 4), (5, 4))
+def _cost_cases(sizes: Sizes) -> list[Case]:
+    both = random(*[(sizes.rows, sizes.outputs)] * 2)
+    deep = random(*[(2, *sizes.leading, sizes.outputs)] * 2)
     cases = [
         Case("quadratic_loss", F.quadratic_loss, _quadratic_twin, both),
-        Case("quadratic_loss-three_dimensions", F.quadratic_loss, _quadratic_twin, random((2, 3, 4), (2, 3, 4))),
+        Case("quadratic_loss-three_dimensions", F.quadratic_loss, _quadratic_twin, deep),
     ]
-    weight = torch.tensor([[0.5], [2.0], [1.0], [3.0], [0.0]], dtype=torch.float64)  # of each row
+    weight = torch.arange(sizes.rows, dtype=torch.float64).sub(0.7).abs().unsqueeze(-1)  # of each row
     cases += [
         Case(
             "quadratic_loss_weight",
             lambda prediction, target: F.quadratic_loss(prediction, target, weight),
-            lambda prediction, target: (prediction - target).pow(2).mul(0.5).mul(weight.to(target.dtype)).sum() / 5,
+            lambda prediction, target: (prediction - target).pow(2).mul(0.5).mul(weight.to(target.dtype)).sum() / len(target),
             both,
         )
     ]
     for reduction in ("none", "sum", "mean"):
-        cases += _costs_with(reduction, both)
+        cases += _costs_with(reduction, sizes, both)
     return cases
 
 
-def _costs_with(reduction: str, both: Callable[[torch.dtype], Inputs]) -> list[Case]:
-    weight = torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64)
-    classes = torch.tensor([0, 3, -100, 2, 1])
+def _costs_with(reduction: str, sizes: Sizes, both: Callable[[torch.dtype], Inputs]) -> list[Case]:
+    rows, m = sizes.rows, sizes.outputs
+    weight = torch.arange(m, dtype=torch.float64).sub(1.7).abs()
+    classes, images = _classes((rows,), m), _classes((rows, 2, 2), m)
 
     def case(label: str, ours: Callable[..., Tensor], twin: Callable[..., Tensor], **arguments: Any) -> Case:
         return Case(
@@ -200,12 +222,11 @@ def _costs_with(reduction: str, both: Callable[[torch.dtype], Inputs]) -> list[C
             f"cross_entropy_of_class{label}-{reduction}",
             lambda z: F.cross_entropy(z, classes, reduction=reduction, **_as(z.dtype, arguments)),
             lambda z: torch_functional.cross_entropy(z, classes, reduction=reduction, **_as(z.dtype, arguments)),
-            random((5, 4)),
+            random((rows, m)),
         )
 
     bce, torch_bce = F.binary_cross_entropy_with_logits, torch_functional.binary_cross_entropy_with_logits
     entropy, torch_entropy = F.cross_entropy, torch_functional.cross_entropy
-    images = torch.tensor([[[0, 3], [1, 2]], [[2, 2], [-100, 0]]])
     return [
         case("mse_loss", F.mse_loss, torch_functional.mse_loss),
         case("bce", bce, torch_bce),
@@ -219,19 +240,33 @@ def _costs_with(reduction: str, both: Callable[[torch.dtype], Inputs]) -> list[C
             f"cross_entropy_of_class_images-{reduction}",
             lambda z: F.cross_entropy(z, images, reduction=reduction),
             lambda z: torch_functional.cross_entropy(z, images, reduction=reduction),
-            random((2, 4, 2, 2)),
+            random((rows, m, 2, 2)),
         ),
     ]
+
+
+def _classes(shape: tuple[int, ...], classes: int) -> Tensor:
+    """A label for each place, some of them to be ignored."""
+    labels = torch.arange(math.prod(shape)).mul(3).remainder(classes)
+    labels[2::5] = -100
+    return labels.reshape(shape)
 
 
 def _as(dtype: torch.dtype, arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: value.to(dtype) if isinstance(value, Tensor) else value for key, value in arguments.items()}
 
 
-CASES: list[Case] = [
-    *_affine_cases(),
-    *_activation_cases(),
-    *_fused_cases(),
-    _dropout_case(),
-    *_cost_cases(),
-]
+@functools.lru_cache(maxsize=64)
+def cases_of(sizes: Sizes) -> dict[str, Case]:
+    """Every case by name, in these sizes."""
+    cases = [
+        *_affine_cases(sizes),
+        *_activation_cases(sizes),
+        *_fused_cases(sizes),
+        _dropout_case(sizes),
+        *_cost_cases(sizes),
+    ]
+    return {case.name: case for case in cases}
+
+
+CASES: list[Case] = list(cases_of(Sizes()).values())

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.readers import check_numbers
+from manual_mlp.training.readers import brief, check_numbers
 from manual_mlp.training.sources import Samples
 
 EVALUATION_BATCH = 1000  # no gradients are kept, so larger batches cost nothing and save calls
@@ -267,7 +267,7 @@ def check(samples: Samples) -> None:
     """Raise InputError if samples are empty, of unequal number, of one class, not finite, or labelled out of range."""
     if len(samples.class_names) == 1:
         raise InputError(
-            f"expected at least two classes, but every row is of the class {samples.class_names[0]}; "
+            f"expected at least two classes, but every row is of the class {brief(samples.class_names[0])}; "
             "bring rows of another one or change the target"
         )
     _check_part(samples.features, samples.target, samples.class_names)
