@@ -1,6 +1,7 @@
 """Mistakes in the configuration, told in one sentence: what was expected, what came, the likely fix."""
 
 import inspect
+import signal
 import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +44,9 @@ def one_sentence() -> Iterator[None]:
         if sentence is None:
             raise
         sys.exit(f"Error: {sentence}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def in_sweep() -> bool:

@@ -21,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
@@ -198,9 +199,11 @@ def _data(cfg: DictConfig) -> DataModule:
 
 
 def _interrupted(trainer: L.Trainer, module: MLPModule, data: DataModule, checkpoint: str | None) -> bool:
-    """Train; whether Ctrl-C ended it, upon which Lightning would leave the program."""
+    """Train; whether Ctrl-C ended it, upon which Lightning would leave the program. SIGTERM does leave it."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
+    except SIGTERMException:  # Lightning's exit code would be that of a success
+        sys.exit(128 + signal.SIGTERM)
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise

@@ -51,7 +51,7 @@ def run_facts(
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
         "cost": module.loss,
-        "optimizer": module.optimizer_in_words(),
+        "optimizer": module.optimizer_in_words() if module.optimizer else "",
         "scheduler": module.scheduler["scheduler"].func.__name__ if module.scheduler else "",
         "backprop": str(module.hparams["backprop"]),
         "epochs": _epochs(epoch, trainer.current_epoch - 1, seconds),
