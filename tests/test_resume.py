@@ -50,7 +50,7 @@ class TestKilled:
         "more",
         [
             "+callbacks.last.every_n_train_steps=3",
-            "trainer.max_epochs=-1 trainer.max_steps=40",
+            "trainer.max_epochs=-1 trainer.max_steps=40 data.batch_size=10",
             "callbacks=early_stopping callbacks.early_stopping.patience=1 optimizer.lr=0",
             "optimizer=sgd optimizer.momentum=0.9 optimizer.lr=0.5",
             "data=sine data.source.samples=100 model.dropout=0.1",
