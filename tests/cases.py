@@ -195,7 +195,9 @@ def _cost_cases(sizes: Sizes) -> list[Case]:
         Case(
             "quadratic_loss_weight",
             lambda prediction, target: F.quadratic_loss(prediction, target, weight),
-            lambda prediction, target: (prediction - target).pow(2).mul(0.5).mul(weight.to(target.dtype)).sum() / len(target),
+            lambda prediction, target: (
+                (prediction - target).pow(2).mul(0.5).mul(weight.to(target.dtype)).sum() / len(target)
+            ),
             both,
         )
     ]
