@@ -104,6 +104,14 @@ class TestPerceptron:
             neuron.fit(features, target.float().unsqueeze(1), rate=1.0, max_epochs=1)
         torch.testing.assert_close(module.net.state_dict(), neuron.state_dict(), rtol=0, atol=0)
 
+    def test_checkpoint_is_tested_but_predicts_no_probabilities(self, tmp_path: Path) -> None:
+        trained = training.run(configured(tmp_path / "a", "experiment=perceptron", "trainer.max_epochs=2"))
+        again = [f"ckpt_path={tmp_path / 'a' / 'best.ckpt'}", "experiment=perceptron"]
+        assert training.run(configured(tmp_path / "b", "task=test", *again)) == trained
+        (tmp_path / "new.csv").write_text("a,b\n0.9,0.9\n")
+        with pytest.raises(InputError, match="holds a perceptron, which says 0 or 1; take a run of model=mlp"):
+            training.run(configured(tmp_path / "c", "task=predict", *again, f"input={tmp_path / 'new.csv'}"))
+
     def test_two_classes_only(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"two classes for a perceptron, .* but got 10; choose data=halves"):
             training.run(configured(tmp_path, "model=perceptron"))

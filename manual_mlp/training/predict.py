@@ -50,10 +50,15 @@ class Predictor(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike[str]) -> "Predictor":
-        """Raises InputError for a file that is no whole checkpoint of train.py."""
+        """Raises InputError for a file that is no whole checkpoint of train.py, and for a perceptron's."""
         content = read_checkpoint(path)
         if "DataModule" not in content:
             raise InputError(f"expected a checkpoint that tells how to prepare rows, but {path} does not; train anew")
+        if content["hyper_parameters"]["output_activation"] == "threshold":
+            raise InputError(
+                f"expected a net whose answers are probabilities or numbers, but {path} holds a perceptron, which says "
+                "0 or 1; take a run of model=mlp"
+            )
         return cls(MLP.from_checkpoint(path), content).eval()
 
     def forward(self, features: Tensor) -> Tensor:
