@@ -1,4 +1,4 @@
-"""Damaged, hostile and odd data files: read, or refused in one sentence, in bounded memory, and no code of theirs runs.
+"""Damaged, hostile and odd files and overrides: read, or refused in one sentence, in bounded memory; none runs code.
 
 Every input is a function of its number, so a find can be made again. `make test` tries a share, `make test-all` all.
 """
@@ -22,8 +22,10 @@ from pyarrow import parquet
 
 from manual_mlp import InputError
 from manual_mlp.training import readers, sources
+from manual_mlp.training.config import check, explain
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.readers import read_idx, read_table
+from tests.configs import configured
 from tests.test_data import idx_bytes
 
 SHARE, ALL = 250, 10_000  # inputs for each reader
@@ -272,3 +274,56 @@ def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
     assert not gone_off.exists()
     pickle.loads(load)
     assert gone_off.exists()  # the load was live
+
+
+OVERRIDES = [
+    "seed=1", "backprop=engine", "threads=2", "optimized_metric=test_loss", "task=test", "report=false", "data=wine",
+    "data.batch_size=7", "data.val_size=0.2", "data.standardise=false", "data.class_weight=[1,2,3]", "model=perceptron",
+    "model.hidden=[5,4]", "model.activation=relu", "model.dropout=0.5", "model.l1=1e-4", "optimizer=adam",
+    "optimizer.lr=0.1", "optimizer._target_=torch.optim.Rprop", "scheduler=cosine", "trainer.max_epochs=3",
+    "trainer.precision=null", "callbacks=early_stopping", "~logger", "+metrics.f1._target_=torchmetrics.F1Score",
+    "experiment=xor", "hydra.job.name=x", "trainer.profiler='simple'", "data.source.path=a.csv", "ckpt_path=x.ckpt",
+]  # fmt: skip
+VALUES = [
+    "", "null", "true", "-1", "1e999", "nan", "abc", "[]", "{}", "[1,{a:2}]", "${seed}", "${x}", "???", "'", "é", "1,2",
+    "range(1,3)", "{_target_:os.getcwd}", "0x10", "9" * 40, "a=b", "\\", "${oc.env:NOWHERE}", "[[[", "[1,null]",
+]  # fmt: skip
+
+
+def mistyped(draw: random.Random) -> list[str]:
+    """One to three overrides, some with another value, key or group, some with characters changed."""
+    chosen = draw.sample(OVERRIDES, draw.randint(1, 3))
+    key, _, value = draw.choice(chosen).partition("=")
+    other = draw.choice(OVERRIDES).partition("=")
+    chosen[-1] = draw.choice(
+        [
+            f"{key}={draw.choice(VALUES)}",
+            f"{key}{draw.choice(['.x', 's', '[0]', '@a', '/b'])}={value}",
+            f"{draw.choice(['+', '++', '~'])}{key}={value}",
+            f"{key}={other[2]}",
+            damaged(chosen[-1].encode(), draw).decode(errors="ignore").replace("\0", ""),
+        ]
+    )
+    return chosen
+
+
+def sentence_for(folder: Path, overrides: list[str]) -> str | None:
+    """What train.py says of them; None where it would go on."""
+    try:
+        check(configured(folder, *overrides))
+    except Exception as error:
+        return explain(error) or repr(error)
+    return None
+
+
+@pytest.mark.parametrize("inputs", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_overrides(inputs: int, tmp_path: Path) -> None:
+    """Each is composed and checked, or ends in one sentence; nothing that a `_target_` names has been called."""
+    outcomes = Counter[str]()
+    for number in range(inputs):
+        overrides = mistyped(random.Random(number))
+        told = sentence_for(tmp_path, overrides)
+        assert told is None or told.startswith("expected "), (number, overrides, told)
+        outcomes["refused" if told else "composed"] += 1
+    print(f"overrides: {dict(outcomes)}, 0 crashes")
+    assert min(outcomes["composed"], outcomes["refused"]) > inputs // 40

@@ -39,7 +39,7 @@ def one_sentence() -> Iterator[None]:
     """End the program with one sentence and exit code 1 where the mistake is the user's; bugs keep their traceback."""
     try:
         yield
-    except (InputError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+    except (InputError, HydraException, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
         sentence = explain(error)
         if sentence is None:
             raise
@@ -89,7 +89,7 @@ def optimizer_options(node: dict) -> dict:
 
     So a class put in by `optimizer._target_` alone does not stumble over sgd.yaml's momentum=0.
     """
-    known = inspect.signature(_locate(node["_target_"], "optimizer")).parameters
+    known = inspect.signature(_locate(node.get("_target_"), "optimizer")).parameters
     return {
         key: value
         for key, value in node.items()
@@ -163,7 +163,11 @@ def _hints(target: Any) -> dict[str, Any]:
         return {}
 
 
-def _locate(target: str, path: str) -> Any:
+def _locate(target: object, path: str) -> Any:
+    if not isinstance(target, str) or not target:
+        raise InputError(
+            f"expected {path}._target_ to name a class or function, but got {target!r}; write it as in torch.optim.Adam"
+        )
     found = locate(target)
     if found is None:
         module, _, name = target.rpartition(".")
@@ -240,10 +244,12 @@ def _before_the_job(error: Exception) -> str | None:
             f"expected an output folder that can be written, but {cause.filename} cannot ({cause.strerror}); "
             "choose another with hydra.run.dir=… (hydra.sweep.dir=… in a sweep)"
         )
-    if type(error) is not ValueError:
-        return None
     if "Got NoneType" in str(error):  # Hydra does not say which group
         return "expected the name of a choice for each group, but got null; leave a group out with ~, as in ~logger"
+    if isinstance(error, TypeError) and "hydra._internal.defaults_list" in modules:
+        return "expected the name of a choice for each group, but got a list of other things; name one, as in data=iris"
+    if type(error) is not ValueError:
+        return None
     return f"expected overrides of the form key=value, but: {_first_line(error)}"
 
 
