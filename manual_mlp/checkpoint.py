@@ -19,12 +19,24 @@ def read_checkpoint(path: str | PathLike[str], map_location: Any = "cpu") -> dic
 
     Raises InputError for a file that is missing, damaged, foreign, or holds anything that could run code.
     """
+    content = read_values(path, map_location)
+    values = content.get("hyper_parameters") if isinstance(content, dict) else None
+    if not isinstance(values, dict) or not values.keys() >= {*KEYS} or not isinstance(content.get("state_dict"), dict):
+        raise InputError(
+            f"expected a checkpoint that train.py wrote, but {path} holds something else; "
+            "to load parameters of other programs use net.load_state_dict"
+        )
+    return content
+
+
+def read_values(path: str | PathLike[str], map_location: Any = "cpu") -> Any:
+    """The same of any file of tensors and plain values, whoever wrote it."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load takes any bits for parameters
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
         raise InputError(
             f"expected a checkpoint at {path}, but it can't be read ({error.strerror or error}); correct ckpt_path"
@@ -40,13 +52,6 @@ def read_checkpoint(path: str | PathLike[str], map_location: Any = "cpu") -> dic
             f"expected a whole checkpoint, but {path} is damaged ({reason}); "
             "take another, such as best.ckpt or last.ckpt"
         ) from error
-    values = content.get("hyper_parameters") if isinstance(content, dict) else None
-    if not isinstance(values, dict) or not values.keys() >= {*KEYS} or not isinstance(content.get("state_dict"), dict):
-        raise InputError(
-            f"expected a checkpoint that train.py wrote, but {path} holds something else; "
-            "to load parameters of other programs use net.load_state_dict"
-        )
-    return content
 
 
 def write_whole(path: str | PathLike[str], content: bytes | memoryview) -> None:

@@ -14,6 +14,7 @@ import torch
 from manual_mlp import InputError
 from manual_mlp.training import data as data_module
 from manual_mlp.training import run as training
+from manual_mlp.training.checkpoints import WholeFiles
 from manual_mlp.training.data import DataModule
 from tests.configs import ROOT, configured
 from tests.test_data import module, numbered
@@ -129,6 +130,13 @@ class TestSharing:
             InputError, match=r"row of the val part for each of 5 processes, but got 4; raise data.val_"
         ):
             loaders(module(numbered(), val_size=4), "val", 5)
+
+
+def test_spawned_processes_hand_their_parameters_back(tmp_path: Path) -> None:
+    """In a file that is no checkpoint, by the plugin that writes and reads these."""
+    parameters = torch.nn.Linear(3, 2).state_dict()
+    WholeFiles().save_checkpoint(parameters, tmp_path / "some" / ".temp.ckpt")
+    torch.testing.assert_close(WholeFiles().load_checkpoint(tmp_path / "some" / ".temp.ckpt"), parameters)
 
 
 class TestSweeps:

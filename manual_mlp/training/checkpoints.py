@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from manual_mlp.checkpoint import read_checkpoint, write_whole
+from manual_mlp.checkpoint import read_values, write_whole
 from manual_mlp.errors import InputError
 from manual_mlp.training.data import Batches, DataModule
 from manual_mlp.training.module import MLPModule
@@ -27,7 +27,10 @@ FREE = ("backprop", "initialisation")  # what may differ when a run goes on: the
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints by `write_whole`, reads them by `read_checkpoint`: never half of one, never anyone's code."""
+    """Writes files by `write_whole`, reads them by `read_values`: never half of one, never anyone's code.
+
+    Not checkpoints alone: the processes of ddp_spawn hand their parameters back in a file.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +39,7 @@ class WholeFiles(TorchCheckpointIO):
         write_whole(path, buffer.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        return read_checkpoint(path, "cpu")
+        return read_values(path, "cpu")
 
 
 class EpochCheckpoint(ModelCheckpoint):

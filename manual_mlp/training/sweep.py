@@ -63,7 +63,7 @@ class Comparison(Callback):
             print(f"Error: {sentence}", file=sys.stderr)
             path = Path(config.hydra.runtime.output_dir, FIGURES)
             path.write_text(json.dumps({"metric": config.optimized_metric, "figures": {}, "error": sentence}))
-            job_return.return_value, job_return.status = nan, JobStatus.COMPLETED
+            job_return.return_value, job_return.status = None, JobStatus.COMPLETED  # no number: Optuna then drops it
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
