@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from manual_mlp import formulas as sheet
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
-from manual_mlp.functional import autocasting
+from manual_mlp.functional import autocasting, check_tensors
 from manual_mlp.network import Layer, check_batch, cost_of, net_of
 
 _PLANS = 8  # kinds of batches whose buffers are kept
@@ -308,8 +308,8 @@ class BackpropEngine:
             raise InputError(f"expected a torch.optim.SGD, Adam or AdamW; got {type(optimizer).__name__}")
         if any(group["differentiable"] for group in optimizer.param_groups):
             raise InputError("expected an optimizer without differentiable=True, since the engine keeps no graph")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise InputError(f"expected a max_grad_norm above 0, or None; got {max_grad_norm}")
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
+            raise InputError(f"expected a max_grad_norm above 0, or None; got {max_grad_norm!r}")
         self._prepare()
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
@@ -454,9 +454,14 @@ class BackpropEngine:
         """The plan for such a batch; made anew, with all checks, after anything it was made from has changed."""
         if self._changed():
             self._prepare()
-        if autocasting(input):
+        try:
+            autocast = autocasting(input)
+            kind: object = input.shape, target.shape, target.dtype
+        except AttributeError:
+            check_tensors(input=input, target=target)
+            raise
+        if autocast:
             raise InputError("expected no autocast around the engine: it would not take part; use compute_dtype")
-        kind: object = input.shape, target.shape, target.dtype
         # A wrong dtype or device of the input is torch's to notice, before anything is written; a copy notices nothing.
         if self._fixed or self.compute_dtype is not None:
             kind = kind, input.dtype, input.device, target.device
@@ -507,6 +512,7 @@ class BackpropEngine:
 
     def _check(self, input: Tensor, target: Tensor) -> None:
         """Raises InputError for a batch that does not fit, or is empty, or has labels out of range."""
+        check_tensors(input=input, target=target)
         check_batch(self._layers[0].weight, len(self._layers[-1].weight), input, target, self.loss)
         if len(input) == 0:
             raise InputError("expected a batch with at least one row; got none, whose mean cost is no number")

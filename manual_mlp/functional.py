@@ -88,6 +88,25 @@ def _mix_problem(named: list[tuple[str, Tensor]]) -> str | None:
     return None
 
 
+def check_tensors(**named: object) -> None:
+    """Raises InputError for what is no tensor, such as an array of NumPy (a tracer's proxy has what a tensor has)."""
+    for name, value in named.items():
+        if not hasattr(value, "requires_grad"):
+            raise InputError(
+                f"expected a torch.Tensor as {name}; got {type(value).__name__}: call torch.as_tensor() on it"
+            )
+
+
+def _check_real(name: str, tensor: Tensor) -> None:
+    try:
+        if tensor.dtype.is_floating_point:
+            return
+    except AttributeError:
+        check_tensors(**{name: tensor})
+        raise
+    raise InputError(_not_real(name, tensor))
+
+
 def _not_real(name: str, tensor: Tensor) -> str:
     fix = "split it into its real and imaginary parts" if tensor.dtype.is_complex else "call .float() on it"
     return f"expected a real floating-point {name}; got {tensor.dtype}: {fix}"
@@ -113,8 +132,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 def _activation(name: str, input: Tensor, *parameters: float, inplace: bool = False) -> Tensor:
     """One componentwise Function; refuses what torch would promote or differentiate without conjugates."""
-    if not input.dtype.is_floating_point:
-        raise InputError(_not_real("input of an activation", input))
+    _check_real("input of an activation", input)
     if not inplace:
         return apply(functions.ACTIVATION[name], input, *parameters)
     if name in functions.INPLACE and not torch.compiler.is_compiling() and not functions.transforming():
@@ -173,8 +191,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """
     if not 0 <= p <= 1:
         raise InputError(f"expected a dropout probability between 0 and 1; got {p}")
-    if not input.dtype.is_floating_point:
-        raise InputError(_not_real("input of dropout", input))
+    _check_real("input of dropout", input)
     if not training or p == 0:
         return input
     mask = torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)
@@ -195,6 +212,7 @@ def quadratic_loss(input: Tensor, target: Tensor, weight: Tensor | None = None) 
     such as (N, 1) → scalar. Raises InputError for different shapes or dtypes, for a one-dimensional prediction, which
     has no N, and for a weight that requires a gradient.
     """
+    check_tensors(prediction=input)
     if input.dim() < 2:
         raise InputError(
             f"expected a prediction of shape (N, outputs); got {tuple(input.shape)}, "
@@ -308,8 +326,7 @@ def _check_reduction(reduction: str) -> None:
 
 def _real_cost(input: Tensor) -> Tensor:
     """A cost is computed in float32 under autocast, as torch does."""
-    if not input.dtype.is_floating_point:
-        raise InputError(_not_real("prediction", input))
+    _check_real("prediction", input)
     if input.dtype in (torch.bfloat16, torch.float16) and autocasting(input):
         return input.float()
     return input
@@ -317,6 +334,7 @@ def _real_cost(input: Tensor) -> Tensor:
 
 def _pair(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Prediction and target, which must agree in shape, dtype and device: nothing is broadcast or promoted."""
+    check_tensors(prediction=input, target=target)
     if input.shape != target.shape:
         fix = "the target" if input.dim() > target.dim() else "the prediction"
         hint = f": call .unsqueeze(-1) on {fix}" if abs(input.dim() - target.dim()) == 1 else ""

@@ -234,7 +234,9 @@ _NETS: WeakKeyDictionary[nn.Module, Net] = WeakKeyDictionary()
 
 
 def net_of(model: nn.Module) -> Net:
-    """The model as a Net, read again only after a change."""
+    """The model as a Net, read again only after a change. Raises InputError as `layers_of`, and for no module."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a model, an mm.MLP or an nn.Sequential; got {type(model).__name__}")
     net = _NETS.get(model)
     if net is None or net.changed():
         net = Net(model)
@@ -303,6 +305,7 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
     """`network_loss`, and the prediction a^L (N, n_L) that it came from, without a history."""
     net = net_of(model)
     cost = cost_of(loss, net.layers)
+    functional.check_tensors(input=input, target=target)
     special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
     if special or functional.autocasting(input):
         prediction = model(input)

@@ -8,10 +8,18 @@ import torch
 from torch import Tensor, nn
 
 import manual_mlp as mm
+from manual_mlp.engine import BackpropEngine
+from manual_mlp.network import network_loss
 
 F = mm.functional
 X, W, B = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4)
 LOGITS = torch.randn(5, 4)
+
+
+def engine() -> BackpropEngine:
+    model = mm.MLP([3, 3])
+    return BackpropEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
 
 MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
     "feature count": (lambda: mm.Affine(3, 4)(torch.randn(5, 2)), r"last dimension is in_features=3; got shape \(5, 2\)"),
@@ -91,6 +99,13 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
     "class weight": (lambda: mm.CrossEntropyLoss(weight=torch.ones(3))(LOGITS, torch.zeros(5).long()), r"weight \(classes,\)"),
     "logits of no dimension": (lambda: F.cross_entropy(torch.tensor(1.0), torch.tensor(0)), r"logits \(N, classes\)"),
     "label smoothing": (lambda: F.cross_entropy(LOGITS, torch.zeros(5).long(), label_smoothing=2), "between 0 and 1; got 2"),
+    "array of NumPy": (lambda: F.sigmoid(X.numpy()), "a torch.Tensor as input of an activation; got ndarray: call torch.as"),
+    "array as target": (lambda: F.mse_loss(X, X.numpy()), "a torch.Tensor as target; got ndarray"),
+    "no target": (lambda: mm.QuadraticLoss()(X, None), "a torch.Tensor as target; got NoneType"),
+    "lists into a net": (lambda: network_loss(mm.MLP([3, 2]), [[1]], [[2]]), "a torch.Tensor as input; got list"),
+    "arrays into the engine": (lambda: engine().step(X.numpy(), X.numpy()), "a torch.Tensor as input; got ndarray"),
+    "lists into the engine": (lambda: engine().train_epoch([[1]], [[2]], 1), "a torch.Tensor as input; got list"),
+    "no model": (lambda: network_loss("net", X, X), "a model, an mm.MLP or an nn.Sequential; got str"),
     "reduction": (lambda: F.mse_loss(X, X, "average"), "'none', 'mean' or 'sum'; got 'average'"),
     "weight with gradient": (
         lambda: F.binary_cross_entropy_with_logits(X, X, torch.ones(3, requires_grad=True)),
