@@ -25,7 +25,6 @@ from tests.configs import configured
 
 RUN = ["data=iris", "trainer.max_epochs=4", "model.dropout=0.2", "optimizer=adam", "threads=1"]
 EXTRA = {"engine": ["data.batch_size=2"]}
-backprop.MOST_BATCHES = 16  # of the engine's training step, so that an epoch has several
 
 
 def die(*_: object) -> None:
@@ -127,6 +126,7 @@ def going_on(folder: Path, overrides: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    backprop.MOST_BATCHES = 16  # of the engine's training step, so that an epoch has several
     training.learning_curves = lambda path: SimpleNamespace(savefig=lambda *arguments, **options: None)
     for words in sys.argv[2:]:
         one, _, moments_of_it = words.partition("=")
