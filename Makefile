@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all test-lowest lint clean
 train: $(VENV)/.installed
 	$(BIN)/python train.py $(ARGS)
 
@@ -12,6 +12,11 @@ test: $(VENV)/.installed-test lint
 
 test-all: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-lowest: # the tests with the lowest versions that pyproject declares, in an environment of their own
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[test]"
+	$(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -27,4 +32,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -160,6 +160,8 @@ class TestSentences:
             (["logger=null"], "the name of a choice for each group, but got null; leave a group out with ~"),
             (["callbacks=null"], "the name of a choice for each group, but got null; leave a group out with ~"),
             (["=3"], "expected overrides of the form key=value"),
+            (["--config-name=foo"], "--config-name and --config-path to lead to a configuration, but there is none"),
+            (["--config-dir=/nowhere"], "a folder of configurations in --config-dir, but: Additional config directory"),
             pytest.param(
                 ["-m", "hydra/sweeper=optuna"],
                 "got hydra/sweeper=optuna; install it with: pip install 'manual-mlp[sweep]'",
@@ -243,8 +245,18 @@ class TestSentences:
         assert "KeyError: 'a bug'" in job.stderr
 
     def test_bugs_pass_through(self) -> None:
-        for error in (ValueError("a bug"), KeyError("a bug"), InstantiationException("a bug")):
+        for error in (ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug"), InstantiationException("a bug")):
             with pytest.raises(type(error)), one_sentence():
+                _raise_in_job(error)
+        for error in (
+            MemoryError(),
+            MemoryError("Unable to allocate"),
+            RuntimeError("can't allocate memory: you tried"),
+        ):
+            with (
+                pytest.raises(SystemExit, match="Error: expected a net and data that fit into memory, but"),
+                one_sentence(),
+            ):
                 _raise_in_job(error)
         with pytest.raises(SystemExit, match="Error: what, and why"), one_sentence():
             raise InputError("what, and why")

@@ -263,8 +263,13 @@ class TestRun:
             ("model.hidden=[0]", r"positive whole numbers in model.hidden, but got \[0\]"),
             ("model.dropout=2", r"a dropout probability between 0 and 1; got 2"),
             ("optimizer.lr=-1", r"Invalid learning rate: -1; correct optimizer"),
-            ("threads=0", r"threads to be auto, a whole number from 1 on, or null, but got 0"),
-            ("threads=many", r"threads to be auto, a whole number from 1 on, or null, but got 'many'"),
+            ("threads=0", r"threads to be auto, a whole number from 1 to 1024, or null, but got 0"),
+            ("threads=many", r"threads to be auto, a whole number from 1 to 1024, or null, but got 'many'"),
+            ("threads=100000", r"a whole number from 1 to 1024, or null, but got 100000"),
+            (
+                "optimizer._target_=builtins.print",
+                r"optimizer._target_ to make an optimizer, but got None; name its class",
+            ),
             ("trainer.accelerator=gpuu", r"Lightning's Trainer accepts, but: .*gpuu"),
             pytest.param(
                 "trainer.accelerator=gpu",

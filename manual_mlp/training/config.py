@@ -19,6 +19,7 @@ from hydra.errors import (
     InstantiationException,
     MissingConfigException,
     OverrideParseException,
+    SearchPathException,
 )
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -39,7 +40,9 @@ def one_sentence() -> Iterator[None]:
     """End the program with one sentence and exit code 1 where the mistake is the user's; bugs keep their traceback."""
     try:
         yield
-    except (InputError, HydraException, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
+    except (
+        HydraException, OmegaConfBaseException, OSError, ValueError, TypeError, RuntimeError, MemoryError
+    ) as error:  # fmt: skip
         sentence = explain(error)
         if sentence is None:
             raise
@@ -66,6 +69,14 @@ def explain(error: Exception) -> str | None:
         return _unknown_key(error)
     if isinstance(error, MissingMandatoryValue):
         return f"expected a value for {error.full_key}, but got none; add {error.full_key}=… to the command"
+    if isinstance(error, SearchPathException):
+        return (
+            f"expected a folder of configurations in --config-dir, but: {_first_line(error)}; correct or leave it out"
+        )
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return (
+            f"expected a net and data that fit into memory, but: {_first_line(error)}; make them or the batches smaller"
+        )
     if isinstance(error, OmegaConfBaseException):
         return f"expected a configuration that can be resolved, but {_first_line(error)}; correct it"
     return _before_the_job(error)
@@ -213,6 +224,8 @@ def _in_words(hint: Any) -> str:
 
 def _unknown_choice(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if not group:  # not from an override
+        return "expected --config-name and --config-path to lead to a configuration, but there is none; leave them out"
     needs_extra = group.startswith("hydra/") and name in ("joblib", "optuna")
     hint = "install it with: pip install 'manual-mlp[sweep]'" if needs_extra else likely(name, error.options or ())
     return f"expected a known choice for {group}, but got {group}={name}; {hint}"
@@ -254,4 +267,4 @@ def _before_the_job(error: Exception) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]

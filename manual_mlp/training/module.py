@@ -160,6 +160,8 @@ class MLPModule(L.LightningModule):
             optimizer = self.optimizer(self.parameters())
         except (TypeError, ValueError) as error:  # torch's own words for a wrong value are clear
             raise InputError(f"expected values that the optimizer takes, but: {error}; correct optimizer.*") from error
+        if not isinstance(optimizer, Optimizer):
+            raise InputError(f"expected optimizer._target_ to make an optimizer, but got {optimizer!r}; name its class")
         self.backprop.begin(self, optimizer)
         if self.scheduler is None:
             return optimizer

@@ -59,6 +59,7 @@ NOT_WRITTEN = {
 
 
 TORCHS_THREADS = torch.get_num_threads()
+MOST_THREADS = 1024  # more end the process in the middle of a product
 SMALL_STEP = 5_000_000  # weights times rows, half a millisecond of a core: as much as Lightning takes for a step
 
 
@@ -106,9 +107,10 @@ def _set_threads(threads: int | str | None, module: MLPModule, data: DataModule)
     if threads == "auto":
         products = data.batch_size * sum(parameter.numel() for parameter in module.parameters())
         threads = 1 if products < SMALL_STEP else None
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
         raise InputError(
-            f"expected threads to be auto, a whole number from 1 on, or null, but got {threads!r}; correct it"
+            f"expected threads to be auto, a whole number from 1 to {MOST_THREADS}, or null, but got {threads!r}; "
+            "correct it"
         )
     torch.set_num_threads(threads or TORCHS_THREADS)
 
