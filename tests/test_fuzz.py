@@ -97,7 +97,7 @@ COLUMNS = [
         ([1, 2], pa.date32()), ([1, None], pa.timestamp("ns", "UTC")), ([1, 2], pa.decimal128(9, 2)),
         ([1, 2], pa.duration("s")), ([0, 1], pa.int8()), (["p"], None), ([2**63, 1], pa.uint64()),
         ([1, 2], pa.dictionary(pa.int8(), pa.int64())), (["p", "q"], pa.dictionary(pa.int8(), pa.string())),
-        ([0.5, 1.5], pa.float16()), ([1, 2, 3], None),
+        ([np.float16(0.5)], pa.float16()), ([1, 2, 3], None),
     ]
 ]  # fmt: skip
 
