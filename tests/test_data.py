@@ -335,8 +335,13 @@ class TestSources:
         check(one)
         np.testing.assert_array_equal(one.features, same.features)
         assert (one.features != other.features).any()
-        with pytest.raises(InputError, match=r"at least one sample, but data.source.samples is 0"):
+        with pytest.raises(
+            InputError, match=r"at least one sample and at most 1000000000, but data.source.samples is 0"
+        ):
             source(samples=0, noise=0.1, seed=0)
+        for wrong in ({"samples": 10**12}, {"noise": np.inf}, {"noise": np.nan}, {"seed": -1}, {"seed": 2**32}):
+            with pytest.raises(InputError, match=f"but data.source.{next(iter(wrong))} is"):
+                source(**{"samples": 50, "noise": 0.1, "seed": 0} | wrong)
         with pytest.raises(InputError, match=r"noise of at least 0, but data.source.noise is -1"):
             source(samples=50, noise=-1, seed=0)
 
@@ -400,7 +405,7 @@ class TestSplits:
         with pytest.raises(InputError, match=sentence):
             module(samples, **options)
 
-    @pytest.mark.parametrize("options", [{"batch_size": 0}, {"seed": -1}, {"seed": 2**32}])
+    @pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 10**30}, {"seed": -1}, {"seed": 2**32}])
     def test_options_out_of_range(self, options: dict) -> None:
         with pytest.raises(InputError, match=r"expected .*but got"):
             DataModule("test", numbered, **options)

@@ -149,6 +149,8 @@ def _check_arguments(node: dict, path: str) -> None:
     target = _locate(node["_target_"], path)
     parameters = inspect.signature(target).parameters
     hints = _hints(target)
+    for key in ("_partial_", "_recursive_"):
+        _check_value(node.get(key, False), bool, f"{path}.{key}")
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in node.keys() - {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}:
         if key not in parameters:
@@ -180,7 +182,7 @@ def _locate(target: object, path: str) -> Any:
             f"expected {path}._target_ to name a class or function, but got {target!r}; write it as in torch.optim.Adam"
         )
     found = locate(target)
-    if found is None:
+    if not callable(found):
         module, _, name = target.rpartition(".")
         close = get_close_matches(name, dir(locate(module)), n=1) if module else []
         hint = f"did you mean {module}.{close[0]}?" if close else "check its spelling, and that it is installed"
@@ -195,7 +197,9 @@ def fits(value: object, hint: Any) -> bool:
         return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
-    if hint is Any or isinstance(value, dict):
+    if isinstance(value, dict):
+        return hint not in WORDS or "_target_" in value
+    if hint is Any:
         return True
     if hint is bool or isinstance(value, bool):
         return hint is bool and isinstance(value, bool)

@@ -95,8 +95,8 @@ class DataModule(L.LightningDataModule):
         class_weight: str | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError(f"expected data.batch_size of at least 1, but got {batch_size}; raise it")
+        if not 1 <= batch_size < 2**31:
+            raise InputError(f"expected data.batch_size of at least 1 and below 2**31, but got {batch_size}; change it")
         if not 0 <= seed < 2**32:
             raise InputError(f"expected a seed from 0 to 2**32 - 1, as NumPy takes, but got {seed}; choose another")
         for option, size in (("val_size", val_size), ("test_size", test_size)):

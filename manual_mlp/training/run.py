@@ -107,7 +107,7 @@ def _set_threads(threads: int | str | None, module: MLPModule, data: DataModule)
     if threads == "auto":
         products = data.batch_size * sum(parameter.numel() for parameter in module.parameters())
         threads = 1 if products < SMALL_STEP else None
-    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
         raise InputError(
             f"expected threads to be auto, a whole number from 1 to {MOST_THREADS}, or null, but got {threads!r}; "
             "correct it"

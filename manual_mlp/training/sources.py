@@ -16,6 +16,7 @@ FASHION_CLASSES = (
 )  # fmt: skip
 DIGIT_CLASSES = tuple("0123456789")
 MNIST_TRAIN = 60000
+MOST_DRAWN = 10**9
 LARGEST_LABEL = 2**53  # from here on not every whole number has a float of its own
 
 
@@ -57,14 +58,14 @@ def bundled(name: str) -> Samples:
 
 def moons(samples: int, noise: float, seed: int) -> Samples:
     """Two interleaved half circles in the plane; `noise` is the standard deviation added to each point."""
-    _check_drawn(samples, noise)
+    _check_drawn(samples, noise, seed)
     features, target = datasets.make_moons(samples, noise=noise, random_state=seed)
     return Samples(features, target, ("upper", "lower"))
 
 
 def xor(samples: int, noise: float, seed: int) -> Samples:
     """Points around the corners of the unit square; the class says whether exactly one coordinate is 1."""
-    _check_drawn(samples, noise)
+    _check_drawn(samples, noise, seed)
     random = np.random.default_rng(seed)
     corners = random.integers(0, 2, size=(samples, 2))
     features = corners + random.normal(0.0, noise, size=corners.shape)
@@ -76,7 +77,7 @@ def halves(samples: int, noise: float, seed: int) -> Samples:
 
     Without noise a straight line separates the classes.
     """
-    _check_drawn(samples, noise)
+    _check_drawn(samples, noise, seed)
     random = np.random.default_rng(seed)
     points = random.uniform(-1.0, 1.0, size=(samples, 2))
     normal = np.array([0.6, 0.8])
@@ -87,7 +88,7 @@ def halves(samples: int, noise: float, seed: int) -> Samples:
 
 def line(samples: int, noise: float, seed: int) -> Samples:
     """y = 1 + 2 x plus noise, for x uniform in [−1, 1]; a regression."""
-    _check_drawn(samples, noise)
+    _check_drawn(samples, noise, seed)
     random = np.random.default_rng(seed)
     x = random.uniform(-1.0, 1.0, size=(samples, 1))
     return Samples(x, 1 + 2 * x + random.normal(0.0, noise, size=x.shape))
@@ -95,7 +96,7 @@ def line(samples: int, noise: float, seed: int) -> Samples:
 
 def sine(samples: int, noise: float, seed: int, frequency: float = 1.0) -> Samples:
     """y = sin(frequency · x) plus noise, for x uniform in [−π, π]; a regression."""
-    _check_drawn(samples, noise)
+    _check_drawn(samples, noise, seed)
     random = np.random.default_rng(seed)
     x = random.uniform(-np.pi, np.pi, size=(samples, 1))
     return Samples(x, np.sin(frequency * x) + random.normal(0.0, noise, size=x.shape))
@@ -229,8 +230,12 @@ def _text(values: np.ndarray, target: str) -> np.ndarray:
     return text
 
 
-def _check_drawn(samples: int, noise: float) -> None:
-    if samples < 1:
-        raise InputError(f"expected at least one sample, but data.source.samples is {samples}; raise it")
-    if noise < 0:
-        raise InputError(f"expected noise of at least 0, but data.source.noise is {noise}; raise it")
+def _check_drawn(samples: int, noise: float, seed: int) -> None:
+    if not 1 <= samples <= MOST_DRAWN:
+        raise InputError(
+            f"expected at least one sample and at most {MOST_DRAWN}, but data.source.samples is {samples}; change it"
+        )
+    if not 0 <= noise < np.inf:
+        raise InputError(f"expected finite noise of at least 0, but data.source.noise is {noise}; change it")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"expected a seed from 0 to 2**32 - 1, but data.source.seed is {seed}; choose another")
