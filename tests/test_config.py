@@ -202,6 +202,7 @@ class TestSentences:
             (["model.hidden=[3.5]"], r"model.hidden to be a list of whole numbers, but got \[3.5\]"),
             (["model.activation=3"], r"model.activation to be text or a list of texts, but got 3"),
             (["model.dropout=high"], r"model.dropout to be a number, but got 'high'"),
+            (["optimizer.lr=" + "9" * 30], r"optimizer.lr to be .*a number.*, but got 999"),
             (["optimizer.lr=fast"], r"optimizer.lr to be a number, but got 'fast'"),
             (["callbacks=early_stopping", "callbacks.early_stopping.patience=x"], r"patience to be a whole number"),
             (

@@ -205,6 +205,8 @@ def fits(value: object, hint: Any) -> bool:
         return hint is bool and isinstance(value, bool)
     if hint is Path:
         return isinstance(value, str)
+    if isinstance(value, int) and abs(value) >= 2**63:  # too large for a tensor, whatever it is for
+        return False
     if hint is float:
         return isinstance(value, int | float)
     if origin in (list, tuple, Sequence, Iterable):
