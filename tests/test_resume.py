@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -192,6 +193,23 @@ class TestFaults:
         """The last layer's weights are thrown far away by the first step, and the others stay."""
         with pytest.raises(InputError, match=r"loss, of 1e\+09 at most, .* began in z³ .*lower optimizer.lr \(now 500"):
             run("data=diabetes", "optimizer=sgd", "optimizer.lr=500.0", "data.batch_size=200", f"backprop={mode}")
+
+    @pytest.mark.parametrize("options", [[], ["model.dropout=0.3", "optimizer=adam", "optimizer.lr=1e12"]])
+    def test_diverged_amid_the_engines_many_steps(self, run, options: list[str]) -> None:
+        """They are taken again one by one: the sentence names the same layer as by layers, which look at each."""
+        said = []
+        for mode in ("layers", "engine"):
+            with pytest.raises(InputError, match=r"began in [zaW]") as error:
+                run(
+                    "data=diabetes",
+                    "optimizer=sgd",
+                    "optimizer.lr=20.0",
+                    "data.batch_size=10",
+                    *options,
+                    f"backprop={mode}",
+                )
+            said.append(str(error.value).partition("it began in ")[2])
+        assert re.match(r"\S+ \(.*?\)", said[0])[0] == re.match(r"\S+ \(.*?\)", said[1])[0]
 
     def test_where_it_began(self) -> None:
         module, x = MLPModule(4, 3, hidden=[5, 6], activation="relu"), torch.rand(7, 4)

@@ -4,6 +4,7 @@ A strategy makes the net, and in training the cost and the prediction of each ba
 net's ordinary forward, whatever the strategy.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,7 @@ from manual_mlp import functional
 from manual_mlp.errors import InputError
 from manual_mlp.network import cost_and_prediction
 from manual_mlp.training.data import DataModule
+from manual_mlp.training.divergence import EXPLODED
 from manual_mlp.training.nets import choose
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ class Layers:
 
     make_net: ClassVar[Callable[..., nn.Module]] = mm.MLP
     costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = functional.COSTS
-    steps_at_once: ClassVar[int] = 1  # at most, between two looks at the loss
     # of rows with weights (N, 1): (1/N) Σ w_n C_n. Cross-entropy takes them in its target, whatever the strategy.
     weighted_costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
         "quadratic": functional.quadratic_loss,
@@ -79,6 +80,13 @@ class Layers:
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
         loss.backward(*arguments, **options)
 
+    def rewind(self, module: "MLPModule", features: Tensor, target: Tensor) -> tuple[Tensor, int]:
+        """After `train` gave a loss that diverged: the mini-batch where, and how many steps may lie since.
+
+        The net is then as it was before that step.
+        """
+        return features, 1
+
 
 class Network(Layers):
     """Net and cost as one Function, its gradients by the δ recursion; the optimizer takes the step."""
@@ -100,7 +108,7 @@ class Engine(Layers):
 
     weighted_costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {}
     engine: mm.BackpropEngine | None = None
-    steps_at_once = MOST_BATCHES
+    before: tuple[list[Tensor], dict[str, Any], Tensor] | None = None  # the last training step, where looking is free
 
     def check(self, trainer: L.Trainer) -> None:
         if not isinstance(trainer.strategy, SingleDeviceStrategy):
@@ -153,7 +161,10 @@ class Engine(Layers):
         assert self.engine is not None
         _check_accumulation(module.trainer)  # a callback may change it at any time
         data = module.trainer.datamodule  # type: ignore[attr-defined] # Lightning sets it
-        size = data.batch_size if isinstance(data, DataModule) else len(features)
+        self.size = size = data.batch_size if isinstance(data, DataModule) else len(features)
+        if features.is_cpu and len(features) > size:
+            parameters = [parameter.detach().clone() for parameter in module.net.parameters()]
+            self.before = parameters, copy.deepcopy(self.engine.optimizer.state_dict()), torch.get_rng_state()
         schedules = [config.scheduler for config in module.trainer.lr_scheduler_configs if _counts_batches(config)]
         prediction = features.new_empty(len(features), module.sizes[-1])
         parts = [part.split(size if schedules else len(features)) for part in (features, target, prediction)]
@@ -167,6 +178,29 @@ class Engine(Layers):
 
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
         """Nothing is left to do."""
+
+    def rewind(self, module: "MLPModule", features: Tensor, target: Tensor) -> tuple[Tensor, int]:
+        """Takes the mini-batches of the training step again, one by one."""
+        if len(features) <= self.size:
+            return features, 1
+        if self.before is None or self.engine is None:
+            return features, MOST_BATCHES
+        parameters, optimizer, random = self.before
+        _put(module.net, parameters)
+        self.engine.optimizer.load_state_dict(optimizer)
+        torch.set_rng_state(random)
+        for x, y in zip(features.split(self.size), target.split(self.size), strict=True):
+            parameters = [parameter.detach().clone() for parameter in module.net.parameters()]
+            if not self.engine.step(x, y).item() <= EXPLODED:
+                _put(module.net, parameters)
+                return x, 1
+        return features, MOST_BATCHES  # a schedule changed the step in between
+
+
+@torch.no_grad()
+def _put(net: nn.Module, values: list[Tensor]) -> None:
+    for parameter, value in zip(net.parameters(), values, strict=True):
+        parameter.copy_(value)
 
 
 def _counts_batches(config: Any) -> bool:

@@ -108,7 +108,8 @@ class MLPModule(L.LightningModule):
         self._add("train", loss, prediction, target)
         if (loss.is_cpu or batch_idx % EVERY == 0 or self.trainer.is_last_batch) and not loss.item() <= EXPLODED:
             lr = self.optimizer.keywords.get("lr") if self.optimizer else None
-            since = self.backprop.steps_at_once * (1 if loss.is_cpu else EVERY)
+            features, since = self.backprop.rewind(self, features, wanted)
+            since *= 1 if loss.is_cpu else EVERY
             raise diverged(loss.item(), self.net, features, f"epoch {self.current_epoch}, step {batch_idx}", lr, since)
         return loss
 
