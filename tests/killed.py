@@ -2,7 +2,7 @@
 
 `python -m tests.killed FOLDER MODE=MOMENT,… …` runs to the end, then kills a run at every moment given, goes on from
 last.ckpt, and compares what is left with the run that was never killed. A moment is `event:count`, or `time:share` of
-the time that the whole run took. MORE holds more overrides.
+the time that the whole run took, or `end`, where nobody kills it. MORE holds more overrides.
 """
 
 import os
@@ -71,7 +71,7 @@ def forked(folder: Path, overrides: list[str], moment: str = "", duration: float
         status = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            if event and event != "time":
+            if count and event != "time":
                 arm(event, int(count))
             training.run(configured(folder, *overrides))
             status = 0
@@ -112,7 +112,7 @@ def main(folder: Path, mode: str, moments: list[str]) -> None:
         place = folder / mode / moment
         for part in moment.split("+"):
             status, _ = forked(place, going_on(place, overrides), part, duration)
-            assert part.startswith("time") or os.WIFSIGNALED(status), f"{mode} {moment}: never came"
+            assert part.startswith(("time", "end")) or os.WIFSIGNALED(status), f"{mode} {moment}: never came"
         status, _ = forked(place, going_on(place, overrides))
         assert status == 0, f"{mode}, killed at {moment}: can't go on"
         assert outcome(place) == expected, f"{mode}, killed at {moment}: another end"

@@ -58,7 +58,7 @@ class TestKilled:
         ],
     )
     def test_whatever_the_options(self, tmp_path: Path, mode: str, more: str) -> None:
-        killed(tmp_path, f"{mode}=half:3,named:3,time:0.7", more=more)
+        killed(tmp_path, f"{mode}=half:3,named:3,time:0.7,end", more=more)
 
 
 @pytest.fixture

@@ -140,6 +140,11 @@ class Continuation(Callback):
         if trainer.fit_loop.restarted_on_epoch_end:
             _begin_next_epoch(trainer)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What Lightning does by itself, but for a run that had reached max_steps already: its last epoch is over."""
+        progress = trainer.fit_loop.epoch_progress.current
+        progress.completed = progress.processed
+
 
 def _begin_next_epoch(trainer: L.Trainer) -> None:
     """What Lightning does by itself, but under max_steps, where it would go through the last epoch's end again."""
