@@ -142,7 +142,7 @@ class Continuation(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What Lightning does by itself, but for a run that had reached max_steps already: its last epoch is over."""
-        progress = trainer.fit_loop.epoch_progress.current
+        progress: Any = trainer.fit_loop.epoch_progress.current
         progress.completed = progress.processed
 
 
