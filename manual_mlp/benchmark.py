@@ -36,7 +36,7 @@ from manual_mlp import functional, modules
 from manual_mlp.convert import convert
 from manual_mlp.engine import BackpropEngine
 from manual_mlp.errors import InputError
-from manual_mlp.network import NetworkLoss
+from manual_mlp.network import network_loss
 
 Step = Callable[[], Any]
 
@@ -138,8 +138,8 @@ def fused_layers(net: Net) -> Step:
 
 
 def network(net: Net) -> Step:
-    whole = NetworkLoss(plain_net(net))
-    return autograd_step(whole, whole, net)
+    model = plain_net(net)
+    return autograd_step(model, partial(network_loss, model), net)
 
 
 def engine_of(net: Net, **arguments: Any) -> BackpropEngine:

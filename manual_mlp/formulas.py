@@ -44,7 +44,7 @@ from manual_mlp.errors import InputError
 
 def rows(x: Tensor) -> Tensor:
     """(…, n) as (N, n). With explicit N: −1 is ambiguous for an empty batch, and legacy vmap has no `flatten`."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def affine(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,17 +54,17 @@ def affine(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def grad_input(delta: Tensor, weight: Tensor) -> Tensor:
     """∂C/∂a = δ W, (…, n_out) → (…, n_in)."""
-    return delta @ weight
+    return torch.mm(delta, weight) if delta.dim() == 2 else delta @ weight
 
 
 def grad_weight(delta: Tensor, a: Tensor) -> Tensor:
     """∂C/∂W = δᵀ a, summed over the batch: the dyadic product δ aᵀ of the lecture, (n_out, n_in)."""
-    return rows(delta).t() @ rows(a)
+    return torch.mm(delta.t(), a) if delta.dim() == 2 else torch.mm(rows(delta).t(), rows(a))
 
 
 def grad_bias(delta: Tensor) -> Tensor:
     """∂C/∂b = Σ_N δ, (n_out,)."""
-    return rows(delta).sum(0)
+    return delta.sum(0) if delta.dim() == 2 else rows(delta).sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

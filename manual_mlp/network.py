@@ -5,7 +5,8 @@ gradients work in any optimizer, in DistributedDataParallel, with clipping and a
 steps 2 to 4 read and nothing else: of silu and gelu z alone, from which a is recomputed.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -137,7 +138,7 @@ Masks = list[tuple[Tensor, float] | None]
 class Net:
     """A model as the recursion needs it, beside its parameters: layer l leads from a^l to a^{l+1}, counted from 0 here.
 
-    steps   of each layer: G, G_, delta, delta_ for a row that saves a, the row's parameters, and whether z is saved
+    steps   of each layer: G, G_, delta, delta_ for a row that saves a, and whether z is saved
     owners  of each layer: the _parameters of the module that owns W^l and b^l
     """
 
@@ -145,6 +146,7 @@ class Net:
         self.layers = layers_of(model)
         self.steps = [_step(layer.row, layer.parameters) for layer in self.layers]
         self.owners = [layer.affine._parameters for layer in self.layers]
+        self.accepted: tuple[object, Any] = None, None  # the kind of the last batch that was checked, and its weights
         self.drops = any(layer.dropout is not None for layer in self.layers)
         # What is kept for a model must not keep the model itself, but what it is made of.
         self.children = tuple(model._modules.values())
@@ -158,33 +160,33 @@ class Net:
 
     def changed(self) -> bool:
         """Whether the model has other layers than it had, other activations, or hooks."""
-        return (
-            any(self.hooks)
-            or [tuple(of.values()) for of in self.parents] != self.modules
-            or [modules.activation_row(module) for module in self.adjustable] != self.rows
-        )
+        if any(self.hooks) or list(map(tuple, map(dict.values, self.parents))) != self.modules:
+            return True
+        return bool(self.adjustable) and [modules.activation_row(module) for module in self.adjustable] != self.rows
 
     def forward(
         self, x: Tensor, weights: Some, biases: Some, masks: Masks, zs: list[Tensor] | None = None
     ) -> list[Tensor]:
         """Step 1: a or z of each layer, whichever its row saves, and the prediction a^L; each z goes to `zs`."""
-        a, saved, keeps_z = x, [], torch.is_grad_enabled() or zs is not None
-        for layer, (G, G_, _, _, parameters, saves_z) in enumerate(self.steps):
+        a, saved, in_place = x, [], zs is None and not torch.is_grad_enabled()
+        for layer, (G, G_, _, _, saves_z) in enumerate(self.steps):
             z = sheet.affine(a, weights[layer], biases[layer])
-            a = G(z, *parameters) if saves_z or keeps_z else G_(z, *parameters, out=z)
+            a = G_(z, out=z) if in_place and not saves_z else G(z)
+            saved.append(z if saves_z else a)
             if zs is not None:
                 zs.append(z)
-            saved.append(z if saves_z else a)
             if masks:
                 a = _dropped(a, masks[layer])
-        return [*saved, a]
+        if a is not saved[-1]:
+            saved.append(a)
+        return saved
 
     def input_of(self, layer: int, x: Tensor, saved: Some, masks: Masks) -> Tensor:
         """a^l as the layer reads it, after G and dropout, from what was saved."""
         if layer == 0:
             return x
-        G, _, _, _, parameters, saves_z = self.steps[layer - 1]
-        a = G(saved[layer - 1], *parameters) if saves_z else saved[layer - 1]
+        G, _, _, _, saves_z = self.steps[layer - 1]
+        a = G(saved[layer - 1]) if saves_z else saved[layer - 1]
         return _dropped(a, masks[layer - 1]) if masks else a
 
     def recursion(
@@ -204,15 +206,15 @@ class Net:
         n = len(self.steps)
         in_place = not torch.is_grad_enabled() and delta.dtype not in sheet.ROUNDED
         gradients: list[Tensor | None] = [None] * len(needs)
-        lowest = 0 if needs[0] else min((i - 1) % n for i, needed in enumerate(needs) if needed)
+        lowest = 0 if needs[0] or needs[1] else min((i - 1) % n for i, needed in enumerate(needs) if needed)
         for layer in range(n - 1, lowest - 1, -1):
             if masks:
                 delta = _dropped(delta, masks[layer])
-            _, _, delta_of, delta_, parameters, _ = self.steps[layer]
+            _, _, delta_of, delta_, _ = self.steps[layer]
             if in_place and delta_ is not None:
-                delta_(delta, saved[layer], None, None, None, *parameters)
+                delta_(delta, saved[layer], None, None, None)
             else:
-                delta = delta_of(delta, saved[layer], *parameters)
+                delta = delta_of(delta, saved[layer])
             if deltas is not None:
                 deltas.append(delta)
             if needs[1 + layer]:
@@ -226,8 +228,11 @@ class Net:
 
 
 def _step(row: Activation, parameters: tuple[float, ...]) -> tuple[Any, ...]:
-    G_, delta_ = sheet.in_place(row)
-    return row.G, G_, row.delta, delta_ if row.saves == "a" else None, parameters, row.saves == "z"
+    def bound(formula: Callable[..., Any]) -> Callable[..., Any]:
+        return (lambda *args, **out: formula(*args, *parameters, **out)) if parameters else formula
+
+    G_, delta_ = map(bound, sheet.in_place(row))
+    return bound(row.G), G_, bound(row.delta), delta_ if row.saves == "a" else None, row.saves == "z"
 
 
 _NETS: WeakKeyDictionary[nn.Module, Net] = WeakKeyDictionary()
@@ -249,45 +254,65 @@ def _dropped(a: Tensor, mask: tuple[Tensor, float] | None) -> Tensor:
     return a if mask is None else sheet.dropout(a, *mask)
 
 
+Weighed = tuple[Cost, Tensor | float, Tensor | float]
+"""A cost, and for batches of one shape the weights of its sum and of its derivative."""
+
+
+def _weighed(cost: Cost, n: int, outputs: int, dtype: torch.dtype) -> Weighed:
+    """Beside a tensor of less than 32 bits a number keeps its digits, and beside others a tensor is quicker."""
+    if n == 0:
+        return cost, math.nan, math.nan  # as the mean of nothing
+    weights = cost.total_weight(n, outputs), cost.delta_weight(n, outputs)
+    if dtype in sheet.ROUNDED:
+        return cost, *weights
+    with torch.inference_mode(False):  # it may come from a validation, and is kept for the training
+        total, delta = torch.tensor(weights, dtype=dtype, device="cpu").unbind()
+    return cost, total, delta
+
+
 class NetworkCost(functions.ManualFunction):
-    """C of a whole net as one node.  x (N, n_1), target, then all W^l and all b^l (or None) → scalar C, a^L (N, n_L).
+    """C of a whole net as one node.  target, x (N, n_1), then all W^l and all b^l (or None) → scalar C.
 
-    Only C has a derivative; a^L is there to be looked at.
+    a^L (N, n_L) is put into the list `predictions`, without a history; as a second output it would cost more.
 
-    Saves x, target, parameters, the masks, the prediction, and a or z of each layer. A second derivative is taken of
+    Saves target, x, parameters, the masks, the prediction, and a or z of each layer. A second derivative is taken of
     the same recursion, recorded, its activations computed again from x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, net: Net, cost: Cost, masks: Masks, x: Tensor, target: Tensor, *parameters: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        net: Net,
+        weighed: Weighed,
+        masks: Masks,
+        predictions: list[Tensor],
+        target: Tensor,
+        x: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
         n = len(net.steps)
         saved = net.forward(x, parameters[:n], parameters[n:], masks)
-        ctx.net, ctx.cost, ctx.keeps = net, cost, [None if mask is None else mask[1] for mask in masks]
-        ctx.save_for_backward(x, target, *parameters, *(None if mask is None else mask[0] for mask in masks), *saved)
-        prediction = saved[-1]
-        ctx.mark_non_differentiable(prediction)
-        ctx.set_materialize_grads(False)
-        return cost.total(prediction, target) * cost.total_weight(*prediction.shape), prediction
+        drawn, keeps = zip(*(mask or (None, None) for mask in masks), strict=True) if masks else ((), ())
+        ctx.of = net, weighed, keeps
+        ctx.save_for_backward(target, x, *parameters, *drawn, *saved)
+        predictions.append(saved[-1])
+        cost, total_weight, _ = weighed
+        return cost.total(saved[-1], target) * total_weight
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if g is None:  # nothing depends on C
-            return (None,) * len(ctx.needs_input_grad)
-        net: Net = ctx.net
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        net, (cost, _, delta_weight), keeps = ctx.of
+        target, x, *saved = ctx.saved_tensors
         n = len(net.steps)
-        x, target, *tensors = ctx.saved_tensors
-        weights, biases, tensors = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        masks: Masks = [None if keep is None else (mask, keep) for mask, keep in zip(tensors, ctx.keeps, strict=False)]
-        saved = tensors[len(masks) :]
+        masks: Masks = []
+        weights, biases, saved = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        if keeps:
+            masks = [None if mask is None else (mask, keep) for mask, keep in zip(saved, keeps, strict=False)]
+            saved = saved[n:]
         if torch.is_grad_enabled():  # create_graph: what was saved has no history
             saved = net.forward(x, weights, biases, masks)
-        prediction = saved[-1]
-        delta = ctx.cost.delta(prediction, target) * (g * ctx.cost.delta_weight(*prediction.shape))
-        _, _, _, needs_x, _, *needs = ctx.needs_input_grad
-        grad_x, *gradients = net.recursion(delta, x, weights, saved, masks, (needs_x, *needs))
-        return None, None, None, grad_x, None, *gradients
+        delta = cost.delta(saved[-1], target) * (g * delta_weight)
+        return *(None,) * 5, *net.recursion(delta, x, weights, saved, masks, ctx.needs_input_grad[5:])
 
 
 def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "quadratic") -> Tensor:
@@ -304,16 +329,31 @@ def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "q
 def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: str) -> tuple[Tensor, Tensor]:
     """`network_loss`, and the prediction a^L (N, n_L) that it came from, without a history."""
     net = net_of(model)
-    cost = cost_of(loss, net.layers)
-    functional.check_tensors(input=input, target=target)
-    special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
+    weights, biases = [owner["weight"] for owner in net.owners], [owner["bias"] for owner in net.owners]
+    try:
+        kind = type(input), input.shape, input.dtype, target.shape, target.dtype, weights[-1].shape, loss
+        special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
+    except AttributeError:
+        functional.check_tensors(input=input, target=target)
+        raise
     if special or functional.autocasting(input):
+        cost_of(loss, net.layers)
         prediction = model(input)
         return functional.COSTS[loss](prediction, target), prediction.detach()
-    weights, biases = [owner["weight"] for owner in net.owners], [owner["bias"] for owner in net.owners]
-    check_batch(weights[0], weights[-1].shape[0], input, target, loss)
+    last, weighed = net.accepted
+    if kind != last:
+        row = cost_of(loss, net.layers)
+        check_batch(weights[0], len(weights[-1]), input, target, loss)
+        weighed = _weighed(row, len(input), len(weights[-1]), input.dtype)
+        net.accepted = kind, weighed
     masks = draw_masks(net.layers, input) if net.drops else []
-    return NetworkCost.direct(net, cost, masks, input, target, *weights, *biases)
+    predictions: list[Tensor] = []
+    try:
+        cost = NetworkCost.direct(net, weighed, masks, predictions, target, input, *weights, *biases)
+    except (IndexError, RuntimeError):
+        check_batch(weights[0], len(weights[-1]), input, target, loss)
+        raise
+    return cost, predictions[0]
 
 
 def draw_masks(layers: list[Layer], input: Tensor) -> Masks:

@@ -229,6 +229,29 @@ def test_notices_what_changes() -> None:
         network_loss(model, input, target)
 
 
+def test_a_batch_checked_once_is_checked_again_when_something_else_comes() -> None:
+    """First under inference mode, as in a validation, then a second derivative; then nothing that is not the same."""
+    model, (input, target) = net(), batch()
+    with torch.inference_mode():
+        expected = network_loss(model, input, target)
+    (first,) = torch.autograd.grad(network_loss(model, input, target), model[0].weight, create_graph=True)
+    first.square().sum().backward()
+    torch.testing.assert_close(network_loss(model, input, target), expected)
+    for other in (batch(n=2), batch()):
+        torch.testing.assert_close(network_loss(model, *other), F.quadratic_loss(model(other[0]), other[1]))
+    model.float()
+    with pytest.raises(mm.InputError, match=r"expected an input of torch\.float32"):
+        network_loss(model, input, target)
+    model.double()
+    model[1].weight = nn.Parameter(torch.ones(1, 5, dtype=double))
+    model[1].bias = nn.Parameter(torch.ones(1, dtype=double))
+    with pytest.raises(mm.InputError, match=r"a target of shape \(6, 1\)"):
+        network_loss(model, input, target)
+    none = network_loss(net(), *batch(n=0))
+    assert none.isnan()
+    none.backward()
+
+
 def test_a_model_is_not_kept_alive() -> None:
     model, (input, target) = net(), batch()
     network_loss(model, input, target)
