@@ -390,7 +390,8 @@ class Quadratic(ManualFunction):
 
     @staticmethod
     def forward(prediction: Tensor, target: Tensor, weight: Tensor | None, scale: float, reduction: str) -> Tensor:
-        return sheet.reduce(_weighted(scale * sheet.quadratic(prediction, target), weight), reduction)
+        elements = sheet.quadratic(prediction, target)
+        return sheet.reduce(_weighted(elements if scale == 1 else scale * elements, weight), reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -402,7 +403,8 @@ class Quadratic(ManualFunction):
         if g is None:
             return (None,) * 5
         prediction, target, weight = ctx.saved_tensors
-        share = _weighted(sheet.share(g * ctx.scale, prediction.shape, ctx.reduction), weight)
+        g = g if ctx.scale == 1 else g * ctx.scale
+        share = _weighted(sheet.share(g, prediction.shape, ctx.reduction), weight)
         delta = sheet.quadratic_delta(prediction, target) * share
         needs_prediction, needs_target, *_ = ctx.needs_input_grad
         return delta if needs_prediction else None, -delta if needs_target else None, None, None, None
