@@ -1,5 +1,6 @@
 """The rest of what torch's own layers can do: shapes, copies, ties, parametrizations, threads, devices, processes."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -18,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 
 import manual_mlp as mm
+from manual_mlp import functional as F
+from manual_mlp.network import network_loss
 from tests.cases import Case
 
 # The same formulas, summed in another order: a few eps of float64 on numbers of order 1.
@@ -304,6 +307,23 @@ def test_meta_and_fake_tensors(case: Case) -> None:
 
 # cases that close over a mask, classes or weights on the CPU
 HOLDS_TENSORS = {"dropout", "class", "weight", "weights"}
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "leaky_relu"])
+def test_no_kept_tensor_beside_a_fake_one(activation: str) -> None:
+    """In a mode that takes fake tensors alone, layers, network and costs; then again with real ones."""
+
+    def train() -> Tensor:
+        model, (x, y) = mm.MLP([4, 5, 3], activation), (torch.randn(6, 4), torch.rand(6, 3))
+        for cost in (F.quadratic_loss(model(x), y), F.mse_loss(model(x), y), network_loss(model, x, y)):
+            cost.backward()
+        return model[0].weight.grad
+
+    for mode in (FakeTensorMode(), contextlib.nullcontext(), FakeTensorMode(), contextlib.nullcontext()):
+        with mode:
+            gradient = train()
+        assert gradient.shape == (5, 4)
+    assert gradient.isfinite().all()
 
 
 def test_a_net_on_meta() -> None:
