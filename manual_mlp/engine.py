@@ -18,7 +18,7 @@ from manual_mlp import formulas as sheet
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
-from manual_mlp.network import Layer, check_batch, cost_of, net_of
+from manual_mlp.network import Layer, check_batch, check_labels, cost_of, net_of
 
 _PLANS = 8  # kinds of batches whose buffers are kept
 _TRAINED = attrgetter("requires_grad")
@@ -520,14 +520,7 @@ class BackpropEngine:
         check_batch(self._layers[0].weight, len(self._layers[-1].weight), input, target, self.loss)
         if len(input) == 0:
             raise InputError("expected a batch with at least one row; got none, whose mean cost is no number")
-        classes = self._layers[-1].weight.shape[0]
-        if self.loss == "cross_entropy" and target.dim() == 1 and len(target):
-            low, high = int(target.min()), int(target.max())
-            if low < 0 or high >= classes:
-                raise InputError(
-                    f"expected class labels from 0 to {classes - 1}; got labels from {low} to {high}: "
-                    "renumber them, or leave out the rows to be ignored"
-                )
+        check_labels(len(self._layers[-1].weight), target, self.loss)
 
 
 def _empty(like: Tensor | None) -> Tensor | None:

@@ -352,6 +352,7 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
         cost = NetworkCost.direct(net, weighed, masks, predictions, target, input, *weights, *biases)
     except (IndexError, RuntimeError):
         check_batch(weights[0], len(weights[-1]), input, target, loss)
+        check_labels(len(weights[-1]), target, loss)
         raise
     return cost, predictions[0]
 
@@ -387,6 +388,18 @@ def check_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, los
         raise InputError(
             f"expected a target of shape ({input.shape[0]}, {outputs}) and {input.dtype}{indices}, on {input.device}; "
             f"got {tuple(target.shape)} of {target.dtype} on {target.device}: reshape it, or call .to() on it"
+        )
+
+
+def check_labels(classes: int, target: Tensor, loss: str) -> None:
+    """Raises InputError for class labels out of range. On a GPU it waits for them."""
+    if loss != "cross_entropy" or target.dim() != 1 or len(target) == 0:
+        return
+    low, high = int(target.min()), int(target.max())
+    if low < 0 or high >= classes:
+        raise InputError(
+            f"expected class labels from 0 to {classes - 1}; got labels from {low} to {high}: "
+            "renumber them, or leave out the rows to be ignored"
         )
 
 

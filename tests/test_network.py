@@ -307,7 +307,11 @@ def test_refused_models(name: str) -> None:
 
 
 def test_refused_losses_and_batches() -> None:
-    model, (input, target) = net(), batch()
+    model, (input, target) = net(logits=True), batch()
+    labels = torch.tensor([0, 1, 2, 3, 0, -1])
+    with pytest.raises(mm.InputError, match="class labels from 0 to 2; got labels from -1 to 3"):
+        network_loss(model, input, labels, "cross_entropy")
+    model = net()
     for loss, message in (("hinge", "expected a loss, one of"), ("bce", "gives logits")):
         with pytest.raises(mm.InputError, match=message):
             network_loss(model, input, target, loss)
