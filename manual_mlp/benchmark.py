@@ -575,7 +575,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m manual_mlp.benchmark", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nets", default="", help="only nets whose name contains this")
-    parser.add_argument("--contenders", nargs="+", help=f"some of: {', '.join(CONTENDERS)}; all if left out")
+    parser.add_argument("--contenders", nargs="+", help=f"some of: {'; '.join(CONTENDERS)}. All if left out")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each case")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -587,7 +587,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
     if unknown := set(options.contenders or ()) - CONTENDERS.keys():
-        raise InputError(f"expected contenders among {', '.join(CONTENDERS)}; got {', '.join(sorted(unknown))}")
+        raise InputError(f"expected contenders among {'; '.join(CONTENDERS)}. Got {'; '.join(sorted(unknown))}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("expected a CUDA device for --device cuda; torch finds none: leave --device out")
     if not any(options.nets in net.name for net in NETS):

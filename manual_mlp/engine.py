@@ -18,7 +18,7 @@ from manual_mlp import formulas as sheet
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
-from manual_mlp.network import Layer, check_batch, check_labels, cost_of, net_of
+from manual_mlp.network import Layer, check_batch, check_labels, cost_of, net_of, weigh
 
 _PLANS = 8  # kinds of batches whose buffers are kept
 _TRAINED = attrgetter("requires_grad")
@@ -83,9 +83,7 @@ class _Plan:
 
     def __init__(self, engine: "BackpropEngine", input: Tensor, target: Tensor) -> None:
         self.engine, n, outputs = engine, len(input), engine._layers[-1].weight.shape[0]
-        weight = engine._cost.total_weight(n, outputs)
-        # Beside a tensor of less than 32 bits a number keeps its digits, and beside others a tensor is quicker.
-        self.total_weight = weight if input.dtype in sheet.ROUNDED else input.new_tensor(weight)
+        _, self.total_weight, _ = weigh(engine._cost, n, outputs, input.dtype)
         self.delta_weight = engine._cost.delta_weight(n, outputs)
         self.fixed, mixed = engine._fixed, engine.compute_dtype is not None
         with torch.inference_mode():

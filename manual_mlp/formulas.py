@@ -44,7 +44,7 @@ from manual_mlp.errors import InputError
 
 def rows(x: Tensor) -> Tensor:
     """(…, n) as (N, n). With explicit N: −1 is ambiguous for an empty batch, and legacy vmap has no `flatten`."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def affine(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,14 +59,12 @@ def grad_input(delta: Tensor, weight: Tensor) -> Tensor:
 
 def grad_weight(delta: Tensor, a: Tensor) -> Tensor:
     """∂C/∂W = δᵀ a, summed over the batch: the dyadic product δ aᵀ of the lecture, (n_out, n_in)."""
-    if delta.dim() != 2:
-        delta, a = rows(delta), rows(a)
-    return torch.mm(delta.t(), a)
+    return torch.mm(rows(delta).t(), rows(a))
 
 
 def grad_bias(delta: Tensor) -> Tensor:
     """∂C/∂b = Σ_N δ, (n_out,)."""
-    return (delta if delta.dim() == 2 else rows(delta)).sum(0)
+    return rows(delta).sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -554,11 +552,11 @@ class Cost:
 
 
 def _per_sample(n: int, outputs: int) -> float:
-    return 1 / n
+    return 1 / n if n else math.nan  # the mean of nothing
 
 
 def _per_element(n: int, outputs: int) -> float:
-    return 1 / (n * outputs)
+    return _per_sample(n * outputs, 1)
 
 
 def _quadratic_(
@@ -617,7 +615,7 @@ COSTS: dict[str, Cost] = {
         _squares,
         quadratic_delta,
         _quadratic_,
-        lambda n, outputs: 0.5 / n,
+        lambda n, outputs: 0.5 * _per_sample(n, outputs),
         _per_sample,
         "½ (a − ŷ)²",
         "(a − ŷ)",
@@ -629,7 +627,7 @@ COSTS: dict[str, Cost] = {
         quadratic_delta,
         _quadratic_,
         _per_element,
-        lambda n, outputs: 2 / (n * outputs),
+        lambda n, outputs: 2 * _per_element(n, outputs),
         "(a − ŷ)²",
         "2 · (a − ŷ)",
         "(N m)",

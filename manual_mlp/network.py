@@ -5,7 +5,6 @@ gradients work in any optimizer, in DistributedDataParallel, with clipping and a
 steps 2 to 4 read and nothing else: of silu and gelu z alone, from which a is recomputed.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -258,10 +257,8 @@ Weighed = tuple[Cost, Tensor | float, Tensor | float]
 """A cost, and for batches of one shape the weights of its sum and of its derivative."""
 
 
-def _weighed(cost: Cost, n: int, outputs: int, dtype: torch.dtype) -> Weighed:
+def weigh(cost: Cost, n: int, outputs: int, dtype: torch.dtype) -> Weighed:
     """Beside a tensor of less than 32 bits a number keeps its digits, and beside others a tensor is quicker."""
-    if n == 0:
-        return cost, math.nan, math.nan  # as the mean of nothing
     weights = cost.total_weight(n, outputs), cost.delta_weight(n, outputs)
     if dtype in sheet.ROUNDED:
         return cost, *weights
@@ -344,7 +341,7 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
     if kind != last:
         row = cost_of(loss, net.layers)
         check_batch(weights[0], len(weights[-1]), input, target, loss)
-        weighed = _weighed(row, len(input), len(weights[-1]), input.dtype)
+        weighed = weigh(row, len(input), len(weights[-1]), input.dtype)
         net.accepted = kind, weighed
     masks = draw_masks(net.layers, input) if net.drops else []
     predictions: list[Tensor] = []

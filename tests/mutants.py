@@ -24,9 +24,9 @@ PROOFS = ["examples", "twins", "modules", "activations", "gradients"]
 # the first ones are known to pass.
 MUTANTS: dict[str, tuple[str, ...]] = {
     "sign of ∂C/∂a": ("formulas", "return torch.mm(delta, weight) if", "return -torch.mm(delta, weight) if"),
-    "∂C/∂W transposed": ("formulas", "return torch.mm(delta.t(), a)", "return torch.mm(delta.t(), a).t()"),
-    "bias sum forgotten": ("formulas", "else rows(delta)).sum(0)", "else rows(delta))[0]"),
-    "leading dimensions forgotten": ("formulas", "        delta, a = rows(delta), rows(a)\n", "        delta, a = delta[0], a[0]\n"),
+    "∂C/∂W transposed": ("formulas", "torch.mm(rows(delta).t(), rows(a))", "torch.mm(rows(delta).t(), rows(a)).t()"),
+    "bias sum forgotten": ("formulas", "rows(delta).sum(0)", "rows(delta)[0]"),
+    "leading dimensions forgotten": ("formulas", "torch.mm(rows(delta).t(), rows(a))", "torch.mm(delta.t(), a)"),
     "1/N forgotten": ("formulas", "        return math.prod(shape[:-1])", "        return 1"),
     "½ forgotten": ("formulas", "* number(0.5, prediction)", "* number(1, prediction)"),
     "δ of the cost turned round": ("formulas", "    return prediction - target", "    return target - prediction"),

@@ -247,9 +247,15 @@ def test_a_batch_checked_once_is_checked_again_when_something_else_comes() -> No
     model[1].bias = nn.Parameter(torch.ones(1, dtype=double))
     with pytest.raises(mm.InputError, match=r"a target of shape \(6, 1\)"):
         network_loss(model, input, target)
-    none = network_loss(net(), *batch(n=0))
-    assert none.isnan()
-    none.backward()
+
+
+@pytest.mark.parametrize("loss", COSTS)
+def test_the_mean_of_nothing_is_no_number(loss: str) -> None:
+    model, nothing = net(logits=True), batch(loss, n=0)
+    cost = network_loss(model, *nothing, loss)
+    torch.testing.assert_close(cost, F.COSTS[loss](model(nothing[0]), nothing[1]), equal_nan=True)
+    assert cost.isnan()
+    assert not any(gradient.any() for gradient in gradients(cost, model))  # nothing adds to 0
 
 
 def test_a_model_is_not_kept_alive() -> None:
