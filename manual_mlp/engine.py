@@ -50,17 +50,25 @@ class _Parameters:
 
 
 class _Stage:
-    """One layer's buffers for N rows: z, a, δ (N, n_{l+1}); work and mask are scratch, shared by all layers."""
+    """One layer's buffers for N rows: z, a, δ (N, n_{l+1}); work and mask are scratch, shared by all layers.
+
+    turned  they lie column by column; not with a dropout, which draws row by row
+    """
 
     def __init__(self, layer: Layer, n: int, like: Tensor, scratch: Tensor, bits: Tensor) -> None:
-        shape = (n, layer.weight.shape[0])
-        self.row, self.parameters = layer.row, layer.parameters
-        self.a, self.delta = like.new_empty(shape), like.new_empty(shape)
-        self.saved_z = like.new_empty(shape) if layer.row.saves == "z" else None
+        outputs = layer.weight.shape[0]
+        self.row, self.parameters, self.dropout = layer.row, layer.parameters, layer.dropout
+        self.turned = self.dropout is None and sheet.turned(like, n, outputs)
+
+        def laid(flat: Tensor) -> Tensor:
+            flat = flat[: n * outputs]
+            return flat.view(outputs, n).t() if self.turned else flat.view(n, outputs)
+
+        self.a, self.delta = laid(like.new_empty(n * outputs)), laid(like.new_empty(n * outputs))
+        self.saved_z = laid(like.new_empty(n * outputs)) if layer.row.saves == "z" else None
         self.z = self.a if self.saved_z is None else self.saved_z
         self.delta_t = self.delta.t()
-        self.work, self.mask = (flat[: math.prod(shape)].view(shape) for flat in (scratch, bits))
-        self.dropout = layer.dropout
+        self.work, self.mask = laid(scratch), laid(bits)
         if self.dropout is not None:
             self.drawn, self.scale, self.dropped = (torch.empty_like(of) for of in (self.mask, self.a, self.a))
 
@@ -94,15 +102,17 @@ class _Plan:
             self.ones = like.new_ones(n)
             self.input = like.new_empty(input.shape) if mixed or self.fixed else None
             self.target = torch.empty_like(target) if self.fixed else None
-            # What the cost reads and writes is in the parameters' dtype.
-            real = torch.empty(3, n, outputs, dtype=input.dtype, device=input.device)
-            self.prediction, self.delta, self.work = real
+            # What the cost reads and writes is in the parameters' dtype; where it takes a softmax of a row, by rows.
+            last = self.stages[-1]
+            self.copied = mixed or (last.turned and engine._cost.logits)
+            real = torch.empty(n, outputs, dtype=input.dtype, device=input.device) if self.copied else last.a
+            self.prediction, self.delta, self.work = (torch.empty_like(real) for _ in range(3))
             self.column = real.new_empty(n, 1)
             self.cost = real.new_empty(())
             self.rates = [(real.new_empty(()), real.new_empty(())) for _ in engine._groups]
-            if not mixed:
-                self.delta = self.stages[-1].delta
-            self.flat = self.delta.view(-1)
+            if not self.copied:
+                self.delta = last.delta
+            self.flat = (self.delta if self.delta.is_contiguous() else last.delta_t).view(-1)
         batches = min(max(1, _CHUNK // (n * input.shape[1])), _BATCHES)
         self.chunk = [data.new_empty(batches * n, *data.shape[1:]) for data in (input, target)]
         self.batches = list(zip(*(data.split(n) for data in self.chunk), strict=True))
@@ -174,7 +184,7 @@ class _Plan:
                 self._step_1(p, stage, drop, inputs)
             a, delta = inputs.pop(), self.stages[-1].delta
             assert a is not None
-            if self.engine.compute_dtype is None:
+            if not self.copied:
                 self.prediction = self.kept = a
                 if self.engine._keeps and self.stages[-1].row.name != "identity":  # step 2 overwrites a^L
                     self.kept = torch.empty_like(a)
@@ -203,14 +213,15 @@ class _Plan:
         if self.engine.compute_dtype is not None:
             pairs = zip(p.read, p.both, strict=True)
             self.forward += [partial(copy.copy_, own) for copy, own in pairs if copy is not None and own is not None]
-        if bias is None:
-            affine = partial(torch.mm, mat2=weight.t(), out=stage.z)
+        affine: Call
+        if stage.turned:
+            plus = (torch.mm,) if bias is None else (torch.addmm, bias.unsqueeze(1))
+            affine = partial(*plus, weight, out=stage.z.t())
+            self.first.append(lambda a: affine(a.t())) if a is None else self.forward.append(partial(affine, a.t()))
         else:
-            affine = partial(torch.addmm, bias, mat2=weight.t(), out=stage.z)
-        if a is None:
-            self.first.append(affine)
-        else:
-            self.forward.append(partial(affine, a))
+            plus = (torch.mm,) if bias is None else (torch.addmm, bias)
+            affine = partial(*plus, mat2=weight.t(), out=stage.z)
+            self.first.append(affine) if a is None else self.forward.append(partial(affine, a))
         if stage.row.name != "identity":
             G_, _ = sheet.in_place(stage.row)
             self.forward.append(partial(G_, stage.z, *stage.parameters, out=stage.a))

@@ -157,10 +157,15 @@ def test_a_row_without_forms_of_its_own_is_copied() -> None:
     torch.testing.assert_close(g, 3 * z * z)
 
 
+# Of many rows, with fewer than 16 neurons, the engine keeps its buffers column by column.
+few_and_many = pytest.mark.parametrize("n", [7, 40])
+
+
 @rows
+@few_and_many
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_hundred_steps(row: Activation, parameters: tuple[float, ...], loss: str) -> None:
-    compare(net(row.name, parameters, loss), sgd, loss)
+def test_a_hundred_steps(row: Activation, parameters: tuple[float, ...], loss: str, n: int) -> None:
+    compare(net(row.name, parameters, loss), sgd, loss, data=batches(loss, n))
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -186,12 +191,14 @@ def test_clipping(name: str) -> None:
     compare(net("relu"), OPTIMIZERS.get(name, sgd), clip=0.05)
 
 
-def test_without_bias() -> None:
-    compare(net("sigmoid", bias=False), sgd)
+@few_and_many
+def test_without_bias(n: int) -> None:
+    compare(net("sigmoid", bias=False), sgd, data=batches(n=n))
 
 
-def test_class_indices() -> None:
-    data = [(x, torch.randint(0, 3, (len(x),))) for x, _ in batches()]
+@few_and_many
+def test_class_indices(n: int) -> None:
+    data = [(x, torch.randint(0, 3, (len(x),))) for x, _ in batches(n=n)]
     compare(net("relu", loss="cross_entropy"), sgd, "cross_entropy", data=data)
 
 
@@ -281,28 +288,32 @@ def test_dropout_draws_the_layers_masks() -> None:
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize(("loss", "compute_dtype"), [("quadratic", None), ("bce", None), ("bce", torch.bfloat16)])
-def test_batches_in_order_with_their_predictions(optimizer: Any, loss: str, compute_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("n", [5, 40])
+def test_batches_in_order_with_their_predictions(
+    optimizer: Any, loss: str, compute_dtype: torch.dtype | None, n: int
+) -> None:
     """train_batches is step after step, and gives what each step predicted before it."""
     ours = mm.MLP([4, 20, 3], output_activation="identity" if loss == "bce" else "sigmoid", dropout=0.3)
     twin = copy.deepcopy(ours)
     engines = [
         BackpropEngine(net, optimizer(net.parameters(), lr=0.1), loss, None, compute_dtype) for net in (ours, twin)
     ]
-    input, target = torch.randn(17, 4), torch.rand(17, 3)
+    rows = 3 * n + 2
+    input, target = torch.randn(rows, 4), torch.rand(rows, 3)
     for engine in engines:  # without predictions, first
         torch.manual_seed(0)
-        engine.train_batches(input, target, 5)
-    given, expected, costs = torch.empty(17, 3), [], []
+        engine.train_batches(input, target, n)
+    given, expected, costs = torch.empty(rows, 3), [], []
     torch.manual_seed(1)
-    mean = engines[0].train_batches(input, target, 5, given)
+    mean = engines[0].train_batches(input, target, n, given)
     torch.manual_seed(1)
-    for x, y in zip(input.split(5), target.split(5), strict=True):
+    for x, y in zip(input.split(n), target.split(n), strict=True):
         state = torch.get_rng_state()
         expected.append(twin(x).detach())
         torch.set_rng_state(state)
         costs.append(engines[1].step(x, y) * len(x))
     assert_same(ours, twin)
-    torch.testing.assert_close(mean, sum(costs) / 17)
+    torch.testing.assert_close(mean, sum(costs) / rows)
     tolerance = 1e-6 if compute_dtype is None else 0.02  # 8 bits of mantissa
     torch.testing.assert_close(given, torch.cat(expected), rtol=tolerance, atol=tolerance)
 
@@ -353,7 +364,8 @@ def test_a_plain_step_leaves_gradients_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_nothing_is_allocated_but_the_cost() -> None:
+@few_and_many
+def test_nothing_is_allocated_but_the_cost(n: int) -> None:
     """In a step after the first: one result of one element, for every row and loss."""
 
     made: list[tuple[str, int]] = []
@@ -373,7 +385,7 @@ def test_nothing_is_allocated_but_the_cost() -> None:
             if row.name == "tanh":
                 model.insert(1, nn.Dropout(0.3))
             engine = BackpropEngine(model, sgd(model.parameters()), loss)
-            x, y = batches(loss)[0]
+            x, y = batches(loss, n)[0]
             engine.step(x, y)
             made.clear()
             with Count():
