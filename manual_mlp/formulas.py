@@ -33,6 +33,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from manual_mlp.errors import InputError
@@ -108,6 +110,50 @@ def number(value: float, like: Tensor) -> Any:
     return _NUMBERS.get((value, like.dtype), value)
 
 
+_INTEGERS = {  # of the same width as a float: 1, and the shift that spreads the sign over all bits
+    dtype: torch.tensor([1, bits - 1], dtype=integer, device="cpu").unbind()
+    for dtype, integer, bits in (
+        (torch.float32, torch.int32, 32),
+        (torch.float64, torch.int64, 64),
+        (torch.float16, torch.int16, 16),
+        (torch.bfloat16, torch.int16, 16),
+    )
+}
+
+
+def plain(x: Tensor) -> bool:
+    """Whether only numbers are asked of x, on the CPU: no graph, transform or compiler follows what is done with it."""
+    if type(x) is not Tensor or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not transforming() and not is_legacy_batchedtensor(x)
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def few_temporaries(name: str) -> Callable[..., Any]:
+    """The decorator of a row's delta that on plain tensors takes its form in place, equal to 1e-12.
+
+    A large temporary is new memory, and each page of it costs 2 µs: several times the arithmetic.
+    """
+
+    def decorate(delta: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(delta)
+        def evaluate(g: Tensor, saved: Tensor, *parameters: float) -> Tensor:
+            if not plain(g):
+                return delta(g, saved, *parameters)
+            result, scratch, work = (torch.empty_like(saved) for _ in range(3))
+            a, z = (saved, None) if ACTIVATIONS[name].saves == "a" else (scratch, saved)
+            _IN_PLACE[name][1](result.copy_(g), a, z, work, None, *parameters)
+            return result
+
+        return evaluate
+
+    return decorate
+
+
 def sigmoid(z: Tensor) -> Tensor:
     """a = 1/(1 + e^−z)."""
     return torch.sigmoid(z)
@@ -127,18 +173,38 @@ def tanh_delta(g: Tensor, a: Tensor) -> Tensor:
     return g * (number(1, a) - a * a)
 
 
+# torch.where and masked_fill_ branch at every element, and on the CPU take up to 20 times what arithmetic does.
+
+
 def relu_delta(g: Tensor, a: Tensor) -> Tensor:
     """δ = 0 where a ≤ 0, else g: so 0 at 0, and NaN passes."""
+    if plain(g):
+        passing = _bits_that_pass(a, torch.empty_like(a))
+        return passing.bitwise_and_(g.view(passing.dtype)).view(g.dtype)
     zero = number(0, a)
     return torch.where(a <= zero, zero, g)
 
 
+def _bits_that_pass(a: Tensor, work: Tensor) -> Tensor:
+    """All bits where relu passes g, none where a ≤ 0, as integers in `work`: of 0.0 and of 1.0, less 1, the sign."""
+    one, shift = _INTEGERS[a.dtype]
+    return torch.le(a, number(0, a), out=work).view(one.dtype).sub_(one).bitwise_right_shift_(shift)
+
+
 def leaky_relu_delta(g: Tensor, a: Tensor, negative_slope: float) -> Tensor:
     """δ = g where a > 0, else s g. For s ≥ 0 a and z have the same sign; for s < 0 it is written in z."""
+    if plain(g) and _is_factor(negative_slope, a):
+        return torch.sign(a).clamp_min_(negative_slope).mul_(g)
     return torch.where(a > number(0, a), g, g * negative_slope)
 
 
+def _is_factor(negative_slope: float, a: Tensor) -> bool:
+    """Whether max(sign a, s) is 1 and s. In half precision s would be rounded too."""
+    return 0 <= negative_slope <= 1 and a.dtype not in ROUNDED
+
+
 @rounded_once
+@few_temporaries("softplus")
 def softplus_delta(g: Tensor, a: Tensor, beta: float, threshold: float) -> Tensor:
     """δ = g · (−expm1(−βa)), and g where G is linear: βz > threshold.
 
@@ -146,8 +212,11 @@ def softplus_delta(g: Tensor, a: Tensor, beta: float, threshold: float) -> Tenso
     smallest a that is certainly beyond it decides, widened by a few eps because a was rounded. For lower thresholds see
     `softplus_delta_in_z`.
     """
-    certain = (threshold + math.log1p(math.exp(-threshold))) * (1 + 8 * torch.finfo(a.dtype).eps)
-    return torch.where(a * beta > certain, g, g * -torch.expm1(a * -beta))
+    return torch.where(a * beta > _softplus_end(a, threshold), g, g * -torch.expm1(a * -beta))
+
+
+def _softplus_end(a: Tensor, threshold: float) -> float:
+    return (threshold + math.log1p(math.exp(-threshold))) * (1 + 8 * torch.finfo(a.dtype).eps)
 
 
 @rounded_once
@@ -157,6 +226,7 @@ def softplus_delta_in_z(g: Tensor, z: Tensor, beta: float, threshold: float) -> 
 
 
 @rounded_once
+@few_temporaries("silu")
 def silu_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g σ(z) (1 + z (1 − σ(z)))."""
     s = torch.sigmoid(z)
@@ -164,6 +234,7 @@ def silu_delta(g: Tensor, z: Tensor) -> Tensor:
 
 
 @rounded_once
+@few_temporaries("gelu")
 def gelu_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g (Φ(z) + z φ(z)), with Φ by erfc, which keeps the lower tail."""
     cdf = torch.erfc(z * -math.sqrt(1 / 2)) / 2
@@ -173,6 +244,7 @@ def gelu_delta(g: Tensor, z: Tensor) -> Tensor:
 
 
 @rounded_once
+@few_temporaries("gelu_tanh")
 def gelu_tanh_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g (s + 2 z s (1 − s) u′), s = σ(2u), u = √(2/π)(z + 0.044715 z³); s = ½(1 + tanh u), but keeps the tail."""
     root, cubic = 0.7978845608028654, 0.044715  # √(2/π), written out as above
@@ -316,7 +388,7 @@ InPlace = Callable[..., Any]
     delta_(g, a, z, work, mask, *parameters)     g := δ; work and mask (bool) are scratch
 
 A row that saves a leaves it as it is, and takes None for z, work and mask; or a itself for work, which destroys it.
-A row that saves z may destroy a and z.
+A row that saves z leaves z, and takes a as scratch.
 """
 
 
@@ -336,13 +408,20 @@ def _tanh_delta_(g: Tensor, a: Tensor, z: None, work: Tensor | None, mask: Tenso
 
 def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor | None, mask: Tensor | None) -> None:
     """δ = 0 where a ≤ 0, else g; not by a product, in which an infinite g would become NaN."""
-    g.masked_fill_(torch.le(a, 0, out=mask), 0)
+    if plain(g):
+        passing = _bits_that_pass(a, torch.empty_like(a) if work is None else work)
+        g.view(passing.dtype).bitwise_and_(passing)
+    else:
+        g.masked_fill_(torch.le(a, 0, out=mask), 0)
 
 
 def _leaky_relu_delta_(
     g: Tensor, a: Tensor, z: Tensor | None, work: Tensor | None, mask: Tensor | None, negative_slope: float
 ) -> None:
     """δ = g where a (or z) > 0, else s g."""
+    if plain(g) and _is_factor(negative_slope, a):
+        g.mul_(torch.sign(a if z is None else z, out=work).clamp_min_(negative_slope))
+        return
     positive = torch.gt(a if z is None else z, 0, out=mask)
     scaled = torch.mul(g, negative_slope, out=work)
     if work is None:  # legacy vmap, of is_grads_batched, has no out=
@@ -355,41 +434,40 @@ def _softplus_delta_(
     g: Tensor, a: Tensor, z: None, work: Tensor | None, mask: Tensor | None, beta: float, threshold: float
 ) -> None:
     """δ = g · (−expm1(−βa)), and g beyond the certain end of the curve: see `softplus_delta`."""
-    certain = (threshold + math.log1p(math.exp(-threshold))) * (1 + 8 * torch.finfo(a.dtype).eps)
-    slope = torch.mul(a, -beta, out=work)
-    mask = torch.lt(slope, -certain, out=mask)
-    g.mul_(slope.expm1_().neg_().masked_fill_(mask, 1))
+    slope = torch.threshold_(torch.mul(a, -beta, out=work), -_softplus_end(a, threshold), -math.inf)
+    g.mul_(slope.expm1_().neg_())
 
 
 def _softplus_delta_in_z_(
     g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor, beta: float, threshold: float
 ) -> None:
     """δ = g σ(βz), and g where βz > threshold."""
-    torch.gt(z.mul_(beta), threshold, out=mask)
-    g.mul_(z.sigmoid_().masked_fill_(mask, 1))
+    scaled = torch.mul(z, beta, out=work)
+    torch.gt(scaled, threshold, out=mask)
+    g.mul_(scaled.sigmoid_().masked_fill_(mask, 1))
 
 
-def _silu_delta_(g: Tensor, a: Tensor, z: Tensor, *_: Any) -> None:
+def _silu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor | None) -> None:
     """δ = g (s + a (1 − s)), s = σ(z), a = z s."""
-    s = z.sigmoid_()
+    s = torch.sigmoid(z, out=work)
+    torch.mul(z, s, out=a)
     g.mul_(a.addcmul_(a, s, value=-1).add_(s))
 
 
-def _gelu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
+def _gelu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor | None) -> None:
     """δ = g (Φ(z) + z φ(z))."""
     cdf = torch.mul(z, -math.sqrt(1 / 2), out=a).erfc_().mul_(0.5)
     density = torch.mul(z, z, out=work).mul_(-0.5).exp_().mul_(0.3989422804014327)
     g.mul_(cdf.addcmul_(z, density))
 
 
-def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
+def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor | None) -> None:
     """δ = g (s + 2 z s (1 − s) u′): see `gelu_tanh_delta`."""
     root, cubic = 0.7978845608028654, 0.044715
     square = torch.mul(z, z, out=work)
     s = torch.mul(square, cubic, out=a).add_(1).mul_(z).mul_(2 * root).sigmoid_()
-    slope = square.mul_(3 * cubic).add_(1).mul_(z).mul_(2 * root)
-    product = torch.mul(s, s, out=z).neg_().add_(s)
-    g.mul_(s.addcmul_(product, slope))
+    product = square.mul_(3 * cubic).add_(1).mul_(z).mul_(2 * root).mul_(s)
+    g.mul_(product.addcmul_(product, s, value=-1).add_(s))
 
 
 _IN_PLACE: dict[str, tuple[InPlace, InPlace]] = {

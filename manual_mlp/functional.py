@@ -135,7 +135,7 @@ def _activation(name: str, input: Tensor, *parameters: float, inplace: bool = Fa
     _check_real("input of an activation", input)
     if not inplace:
         return apply(functions.ACTIVATION[name], input, *parameters)
-    if name in functions.INPLACE and not torch.compiler.is_compiling() and not functions.transforming():
+    if name in functions.INPLACE and not torch.compiler.is_compiling() and not sheet.transforming():
         return apply(functions.INPLACE[name], input, *parameters)
     # A row in z keeps a copy of it, as torch does. And under transforms copy_ is the way to write that composes.
     return input.copy_(apply(functions.ACTIVATION[name], input.clone(), *parameters))

@@ -63,11 +63,6 @@ def _primals(ctx: Any) -> tuple[Any, ...]:
     return tuple(None if saved is None else forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors)
 
 
-def transforming() -> bool:
-    """Whether a torch.func transform or forward-mode AD is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def apply(function: type[ManualFunction], *args: Any) -> Any:
     """Function.apply, without its cost: binding the signature in Python takes longer than a small layer.
 
@@ -76,7 +71,7 @@ def apply(function: type[ManualFunction], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return function.apply(*args) if _differentiated(args) else function.forward(*args)
-    if transforming():
+    if sheet.transforming():
         return function.dual.apply(*args)
     if not torch.is_grad_enabled():
         return function.forward(*args)

@@ -329,7 +329,7 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
     weights, biases = [owner["weight"] for owner in net.owners], [owner["bias"] for owner in net.owners]
     try:
         kind = type(input), input.shape, input.dtype, target.shape, target.dtype, weights[-1].shape, loss
-        special = functions.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
+        special = sheet.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
     except AttributeError:
         functional.check_tensors(input=input, target=target)
         raise
