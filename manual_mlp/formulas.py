@@ -81,6 +81,7 @@ def grad_bias(delta: Tensor) -> Tensor:
 # Activations: G(z), and δ = g ⊙ G′ written in what is saved
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def rounded_once(delta: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Half precision: evaluate in float32 and round once, as torch's own kernels do."""
 
@@ -133,27 +134,6 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def few_temporaries(name: str) -> Callable[..., Any]:
-    """The decorator of a row's delta that on plain tensors takes its form in place, equal to 1e-12.
-
-    A large temporary is new memory, and each page of it costs 2 µs: several times the arithmetic.
-    """
-
-    def decorate(delta: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(delta)
-        def evaluate(g: Tensor, saved: Tensor, *parameters: float) -> Tensor:
-            if not plain(g):
-                return delta(g, saved, *parameters)
-            result, scratch, work = (torch.empty_like(saved) for _ in range(3))
-            a, z = (saved, None) if ACTIVATIONS[name].saves == "a" else (scratch, saved)
-            _IN_PLACE[name][1](result.copy_(g), a, z, work, None, *parameters)
-            return result
-
-        return evaluate
-
-    return decorate
-
-
 def sigmoid(z: Tensor) -> Tensor:
     """a = 1/(1 + e^−z)."""
     return torch.sigmoid(z)
@@ -173,12 +153,13 @@ def tanh_delta(g: Tensor, a: Tensor) -> Tensor:
     return g * (number(1, a) - a * a)
 
 
-# torch.where and masked_fill_ branch at every element, and on the CPU take up to 20 times what arithmetic does.
+# torch.where and masked_fill_ branch at every element; of many, arithmetic takes as little as a twentieth of the time.
+_MANY = 1 << 12
 
 
 def relu_delta(g: Tensor, a: Tensor) -> Tensor:
     """δ = 0 where a ≤ 0, else g: so 0 at 0, and NaN passes."""
-    if plain(g):
+    if plain(g) and g.numel() >= _MANY:
         passing = _bits_that_pass(a, torch.empty_like(a))
         return passing.bitwise_and_(g.view(passing.dtype)).view(g.dtype)
     zero = number(0, a)
@@ -204,7 +185,6 @@ def _is_factor(negative_slope: float, a: Tensor) -> bool:
 
 
 @rounded_once
-@few_temporaries("softplus")
 def softplus_delta(g: Tensor, a: Tensor, beta: float, threshold: float) -> Tensor:
     """δ = g · (−expm1(−βa)), and g where G is linear: βz > threshold.
 
@@ -212,7 +192,7 @@ def softplus_delta(g: Tensor, a: Tensor, beta: float, threshold: float) -> Tenso
     smallest a that is certainly beyond it decides, widened by a few eps because a was rounded. For lower thresholds see
     `softplus_delta_in_z`.
     """
-    return torch.where(a * beta > _softplus_end(a, threshold), g, g * -torch.expm1(a * -beta))
+    return g * -torch.expm1(F.threshold(a * -beta, -_softplus_end(a, threshold), -math.inf))
 
 
 def _softplus_end(a: Tensor, threshold: float) -> float:
@@ -226,7 +206,6 @@ def softplus_delta_in_z(g: Tensor, z: Tensor, beta: float, threshold: float) -> 
 
 
 @rounded_once
-@few_temporaries("silu")
 def silu_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g σ(z) (1 + z (1 − σ(z)))."""
     s = torch.sigmoid(z)
@@ -234,7 +213,6 @@ def silu_delta(g: Tensor, z: Tensor) -> Tensor:
 
 
 @rounded_once
-@few_temporaries("gelu")
 def gelu_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g (Φ(z) + z φ(z)), with Φ by erfc, which keeps the lower tail."""
     cdf = torch.erfc(z * -math.sqrt(1 / 2)) / 2
@@ -244,7 +222,6 @@ def gelu_delta(g: Tensor, z: Tensor) -> Tensor:
 
 
 @rounded_once
-@few_temporaries("gelu_tanh")
 def gelu_tanh_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g (s + 2 z s (1 − s) u′), s = σ(2u), u = √(2/π)(z + 0.044715 z³); s = ½(1 + tanh u), but keeps the tail."""
     root, cubic = 0.7978845608028654, 0.044715  # √(2/π), written out as above
@@ -388,7 +365,7 @@ InPlace = Callable[..., Any]
     delta_(g, a, z, work, mask, *parameters)     g := δ; work and mask (bool) are scratch
 
 A row that saves a leaves it as it is, and takes None for z, work and mask; or a itself for work, which destroys it.
-A row that saves z leaves z, and takes a as scratch.
+A row that saves z may destroy a and z.
 """
 
 
@@ -408,7 +385,7 @@ def _tanh_delta_(g: Tensor, a: Tensor, z: None, work: Tensor | None, mask: Tenso
 
 def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor | None, mask: Tensor | None) -> None:
     """δ = 0 where a ≤ 0, else g; not by a product, in which an infinite g would become NaN."""
-    if plain(g):
+    if plain(g) and g.numel() >= _MANY:
         passing = _bits_that_pass(a, torch.empty_like(a) if work is None else work)
         g.view(passing.dtype).bitwise_and_(passing)
     else:
@@ -442,32 +419,31 @@ def _softplus_delta_in_z_(
     g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor, beta: float, threshold: float
 ) -> None:
     """δ = g σ(βz), and g where βz > threshold."""
-    scaled = torch.mul(z, beta, out=work)
-    torch.gt(scaled, threshold, out=mask)
-    g.mul_(scaled.sigmoid_().masked_fill_(mask, 1))
+    torch.gt(z.mul_(beta), threshold, out=mask)
+    g.mul_(z.sigmoid_().masked_fill_(mask, 1))
 
 
-def _silu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor | None) -> None:
+def _silu_delta_(g: Tensor, a: Tensor, z: Tensor, *_: Any) -> None:
     """δ = g (s + a (1 − s)), s = σ(z), a = z s."""
-    s = torch.sigmoid(z, out=work)
-    torch.mul(z, s, out=a)
+    s = z.sigmoid_()
     g.mul_(a.addcmul_(a, s, value=-1).add_(s))
 
 
-def _gelu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor | None) -> None:
+def _gelu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
     """δ = g (Φ(z) + z φ(z))."""
     cdf = torch.mul(z, -math.sqrt(1 / 2), out=a).erfc_().mul_(0.5)
     density = torch.mul(z, z, out=work).mul_(-0.5).exp_().mul_(0.3989422804014327)
     g.mul_(cdf.addcmul_(z, density))
 
 
-def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor | None) -> None:
+def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
     """δ = g (s + 2 z s (1 − s) u′): see `gelu_tanh_delta`."""
     root, cubic = 0.7978845608028654, 0.044715
     square = torch.mul(z, z, out=work)
     s = torch.mul(square, cubic, out=a).add_(1).mul_(z).mul_(2 * root).sigmoid_()
-    product = square.mul_(3 * cubic).add_(1).mul_(z).mul_(2 * root).mul_(s)
-    g.mul_(product.addcmul_(product, s, value=-1).add_(s))
+    slope = square.mul_(3 * cubic).add_(1).mul_(z).mul_(2 * root)
+    product = torch.mul(s, s, out=z).neg_().add_(s)
+    g.mul_(s.addcmul_(product, slope))
 
 
 _IN_PLACE: dict[str, tuple[InPlace, InPlace]] = {

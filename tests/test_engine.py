@@ -141,10 +141,31 @@ def test_in_place_form_is_the_row(row: Activation, parameters: tuple[float, ...]
 def test_in_place_form_at_infinity(name: str) -> None:
     row = ACTIVATIONS[name]
     parameters = row_parameters(row)[0]
-    a, g = torch.tensor([-1.0, 0.0, 2.0, torch.nan]), torch.full((4,), torch.inf)
+    a, g = torch.tensor([-1.0, -0.0, 0.0, 2.0, torch.nan, -torch.nan]), torch.full((6,), torch.inf)
     expected = row.delta(g, a, *parameters)
-    sheet.in_place(row)[1](g, a, None, torch.empty(4), torch.empty(4, dtype=torch.bool), *parameters)
+    sheet.in_place(row)[1](g, a, None, torch.empty(6), torch.empty(6, dtype=torch.bool), *parameters)
     torch.testing.assert_close(g, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_without_a_branch_the_same_bits(name: str, dtype: torch.dtype) -> None:
+    """Of every kind of a and g, strided and expanded: in place and not, beside the formula that a graph records."""
+    row = ACTIVATIONS[name]
+    parameters = row_parameters(row)[0]
+    smallest = torch.finfo(dtype).smallest_normal
+    kinds = [-torch.inf, -2.0, -smallest, -0.0, 0.0, smallest, 0.3, torch.inf, torch.nan, -torch.nan]
+    a, g = torch.tensor(list(itertools.product(kinds, kinds)), dtype=dtype).t()
+    for a, g in ((a, g), (a, g[80].expand(100))):  # noqa: B020
+        expected = row.delta(g, a, *parameters)
+        with torch.no_grad():
+            given, work = row.delta(g, a, *parameters), g.clone()
+            sheet.in_place(row)[1](
+                work, a, None, torch.empty_like(a), torch.empty_like(a, dtype=torch.bool), *parameters
+            )
+        for other in (given, work):
+            torch.testing.assert_close(other, expected, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(other.signbit() | other.isnan(), expected.signbit() | expected.isnan())
 
 
 def test_a_row_without_forms_of_its_own_is_copied() -> None:
