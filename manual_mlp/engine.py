@@ -215,12 +215,12 @@ class _Plan:
             self.forward += [partial(copy.copy_, own) for copy, own in pairs if copy is not None and own is not None]
         affine: Call
         if stage.turned:
-            plus = (torch.mm,) if bias is None else (torch.addmm, bias.unsqueeze(1))
-            affine = partial(*plus, weight, out=stage.z.t())
+            plus: Call = torch.mm if bias is None else partial(torch.addmm, bias.unsqueeze(1))
+            affine = partial(plus, weight, out=stage.z.t())
             self.first.append(lambda a: affine(a.t())) if a is None else self.forward.append(partial(affine, a.t()))
         else:
-            plus = (torch.mm,) if bias is None else (torch.addmm, bias)
-            affine = partial(*plus, mat2=weight.t(), out=stage.z)
+            plus = torch.mm if bias is None else partial(torch.addmm, bias)
+            affine = partial(plus, mat2=weight.t(), out=stage.z)
             self.first.append(affine) if a is None else self.forward.append(partial(affine, a))
         if stage.row.name != "identity":
             G_, _ = sheet.in_place(stage.row)

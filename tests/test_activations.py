@@ -6,6 +6,7 @@ import sympy
 import torch
 from sympy.parsing.sympy_parser import parse_expr, rationalize, standard_transformations
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from manual_mlp.formulas import ACTIVATIONS, SYMBOLS, Activation
 from tests.cases import TWINS, row_parameters
@@ -101,6 +102,17 @@ def test_derivative_against_the_twin(row: Activation, parameters: tuple[float, .
     saved = activation if row.saves == "a" else mine_in.detach()
     mine = row.delta(torch.ones_like(saved), saved, *parameters)
     torch.testing.assert_close(mine, twin, rtol=1e-12, atol=1e-12)
+
+
+@rows
+def test_a_tangent_passes_through_delta(row: Activation, parameters: tuple[float, ...]) -> None:
+    """δ is linear in g, and its tangent δ of g's, where no graph is recorded too."""
+    g, tangent = torch.randn(2, len(wide), dtype=torch.float64)
+    saved = row.G(wide, *parameters) if row.saves == "a" else wide
+    with torch.no_grad(), forward_ad.dual_level():
+        given = row.delta(forward_ad.make_dual(g, tangent), saved, *parameters)
+        through = forward_ad.unpack_dual(given).tangent
+    torch.testing.assert_close(through, row.delta(tangent, saved, *parameters), rtol=1e-12, atol=1e-12)
 
 
 @rows
