@@ -213,14 +213,14 @@ class _Plan:
         if self.engine.compute_dtype is not None:
             pairs = zip(p.read, p.both, strict=True)
             self.forward += [partial(copy.copy_, own) for copy, own in pairs if copy is not None and own is not None]
+        column = bias.unsqueeze(1) if bias is not None and stage.turned else bias
+        product: Call = torch.mm if column is None else partial(torch.addmm, column)
         affine: Call
         if stage.turned:
-            plus: Call = torch.mm if bias is None else partial(torch.addmm, bias.unsqueeze(1))
-            affine = partial(plus, weight, out=stage.z.t())
+            affine = partial(product, weight, out=stage.z.t())
             self.first.append(lambda a: affine(a.t())) if a is None else self.forward.append(partial(affine, a.t()))
         else:
-            plus = torch.mm if bias is None else partial(torch.addmm, bias)
-            affine = partial(plus, mat2=weight.t(), out=stage.z)
+            affine = partial(product, mat2=weight.t(), out=stage.z)
             self.first.append(affine) if a is None else self.forward.append(partial(affine, a))
         if stage.row.name != "identity":
             G_, _ = sheet.in_place(stage.row)

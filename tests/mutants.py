@@ -39,7 +39,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "relu of many at 0": ("formulas", "torch.le(a, number(0, a), out=work)", "torch.lt(a, number(0, a), out=work)"),
     "leaky_relu slope 0.05 % off": ("formulas", "g * negative_slope)", "g * (negative_slope * 1.0005))"),
     "leaky_relu of numbers alone": ("formulas", "clamp_min_(negative_slope).mul_(g)", "clamp_min_(negative_slope)"),
-    "a tangent takes relu's bits": ("formulas", "return not transforming() and", "return"),
+    "a tangent takes relu's bits": ("formulas", "return not transforming() and not is", "return not is"),
     "softplus threshold forgotten": ("formulas", "torch.where(z * beta > threshold, g,", "torch.where(z < -1e9, g,"),
     "softplus without β": ("formulas", "F.threshold(a * -beta,", "F.threshold(-a,"),
     "silu's last term": ("formulas", "(1 + z * (1 - s))", "(1 + z * (1 - s * 1.0005))"),

@@ -150,13 +150,13 @@ def test_in_place_form_at_infinity(name: str) -> None:
 @pytest.mark.parametrize("name", ["relu", "leaky_relu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_without_a_branch_the_same_bits(name: str, dtype: torch.dtype) -> None:
-    """Of every kind of a and g, strided and expanded: in place and not, beside the formula that a graph records."""
+    """Of every kind of a and g, strided, expanded, negated by a bit: in place and not, beside what a graph records."""
     row = ACTIVATIONS[name]
     parameters = row_parameters(row)[0]
     smallest = torch.finfo(dtype).smallest_normal
     kinds = [-torch.inf, -2.0, -smallest, -0.0, 0.0, smallest, 0.3, torch.inf, torch.nan, -torch.nan]
     a, g = torch.tensor(list(itertools.product(kinds, kinds)), dtype=dtype).t()
-    for a, g in ((a, g), (a, g[80].expand(100))):  # noqa: B020
+    for a, g in ((a, g), (a, g[80].expand(100)), (a, torch._neg_view(g))):  # noqa: B020
         expected = row.delta(g, a, *parameters)
         with torch.no_grad():
             given, work = row.delta(g, a, *parameters), g.clone()
