@@ -18,7 +18,9 @@ from manual_mlp import formulas as sheet
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
-from manual_mlp.network import Layer, check_batch, check_labels, cost_of, net_of, weigh
+from manual_mlp.layers import Layer, cost_of
+from manual_mlp.network import check_batch, check_labels, net_of
+from manual_mlp.plan import Plan, places
 
 _PLANS = 8  # kinds of batches whose buffers are kept
 _TRAINED = attrgetter("requires_grad")
@@ -49,70 +51,25 @@ class _Parameters:
     groups: tuple[int, int]
 
 
-class _Stage:
-    """One layer's buffers for N rows: z, a, δ (N, n_{l+1}); work and mask are scratch, shared by all layers.
-
-    turned  they lie column by column; not with a dropout, which draws row by row
-    """
-
-    def __init__(self, layer: Layer, n: int, like: Tensor, scratch: Tensor, bits: Tensor) -> None:
-        outputs = layer.weight.shape[0]
-        self.row, self.parameters, self.dropout = layer.row, layer.parameters, layer.dropout
-        self.turned = self.dropout is None and sheet.turned(like, n, outputs)
-
-        def laid(flat: Tensor) -> Tensor:
-            flat = flat[: n * outputs]
-            return flat.view(outputs, n).t() if self.turned else flat.view(n, outputs)
-
-        self.a, self.delta = laid(like.new_empty(n * outputs)), laid(like.new_empty(n * outputs))
-        self.saved_z = laid(like.new_empty(n * outputs)) if layer.row.saves == "z" else None
-        self.z = self.a if self.saved_z is None else self.saved_z
-        self.delta_t = self.delta.t()
-        self.work, self.mask = laid(scratch), laid(bits)
-        if self.dropout is not None:
-            self.drawn, self.scale, self.dropped = (torch.empty_like(of) for of in (self.mask, self.a, self.a))
-
-    def draw(self) -> None:
-        """scale := m / (1 − p), with the mask that functional.dropout draws."""
-        assert self.dropout is not None
-        keep = 1 - self.dropout.p
-        self.scale.copy_(self.drawn.bernoulli_(keep)).div_(keep or 1.0)
-
-
-class _Plan:
-    """The buffers for batches of N rows, and the five steps on them as a list of calls.
+class _Plan(Plan):
+    """The plan with steps 4 and 5, and the rows that `train_epoch` gathers.
 
     Buffers are made in inference mode: autograd then keeps no books on them. The calls are made once for the
-    optimizer's rates and the dropouts that draw; a step only runs through them.
+    optimizer's rates and the dropouts that draw.
 
     On CUDA they are launched as one graph. It would bake in addresses and numbers: so input and target are copied to
     fixed memory, and the rates lie in tensors.
     """
 
     def __init__(self, engine: "BackpropEngine", input: Tensor, target: Tensor) -> None:
-        self.engine, n, outputs = engine, len(input), engine._layers[-1].weight.shape[0]
-        _, self.total_weight, _ = weigh(engine._cost, n, outputs, input.dtype)
-        self.delta_weight = engine._cost.delta_weight(n, outputs)
-        self.fixed, mixed = engine._fixed, engine.compute_dtype is not None
+        self.engine, n, mixed = engine, len(input), engine.compute_dtype is not None
+        self.fixed, layers = engine._fixed, engine._layers
+        self.delta_weight = engine._cost.delta_weight(n, layers[-1].weight.shape[0])
         with torch.inference_mode():
-            like = torch.empty(0, dtype=engine.compute_dtype or input.dtype, device=input.device)
-            largest = n * max(layer.weight.shape[0] for layer in engine._layers)
-            scratch, bits = like.new_empty(largest), like.new_empty(largest, dtype=torch.bool)
-            self.stages = [_Stage(layer, n, like, scratch, bits) for layer in engine._layers]
-            self.ones = like.new_ones(n)
-            self.input = like.new_empty(input.shape) if mixed or self.fixed else None
+            super().__init__(layers, engine._cost, input, engine.compute_dtype)
+            self.input = self.ones.new_empty(input.shape) if mixed or self.fixed else None
             self.target = torch.empty_like(target) if self.fixed else None
-            # What the cost reads and writes is in the parameters' dtype; where it takes a softmax of a row, by rows.
-            last = self.stages[-1]
-            self.copied = mixed or (last.turned and engine._cost.logits)
-            real = torch.empty(n, outputs, dtype=input.dtype, device=input.device) if self.copied else last.a
-            self.prediction, self.delta, self.work = (torch.empty_like(real) for _ in range(3))
-            self.column = real.new_empty(n, 1)
-            self.cost = real.new_empty(())
-            self.rates = [(real.new_empty(()), real.new_empty(())) for _ in engine._groups]
-            if not self.copied:
-                self.delta = last.delta
-            self.flat = (self.delta if self.delta.is_contiguous() else last.delta_t).view(-1)
+            self.rates = [(self.cost.new_empty(()), self.cost.new_empty(())) for _ in engine._groups]
         batches = min(max(1, _CHUNK // (n * input.shape[1])), _BATCHES)
         self.chunk = [data.new_empty(batches * n, *data.shape[1:]) for data in (input, target)]
         self.batches = list(zip(*(data.split(n) for data in self.chunk), strict=True))
@@ -151,7 +108,7 @@ class _Plan:
             call(input)
         for call in self.forward:
             call()
-        self.both_(self.prediction, target, self.delta, self.flat, self.work, self.column, out)
+        self.cost_(self.prediction, target, self.delta, self.flat, self.work, self.column, out)
         for call in self.backward:
             call()
         for call in self.last:
@@ -161,7 +118,7 @@ class _Plan:
         """The same on input, target and cost that stay where they are."""
         for call in self.forward:
             call()
-        self.both_(self.prediction, self.target, self.delta, self.flat, self.work, self.column, self.cost)
+        self.cost_(self.prediction, self.target, self.delta, self.flat, self.work, self.column, self.cost)
         for call in self.backward:
             call()
 
@@ -173,28 +130,24 @@ class _Plan:
         if self.made_for == kind:
             return
         self.made_for = kind
-        self.both_ = self.engine._cost.both_
-        inputs = [self.input]
-        self.first: list[Call] = []
-        self.forward: list[Call] = []
-        self.backward: list[Call] = []
-        self.last: list[Call] = []
+        self.clear()
         with torch.inference_mode():
+            inputs = [self.input]
             for p, stage, drop in zip(self.engine._parameters, self.stages, drops, strict=True):
-                self._step_1(p, stage, drop, inputs)
-            a, delta = inputs.pop(), self.stages[-1].delta
+                if self.engine.compute_dtype is not None:
+                    pairs = zip(p.read, p.both, strict=True)
+                    self.forward += [partial(c.copy_, own) for c, own in pairs if c is not None and own is not None]
+                inputs.append(self.step_1(stage, inputs[-1], *p.read, drop))
+            a = inputs.pop()
             assert a is not None
-            if not self.copied:
-                self.prediction = self.kept = a
-                if self.engine._keeps and self.stages[-1].row.name != "identity":  # step 2 overwrites a^L
-                    self.kept = torch.empty_like(a)
-                    self.forward.append(partial(self.kept.copy_, a))
-            else:
-                self.kept = self.prediction
-                self.forward.append(partial(self.prediction.copy_, a))
-                self.backward.append(partial(delta.copy_, self.delta))
+            self.to_cost(a)
+            self.kept = self.prediction
+            if self.engine._keeps and not self.copied and self.stages[-1].row.name != "identity":
+                self.kept = torch.empty_like(a)  # step 2 overwrites a^L
+                self.forward.append(partial(self.kept.copy_, a))
             for layer in range(len(self.stages) - 1, self.engine._first - 1, -1):
-                self._steps_2_and_3(layer, drops[layer])
+                weight, _ = self.engine._parameters[layer].read
+                self.steps_2_and_3(layer, weight if layer > self.engine._first else None, drops[layer])
                 self._steps_4_and_5(layer, inputs[layer], rates)
         if self.target is not None:
             self.launch = Launch(self._run_fixed, self.ones.device)
@@ -205,44 +158,6 @@ class _Plan:
             for tensors, numbers in zip(self.rates, rates, strict=False):
                 for tensor, number in zip(tensors, numbers, strict=True):
                     tensor.fill_(number)
-
-    def _step_1(self, p: _Parameters, stage: _Stage, drop: float, inputs: list[Tensor | None]) -> None:
-        """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1})."""
-        weight, bias = p.read
-        a = inputs[-1]
-        if self.engine.compute_dtype is not None:
-            pairs = zip(p.read, p.both, strict=True)
-            self.forward += [partial(copy.copy_, own) for copy, own in pairs if copy is not None and own is not None]
-        column = bias.unsqueeze(1) if bias is not None and stage.turned else bias
-        product: Call = torch.mm if column is None else partial(torch.addmm, column)
-        affine: Call
-        if stage.turned:
-            affine = partial(product, weight, out=stage.z.t())
-            self.first.append(lambda a: affine(a.t())) if a is None else self.forward.append(partial(affine, a.t()))
-        else:
-            affine = partial(product, mat2=weight.t(), out=stage.z)
-            self.first.append(affine) if a is None else self.forward.append(partial(affine, a))
-        if stage.row.name != "identity":
-            G_, _ = sheet.in_place(stage.row)
-            self.forward.append(partial(G_, stage.z, *stage.parameters, out=stage.a))
-        if drop:
-            self.forward += [stage.draw, partial(torch.mul, stage.a, stage.scale, out=stage.dropped)]
-        inputs.append(stage.dropped if drop else stage.a)
-
-    def _steps_2_and_3(self, layer: int, drop: float) -> None:
-        """δ^{l+1} = g ⊙ G′(z^{l+1}), and what arrives at the layer before, δ^{l+1} W^l, with the old W^l."""
-        stage = self.stages[layer]
-        if drop:
-            self.backward.append(partial(stage.delta.mul_, stage.scale))
-        if stage.row.name != "identity":
-            _, delta_ = sheet.in_place(stage.row)
-            work = stage.a if stage.saved_z is None else stage.work
-            self.backward.append(
-                partial(delta_, stage.delta, stage.a, stage.saved_z, work, stage.mask, *stage.parameters)
-            )
-        if layer > self.engine._first:
-            weight, _ = self.engine._parameters[layer].read
-            self.backward.append(partial(torch.mm, stage.delta, weight, out=self.stages[layer - 1].delta))
 
     def _steps_4_and_5(self, layer: int, a: Tensor | None, rates: Rates) -> None:
         """w := βw + α ∂C/∂w, with rates; without, ∂C/∂w into its own buffer."""
@@ -495,7 +410,7 @@ class BackpropEngine:
     def _state_now(self) -> list[Any]:
         """Which parameters the layers have, where they lie, and which are trained; by maps, without Python's loops."""
         owned = map(id, map(dict.get, self._owners, self._names))
-        return [*owned, *map(Tensor.data_ptr, self._owned), *map(_TRAINED, self._owned)]
+        return [*owned, *places(self._owned), *map(_TRAINED, self._owned)]
 
     def _rates(self) -> Rates:
         """Of a plain SGD: w := (1 − LR λ) w − LR ∂C/∂w."""

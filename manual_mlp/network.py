@@ -5,9 +5,8 @@ gradients work in any optimizer, in DistributedDataParallel, with clipping and a
 steps 2 to 4 read and nothing else: of silu and gelu z alone, from which a is recomputed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,117 +16,16 @@ from torch import Tensor, nn
 from manual_mlp import formulas as sheet
 from manual_mlp import functional, functions, modules
 from manual_mlp.errors import InputError
-from manual_mlp.formulas import COSTS, Activation, Cost
-
-
-@dataclass
-class Layer:
-    """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}), and the dropout that follows it, if any.
-
-    affine      the module that owns W^l (n_{l+1}, n_l) and b^l (n_{l+1},) or None
-    row, parameters   the activation's row of the sheet and the values of its parameters
-    """
-
-    affine: Any
-    row: Activation = sheet.ACTIVATIONS["identity"]
-    parameters: tuple[float, ...] = ()
-    dropout: nn.Dropout | None = None
-    activated: bool = field(default=False, repr=False)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.affine.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.affine.bias
-
-    @property
-    def drops(self) -> float:
-        """The probability with which the dropout draws now, 0 for none."""
-        return self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
-
-
-_AFFINE = (nn.Linear, modules.Affine)
-_DROPOUT = (nn.Dropout, modules.Dropout)
-
-
-def layers_of(model: nn.Module) -> list[Layer]:
-    """The layers of an mm.MLP, or of an nn.Sequential (nested ones too) of affine maps, activations and dropouts.
-
-    Each activation follows an affine map, each dropout an activation or an affine map. Raises InputError for anything
-    else in it, for hooks, which would not be called, and for layers that don't fit each other.
-    """
-    layers: list[Layer] = []
-    for name, module in _leaves(model, ""):
-        _read(layers, name, module)
-    if not layers:
-        raise InputError("expected a net with at least one affine layer; got none: add an mm.Affine or an nn.Linear")
-    for before, after in pairwise(layers):
-        if before.weight.shape[0] != after.weight.shape[1]:
-            raise InputError(
-                f"expected a layer of in_features={before.weight.shape[0]} after {before.affine}; got {after.affine}"
-            )
-    return layers
-
-
-def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a nested nn.Sequential calls, in order, by qualified name."""
-    if any(_hooks(module)):
-        raise InputError(f"expected layers without hooks, since none would be called; got one on {name!r}: remove it")
-    if not isinstance(module, nn.Sequential):
-        yield name, module
-        return
-    inherited = getattr(module, "plain", type(module))  # of a converted one, the class it was
-    if inherited.forward is not nn.Sequential.forward or "forward" in vars(module):
-        raise InputError(f"expected an nn.Sequential with its own forward; {name or 'the model'!r} has replaced it")
-    for key, child in module._modules.items():
-        assert child is not None
-        yield from _leaves(child, f"{name}.{key}" if name else key)
-
-
-def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def _read(layers: list[Layer], name: str, module: nn.Module) -> None:
-    """Append a layer, or complete the last one with an activation or a dropout."""
-    kind, last = type(module), layers[-1] if layers else None
-    if kind in _AFFINE:
-        layers.append(Layer(module))
-    elif isinstance(module, modules.AffineActivation) and kind is modules.AffineActivation:
-        row = sheet.ACTIVATIONS[module.activation]
-        layers.append(Layer(module, row, module.parameter_values, activated=True))
-    elif kind in (nn.Identity, modules.Identity):
-        pass
-    elif kind in modules.ACTIVATION_MODULES and last is not None and not last.activated and last.dropout is None:
-        last.row, last.parameters = modules.activation_row(module)
-        last.activated = True
-    elif isinstance(module, nn.Dropout) and kind in _DROPOUT and last is not None and last.dropout is None:
-        last.dropout = module
-    else:
-        raise InputError(
-            "expected affine maps, each with at most one activation and one dropout after it; "
-            f"got {kind.__name__} at {name or 'the model itself'!r}: leave such a net to its layers and autograd"
-        )
-
-
-def cost_of(loss: str, layers: list[Layer]) -> Cost:
-    """The row of a cost. Raises InputError for an unknown name, and for a logits cost after an activation."""
-    if loss not in COSTS:
-        raise InputError(f"expected a loss, one of {', '.join(COSTS)}; got {loss!r}")
-    if COSTS[loss].logits and layers[-1].row.name != "identity":
-        raise InputError(
-            f"expected a net that gives logits, for the loss {loss!r}; got one that ends in {layers[-1].row.name}, "
-            'which would train wrongly: take output_activation="identity"'
-        )
-    return COSTS[loss]
-
+from manual_mlp.formulas import Activation, Cost
+from manual_mlp.layers import Layer, Weighed, cost_of, hooks_of, layers_of, weigh
+from manual_mlp.plan import Call, Plan, places
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps 1 to 4, out of place
 # ---------------------------------------------------------------------------------------------------------------------
 
+_PLANS = 8  # kinds of batches whose buffers are kept for a model
+_KEPT = 1 << 22  # numbers that all a^l of a batch have at most, if its buffers are kept
 
 Some = Sequence[Any]
 Masks = list[tuple[Tensor, float] | None]
@@ -145,14 +43,16 @@ class Net:
         self.layers = layers_of(model)
         self.steps = [_step(layer.row, layer.parameters) for layer in self.layers]
         self.owners = [layer.affine._parameters for layer in self.layers]
-        self.accepted: tuple[object, Any] = None, None  # the kind of the last batch that was checked, and its weights
+        # The kind of the last batch that was checked, its weights, and whether it has a plan.
+        self.accepted: tuple[object, Any, bool] = None, None, False
+        self.plans: dict[object, GradientPlan] = {}
         self.drops = any(layer.dropout is not None for layer in self.layers)
         # What is kept for a model must not keep the model itself, but what it is made of.
         self.children = tuple(model._modules.values())
         everything = list(model.modules())
         self.parents = [module._modules for module in everything if module._modules]
         self.modules = [tuple(of.values()) for of in self.parents]
-        self.hooks = [hooks for module in everything for hooks in _hooks(module)]
+        self.hooks = [hooks for module in everything for hooks in hooks_of(module)]
         kinds = modules.ACTIVATION_MODULES
         self.adjustable = [m for m in everything if type(m) in kinds and hasattr(m, "__constants__")]
         self.rows = [modules.activation_row(module) for module in self.adjustable]
@@ -162,6 +62,19 @@ class Net:
         if any(self.hooks) or list(map(tuple, map(dict.values, self.parents))) != self.modules:
             return True
         return bool(self.adjustable) and [modules.activation_row(module) for module in self.adjustable] != self.rows
+
+    def at_once(
+        self, key: Any, cost: Cost, target: Tensor, x: Tensor, parameters: Some, predictions: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """C and the gradients by the plan for such batches. Other threads make one of their own in the meantime."""
+        plan = self.plans.pop(key, None)
+        if plan is None or not plan.fits(parameters):
+            for oldest in list(self.plans)[: len(self.plans) + 1 - _PLANS]:
+                self.plans.pop(oldest, None)
+            plan = GradientPlan(cost, self, x, parameters, key[1])
+        result = plan.run(x, target, predictions)
+        self.plans[key] = plan
+        return result
 
     def forward(
         self, x: Tensor, weights: Some, biases: Some, masks: Masks, zs: list[Tensor] | None = None
@@ -205,7 +118,7 @@ class Net:
         n = len(self.steps)
         in_place = not torch.is_grad_enabled() and delta.dtype not in sheet.ROUNDED
         gradients: list[Tensor | None] = [None] * len(needs)
-        lowest = 0 if needs[0] or needs[1] else min((i - 1) % n for i, needed in enumerate(needs) if needed)
+        lowest = _lowest(needs, n)
         for layer in range(n - 1, lowest - 1, -1):
             if masks:
                 delta = _dropped(delta, masks[layer])
@@ -224,6 +137,11 @@ class Net:
                 delta = sheet.grad_input(delta, weights[layer])
         gradients[0] = delta if needs[0] else None
         return tuple(gradients)
+
+
+def _lowest(needs: Sequence[bool], n: int) -> int:
+    """The layer down to which δ goes, of n layers; needs: of x, all W^l and all b^l."""
+    return 0 if needs[0] else min((i - 1) % n for i, needed in enumerate(needs) if needed)
 
 
 def _step(row: Activation, parameters: tuple[float, ...]) -> tuple[Any, ...]:
@@ -253,18 +171,60 @@ def _dropped(a: Tensor, mask: tuple[Tensor, float] | None) -> Tensor:
     return a if mask is None else sheet.dropout(a, *mask)
 
 
-Weighed = tuple[Cost, Tensor | float, Tensor | float]
-"""A cost, and for batches of one shape the weights of its sum and of its derivative."""
+class GradientPlan(Plan):
+    """Steps 1 to 4 in kept buffers; the gradients alone are new tensors. On the CPU, for rows that save a."""
 
+    def __init__(self, cost: Cost, net: Net, x: Tensor, parameters: Some, needs: Sequence[bool]) -> None:
+        super().__init__(net.layers, cost, x)
+        n = len(self.stages)
+        weights, biases = parameters[:n], parameters[n:]
+        self.delta_weight = weigh(cost, len(x), len(weights[-1]), x.dtype)[2]
+        self.ids, self.owned = list(map(id, parameters)), [p for p in parameters if p is not None]
+        self.places = places(self.owned)
+        self.clear()
+        inputs: list[Tensor | None] = [None]
+        for stage, weight, bias in zip(self.stages, weights, biases, strict=True):
+            inputs.append(self.step_1(stage, inputs[-1], weight, bias))
+        self.to_cost(self.stages[-1].a)
+        self.order = [0] * len(needs)  # where in the results of the calls the gradients lie; the first result is None
+        lowest = _lowest(needs, n)
+        for layer in range(n - 1, lowest - 1, -1):
+            self.steps_2_and_3(layer, weights[layer] if layer > lowest else None)
+            self._step_4(layer, inputs[layer], needs)
+        if needs[0]:
+            self._gives(0, partial(torch.mm, self.stages[0].delta, weights[0]))
+        if needs[1]:  # the only call on the input, after all others
+            self.order[1] = len(self.backward) + 1
 
-def weigh(cost: Cost, n: int, outputs: int, dtype: torch.dtype) -> Weighed:
-    """Beside a tensor of less than 32 bits a number keeps its digits, and beside others a tensor is quicker."""
-    weights = cost.total_weight(n, outputs), cost.delta_weight(n, outputs)
-    if dtype in sheet.ROUNDED:
-        return cost, *weights
-    with torch.inference_mode(False):  # it may come from a validation, and is kept for the training
-        total, delta = torch.tensor(weights, dtype=dtype, device="cpu").unbind()
-    return cost, total, delta
+    def _step_4(self, layer: int, a: Tensor | None, needs: Sequence[bool]) -> None:
+        delta_t = self.stages[layer].delta_t
+        if needs[1 + layer] and a is None:
+            self.last.append(partial(torch.mm, delta_t))
+        elif needs[1 + layer]:
+            self._gives(1 + layer, partial(torch.mm, delta_t, a))
+        if needs[1 + len(self.stages) + layer]:
+            self._gives(1 + len(self.stages) + layer, partial(torch.mv, delta_t, self.ones))
+
+    def _gives(self, gradient: int, call: Call) -> None:
+        self.backward.append(call)
+        self.order[gradient] = len(self.backward)
+
+    def fits(self, parameters: Some) -> bool:
+        """Whether these are the parameters that the calls read, and lie where they lay."""
+        return list(map(id, parameters)) == self.ids and places(self.owned) == self.places
+
+    def run(self, x: Tensor, target: Tensor, predictions: list[Tensor] | None) -> tuple[Tensor, list[Tensor | None]]:
+        """C, and ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed."""
+        for call in self.first:
+            call(x)
+        for call in self.forward:
+            call()
+        if predictions is not None:  # step 2 overwrites it
+            predictions.append(self.prediction.clone(memory_format=torch.contiguous_format))
+        self.cost_(self.prediction, target, self.delta, self.flat, self.work, self.column, self.cost)
+        self.delta.mul_(self.delta_weight)
+        results = [None, *(call() for call in self.backward), *(call(x) for call in self.last)]
+        return self.cost * self.total_weight, [results[index] for index in self.order]
 
 
 class NetworkCost(functions.ManualFunction):
@@ -272,44 +232,65 @@ class NetworkCost(functions.ManualFunction):
 
     a^L (N, n_L) is put into the list `predictions`, without a history; as a second output it would cost more.
 
-    Saves target, x, parameters, the masks, the prediction, and a or z of each layer. A second derivative is taken of
-    the same recursion, recorded, its activations computed again from x.
+    A kind of batch with a plan takes all steps at once, and holds the gradients until backward, for which they are
+    multiplied by g. Others save target, x, parameters, the masks, the prediction, and a or z of each layer. A second
+    derivative is taken of the same recursion, its activations computed again from x.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         net: Net,
+        kind: object,
         weighed: Weighed,
         masks: Masks,
-        predictions: list[Tensor],
+        predictions: list[Tensor] | None,
         target: Tensor,
         x: Tensor,
         *parameters: Tensor | None,
     ) -> Tensor:
-        n = len(net.steps)
+        n, needs = len(net.steps), ctx.needs_input_grad[6:]
+        if kind is not None and any(needs):
+            ctx.of = net, weighed, (), (kind, needs)
+            ctx.save_for_backward(target, x, *parameters)
+            cost, ctx.gradients = net.at_once(ctx.of[-1], weighed[0], target, x, parameters, predictions)
+            return cost
         saved = net.forward(x, parameters[:n], parameters[n:], masks)
         drawn, keeps = zip(*(mask or (None, None) for mask in masks), strict=True) if masks else ((), ())
-        ctx.of = net, weighed, keeps
+        ctx.of = net, weighed, keeps, None
         ctx.save_for_backward(target, x, *parameters, *drawn, *saved)
-        predictions.append(saved[-1])
-        cost, total_weight, _ = weighed
-        return cost.total(saved[-1], target) * total_weight
+        if predictions is not None:
+            predictions.append(saved[-1])
+        row, total_weight, _ = weighed
+        return row.total(saved[-1], target) * total_weight
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        net, (cost, _, delta_weight), keeps = ctx.of
-        target, x, *saved = ctx.saved_tensors
+        net, (cost, _, delta_weight), keeps, plan = ctx.of
+        target, x, *saved = ctx.saved_tensors  # which refuses what has changed since, or is gone
+        if plan is not None and sheet.plain(g):
+            gradients, ctx.gradients = ctx.gradients, None  # given away, they become .grad without a copy
+            if gradients is None:  # a second time
+                _, gradients = net.at_once(plan, cost, target, x, saved, None)
+            return *(None,) * 6, *_times(gradients, g)
         n = len(net.steps)
         masks: Masks = []
         weights, biases, saved = saved[:n], saved[n : 2 * n], saved[2 * n :]
         if keeps:
             masks = [None if mask is None else (mask, keep) for mask, keep in zip(saved, keeps, strict=False)]
             saved = saved[n:]
-        if torch.is_grad_enabled():  # create_graph: what was saved has no history
+        if torch.is_grad_enabled() or not saved:  # create_graph: what was saved has no history
             saved = net.forward(x, weights, biases, masks)
         delta = cost.delta(saved[-1], target) * (g * delta_weight)
-        return *(None,) * 5, *net.recursion(delta, x, weights, saved, masks, ctx.needs_input_grad[5:])
+        return *(None,) * 6, *net.recursion(delta, x, weights, saved, masks, ctx.needs_input_grad[6:])
+
+
+def _times(gradients: list[Tensor | None], g: Tensor) -> list[Tensor | None]:
+    if g.item() != 1:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(g)
+    return gradients
 
 
 def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "quadratic") -> Tensor:
@@ -320,15 +301,21 @@ def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "q
     target that requires a gradient, and on tensors of other dimensions.
     Raises InputError as `layers_of`, for an unknown loss, a logits cost after an activation, and as the loss itself.
     """
-    return cost_and_prediction(model, input, target, loss)[0]
+    return _cost(model, input, target, loss, None)
 
 
 def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: str) -> tuple[Tensor, Tensor]:
     """`network_loss`, and the prediction a^L (N, n_L) that it came from, without a history."""
+    predictions: list[Tensor] = []
+    cost = _cost(model, input, target, loss, predictions)
+    return cost, predictions[0]
+
+
+def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, predictions: list[Tensor] | None) -> Tensor:
     net = net_of(model)
     weights, biases = [owner["weight"] for owner in net.owners], [owner["bias"] for owner in net.owners]
     try:
-        kind = type(input), input.shape, input.dtype, target.shape, target.dtype, weights[-1].shape, loss
+        kind = type(input), input.shape, input.dtype, input.device, target.shape, target.dtype, weights[-1].shape, loss
         special = sheet.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
     except AttributeError:
         functional.check_tensors(input=input, target=target)
@@ -336,22 +323,37 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
     if special or functional.autocasting(input):
         cost_of(loss, net.layers)
         prediction = model(input)
-        return functional.COSTS[loss](prediction, target), prediction.detach()
-    last, weighed = net.accepted
+        if predictions is not None:
+            predictions.append(prediction.detach())
+        return functional.COSTS[loss](prediction, target)
+    last, weighed, planned = net.accepted
     if kind != last:
         row = cost_of(loss, net.layers)
         check_batch(weights[0], len(weights[-1]), input, target, loss)
         weighed = weigh(row, len(input), len(weights[-1]), input.dtype)
-        net.accepted = kind, weighed
+        planned = has_plan(net, input, target)
+        net.accepted = kind, weighed, planned
     masks = draw_masks(net.layers, input) if net.drops else []
-    predictions: list[Tensor] = []
+    plan_of = kind if planned and torch.is_grad_enabled() else None
     try:
-        cost = NetworkCost.direct(net, weighed, masks, predictions, target, input, *weights, *biases)
+        return NetworkCost.direct(net, plan_of, weighed, masks, predictions, target, input, *weights, *biases)
     except (IndexError, RuntimeError):
         check_batch(weights[0], len(weights[-1]), input, target, loss)
         check_labels(len(weights[-1]), target, loss)
         raise
-    return cost, predictions[0]
+
+
+def has_plan(net: Net, input: Tensor, target: Tensor) -> bool:
+    """Whether such batches are worth buffers that are kept: in those of large ones is little time and much memory.
+
+    Not of half precision, whose small δ a scaled g keeps from 0; nor of rows that save z, whose a takes memory too.
+    """
+    tensors = [input, target, *(p for of in net.owners for p in (of["weight"], of["bias"]) if p is not None)]
+    if net.drops or any(saves_z for *_, saves_z in net.steps) or input.dtype not in (torch.float32, torch.float64):
+        return False
+    if any(type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu for tensor in tensors):
+        return False
+    return 0 < len(input) * sum(layer.weight.shape[0] for layer in net.layers) <= _KEPT
 
 
 def draw_masks(layers: list[Layer], input: Tensor) -> Masks:
