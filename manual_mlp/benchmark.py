@@ -66,7 +66,7 @@ EPOCH_BATCHES = 32  # of train_epoch, whose time is divided by them
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results: times in µs; kept for backward and allocated at once in a step, in bytes."""
+    """One line of the results: times in µs; bytes of a step's new tensors, as `memory`."""
 
     case: str
     contender: str
@@ -297,20 +297,6 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     return statistics.median(times), cuts[0], cuts[-1]
 
 
-def kept(step: Step) -> int:
-    """Bytes that autograd keeps for backward in one step, beside the parameters; each memory counted once."""
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not (tensor.requires_grad and tensor.is_leaf) and not tensor._is_view():  # a view here is Wᵀ
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(sizes.values())
-
-
 class _Allocated(TorchDispatchMode):
     """Bytes of the tensors made under it that live at once: `peak`."""
 
@@ -336,18 +322,28 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def peak(step: Step) -> int:
-    """The most bytes that a step's new tensors take at once, gradients included."""
-    with _Allocated() as allocated:
+def memory(step: Step) -> tuple[int, int]:
+    """Bytes of a step's new tensors: what lives when the backward pass begins, and the most that lives at once.
+
+    Buffers that were made once, and stay, are not among them.
+    """
+    step()
+    begun: list[int] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        begun.append(allocated.held)
+        return tensor
+
+    with _Allocated() as allocated, torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
         step()
-    return allocated.peak
+    return begun[0] if begun else 0, allocated.peak
 
 
 def measure(net: Net, names: Iterable[str], seconds: float) -> list[Row]:
     """One case: every contender that can be made here."""
     torch.compiler.reset()  # after eight nets torch.compile would give up, and run them as they are
     steps = {name: CONTENDERS[name](net) for name in names if _possible(name, net.device)}
-    memory = {name: (kept(step), peak(step)) for name, step in steps.items() if name in MEMORY}
+    bytes_of = {name: memory(step) for name, step in steps.items() if name in MEMORY}
     times = interleaved(steps, seconds, net.device)
     for name in times.keys() & set(EPOCHS):
         times[name] = [t / EPOCH_BATCHES for t in times[name]]
@@ -358,7 +354,7 @@ def measure(net: Net, names: Iterable[str], seconds: float) -> list[Row]:
             *percentiles(values),
             ratio(values, times.get("eager torch")),
             ratio(values, times.get("products")),
-            *memory.get(name, (None, None)),
+            *bytes_of.get(name, (None, None)),
         )
         for name, values in times.items()
     ]
@@ -396,11 +392,11 @@ def measure_layer(sizes: tuple[int, int, int], seconds: float) -> list[Row]:
         return step
 
     steps = {name: step_of(layer) for name, layer in contenders.items()}
-    memory = {name: (kept(step), peak(step)) for name, step in steps.items()}
+    bytes_of = {name: memory(step) for name, step in steps.items()}
     times = interleaved(steps, seconds)
     case = f"layer {rows} x {n_in} x {n_out}"
     return [
-        Row(case, name, *percentiles(values), ratio(values, times["eager torch"]), math.nan, *memory[name])
+        Row(case, name, *percentiles(values), ratio(values, times["eager torch"]), math.nan, *bytes_of[name])
         for name, values in times.items()
     ]
 

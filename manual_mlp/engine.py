@@ -333,6 +333,7 @@ class BackpropEngine:
         owned = [(of, name) for of in self._net.owners for name in ("weight", "bias") if of[name] is not None]
         self._owners, self._names = zip(*owned, strict=True)
         self._owned = [of[name] for of, name in owned]
+        self._weights = [layer.weight for layer in self._layers]
         self._state = self._state_now()
         # On CUDA a step is one graph.
         self._fixed = self._fixed or self._owned[0].is_cuda
@@ -410,7 +411,7 @@ class BackpropEngine:
     def _state_now(self) -> list[Any]:
         """Which parameters the layers have, where they lie, and which are trained; by maps, without Python's loops."""
         owned = map(id, map(dict.get, self._owners, self._names))
-        return [*owned, *places(self._owned), *map(_TRAINED, self._owned)]
+        return [*owned, *places(self._owned, self._weights), *map(_TRAINED, self._owned)]
 
     def _rates(self) -> Rates:
         """Of a plain SGD: w := (1 − LR λ) w − LR ∂C/∂w."""

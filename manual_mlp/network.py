@@ -180,7 +180,7 @@ class GradientPlan(Plan):
         weights, biases = parameters[:n], parameters[n:]
         self.delta_weight = weigh(cost, len(x), len(weights[-1]), x.dtype)[2]
         self.ids, self.owned = list(map(id, parameters)), [p for p in parameters if p is not None]
-        self.places = places(self.owned)
+        self.places = places(self.owned, weights)
         self.clear()
         inputs: list[Tensor | None] = [None]
         for stage, weight, bias in zip(self.stages, weights, biases, strict=True):
@@ -211,7 +211,9 @@ class GradientPlan(Plan):
 
     def fits(self, parameters: Some) -> bool:
         """Whether these are the parameters that the calls read, and lie where they lay."""
-        return list(map(id, parameters)) == self.ids and places(self.owned) == self.places
+        return (
+            list(map(id, parameters)) == self.ids and places(self.owned, self.owned[: len(self.stages)]) == self.places
+        )
 
     def run(self, x: Tensor, target: Tensor, predictions: list[Tensor] | None) -> tuple[Tensor, list[Tensor | None]]:
         """C, and ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed."""

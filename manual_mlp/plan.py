@@ -19,9 +19,12 @@ Call = Callable[..., Any]
 _SHAPE = attrgetter("shape")
 
 
-def places(parameters: Sequence[Tensor]) -> list[Any]:
-    """Where parameters lie and of which shape they are: what the calls of a plan have taken for given."""
-    return [*map(Tensor.data_ptr, parameters), *map(_SHAPE, parameters)]
+def places(parameters: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Any]:
+    """Where parameters lie, and how the weights among them: what the calls of a plan have taken for given.
+
+    `.data` can make a parameter a part of itself, at the same address.
+    """
+    return [*map(Tensor.data_ptr, parameters), *map(_SHAPE, weights), *map(Tensor.is_contiguous, weights)]
 
 
 class Stage:

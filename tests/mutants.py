@@ -80,18 +80,25 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "recursion: wrong layer's δ in place": ("network", "delta_(delta, saved[layer], None", "delta_(delta, saved[layer - 1], None"),
     "recursion: next layer's weight": ("network", "delta = sheet.grad_input(delta, weights[layer])", "delta = sheet.grad_input(delta, weights[layer - 1])"),
     "recursion: dropout forgotten on the way back": ("network", "                delta = _dropped(delta, masks[layer])\n", "                pass\n"),
-    "recursion: second derivative of constants": ("network", "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph"),
+    "recursion: second derivative of constants": ("network", "if torch.is_grad_enabled() or not saved:", "if not saved:"),
+    "at once: the layer before's weight": ("network", "weights[layer] if layer > lowest", "weights[layer - 1] if layer > lowest"),
+    "at once: g forgotten": ("network", "                gradient.mul_(g)\n", "                pass\n"),
+    "at once: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients"),
+    "at once: 1/N forgotten": ("network", "        self.delta.mul_(self.delta_weight)\n", ""),
+    "at once: a parameter that was moved": ("network", "return list(map(id, parameters)) == self.ids and", "return True or"),
+    "plan: a cut parameter": ("plan", "*map(_SHAPE, weights), ", ""),
+    "plan: one δ in the place of the next": ("plan", "deltas[i % 2]", "deltas[0]"),
     "engine: W before δ": (
         "engine",
-        "                self._steps_2_and_3(layer, drops[layer])\n                self._steps_4_and_5(layer, inputs[layer], rates)",
-        "                self._steps_2_and_3(layer, drops[layer])\n                through = [self.backward.pop()] if layer > self.engine._first else []\n                self._steps_4_and_5(layer, inputs[layer], rates)\n                self.backward += through",
+        "if layer > self.engine._first else None, drops[layer])\n                self._steps_4_and_5(layer, inputs[layer], rates)",
+        "if layer > self.engine._first else None, drops[layer])\n                through = [self.backward.pop()] if layer > self.engine._first else []\n                self._steps_4_and_5(layer, inputs[layer], rates)\n                self.backward += through",
     ),
     "engine: the layer before's weight": (
         "engine",
-        "        if layer > self.engine._first:\n            weight, _ = self.engine._parameters[layer].read\n",
-        "        if layer > self.engine._first:\n            weight, _ = self.engine._parameters[layer - 1].read\n",
+        "                weight, _ = self.engine._parameters[layer].read\n",
+        "                weight, _ = self.engine._parameters[layer - 1].read\n",
     ),
-    "engine: 1/N forgotten": ("engine", "self.delta_weight = engine._cost.delta_weight(n, outputs)", "self.delta_weight = 1.0"),
+    "engine: 1/N forgotten": ("engine", "engine._cost.delta_weight(n, layers[-1].weight.shape[0])", "1.0"),
     "engine: sign of the step": ("engine", "-lr))\n", "lr))\n"),
     "engine: weight decay forgotten": ("engine", "(1.0 - lr * group[\"weight_decay\"], -lr)", "(1.0, -lr)"),
     "another initialisation": ("modules", "nn.Linear.reset_parameters(self)", "nn.init.xavier_uniform_(self.weight)", "modules"),
@@ -114,6 +121,8 @@ def fails(folder: Path, file: str, first: str | None = None) -> bool:
     """Whether the proofs notice: pytest's exit code 1, in a fork of this process, on the package in folder."""
     if file in ("network", "engine"):
         names = [file]
+    elif file == "plan":
+        names = ["engine", "network"]
     else:  # the proofs of the activations read the sheet alone
         names = [name for name in PROOFS if name != "activations" or file == "formulas"]
     proofs = [f"tests/test_{name}.py" for name in sorted(names, key=lambda name: name != first)]

@@ -49,17 +49,28 @@ def test_table_csv_and_plot(
 
 
 def test_memory_is_what_it_is_said_to_be() -> None:
-    """Kept: what autograd holds between forward and backward, without parameters. Peak: new tensors alive at once."""
+    """Kept: the new tensors that live when the backward pass begins. Peak: those that live at once."""
     x = torch.randn(100, 10, requires_grad=True)
 
-    def step() -> torch.Tensor:
+    def forward() -> torch.Tensor:
         a = x * 2  # 4000 bytes, let go
         b = a.sum(0)
         del a
         return (x.exp() + b).sum()  # exp keeps its result: 4000; with b as much; the sum
 
-    assert benchmark.kept(step) == 4000
-    assert benchmark.peak(step) == 4000 + 4000 + 40 + 4
+    def step() -> None:
+        x.grad = None
+        forward().backward()
+
+    assert benchmark.memory(forward) == (0, 4000 + 4000 + 40 + 4)
+    assert benchmark.memory(step)[0] == 4000 + 4 + 4 + 40  # the sum, and what backward has made up to there
+
+
+def test_memory_of_the_whole_net() -> None:
+    """It holds its gradients between the passes; what it keeps from step to step is not a step's."""
+    kept, peak = benchmark.memory(benchmark.network(TINY))
+    gradients = sum(4 * p.numel() for p in benchmark.plain_net(TINY).parameters())
+    assert (kept, peak) == (gradients + 4 + 4, gradients + 4 + 4)
 
 
 def test_readme_table_and_widths(

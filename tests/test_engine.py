@@ -460,6 +460,27 @@ def test_parameters_loaded_and_moved_are_noticed() -> None:
     assert engine.step(x.float(), y.float()).dtype == torch.float32
 
 
+def test_a_parameter_cut_or_turned_in_place_is_noticed() -> None:
+    """`.data` leaves the parameter the same object, and a part of it the same address."""
+    model, x, y = mm.MLP([4, 5, 5, 3], dtype=double), *batches()[0]
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    first, middle, _ = model
+
+    def turn() -> None:
+        middle.weight.data = middle.weight.data.t()
+
+    def cut() -> None:
+        first.weight.data, first.bias.data = first.weight.data[:2], first.bias.data[:2]
+        middle.weight.data = middle.weight.data[:, :2]
+
+    for change in (lambda: None, turn, cut):
+        change()
+        layers = copy.deepcopy(model)
+        engine.step(x, y)
+        train_torch(layers, sgd(layers.parameters()), [(x, y)], "quadratic", 1)
+        assert_same(model, layers)
+
+
 def test_a_changed_model_is_noticed() -> None:
     model, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.LeakyReLU()).double(), batches()[0]
     engine = BackpropEngine(model, sgd(model.parameters()))

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,11 +13,22 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import manual_mlp as mm
 from manual_mlp import functional as F
+from manual_mlp import network
 from manual_mlp.formulas import ACTIVATIONS, COSTS, Activation
 from manual_mlp.network import NetworkLoss, cost_and_prediction, layers_of, net_of, network_loss
 from tests.cases import row_parameters
 
 double = torch.float64
+
+
+@pytest.fixture(params=["at once", "in two passes"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything by gradients made in the forward pass, and again as large batches are, without buffers kept."""
+    if request.param == "in two passes":
+        monkeypatch.setattr(network, "_KEPT", 0)
+    return str(request.param)
+
+
 ROWS = [(row, parameters) for row in ACTIVATIONS.values() for parameters in row_parameters(row)]
 rows = pytest.mark.parametrize(("row", "parameters"), ROWS, ids=[f"{row.name}{p or ''}" for row, p in ROWS])
 TOLERANCES = {"atol": 1e-8, "rtol": 1e-6}
@@ -194,6 +206,56 @@ def kept(cost: Callable[[], Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         cost()
     return sum(sizes.values())
+
+
+def test_gradients_are_new_each_time() -> None:
+    """Of another batch, of a second backward, of another thread: none is in the place of one given before."""
+    model, data = net(), [batch() for _ in range(8)]
+    expected = [gradients(F.quadratic_loss(model(x), y), model) for x, y in data]
+    costs = [network_loss(model, x, y) for x, y in data]
+    ours = [torch.autograd.grad(cost, list(model.parameters()), retain_graph=True) for cost in costs]
+    again = [gradients(cost, model) for cost in costs]
+    with ThreadPoolExecutor(4) as pool:
+        threads = list(pool.map(lambda of: gradients(network_loss(model, *of), model), data * 25))
+    for found in (ours, again, *(threads[i : i + 8] for i in range(0, 200, 8))):
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(list(mine), theirs, rtol=1e-12, atol=1e-14)
+    for first, second in zip(ours, again, strict=True):
+        assert all(torch.equal(one, other) and one is not other for one, other in zip(first, second, strict=True))
+
+
+def test_the_prediction_stays_as_it_was() -> None:
+    model, data = net(), [batch() for _ in range(2)]
+    predictions = [cost_and_prediction(model, x, y, "quadratic")[1] for x, y in data]
+    for (x, _), prediction in zip(data, predictions, strict=True):
+        torch.testing.assert_close(prediction, model(x).detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_parameter_cut_or_turned_in_place_is_noticed() -> None:
+    """`.data` leaves the parameter the same object, and a part of it the same address."""
+    model, (input, target) = mm.MLP([4, 5, 5, 3], dtype=double), batch()
+
+    def same() -> None:
+        ours, layers = network_loss(model, input, target), F.quadratic_loss(model(input), target)
+        torch.testing.assert_close(ours, layers, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients(ours, model), gradients(layers, model), rtol=1e-12, atol=1e-12)
+
+    same()
+    model[1].weight.data = model[1].weight.data.t()
+    same()
+    model[0].weight.data, model[0].bias.data = model[0].weight.data[:2], model[0].bias.data[:2]
+    model[1].weight.data = model[1].weight.data[:, :2]
+    same()
+
+
+def test_kinds_of_batches_beyond_those_kept() -> None:
+    model = net()
+    for _ in range(2):
+        for n in range(1, 12):
+            input, target = batch(n=n)
+            ours, layers = network_loss(model, input, target), F.quadratic_loss(model(input), target)
+            torch.testing.assert_close(gradients(ours, model), gradients(layers, model), rtol=1e-12, atol=1e-12)
+    assert len(net_of(model).plans) <= 8
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu"])
