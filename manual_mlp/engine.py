@@ -18,7 +18,7 @@ from manual_mlp import formulas as sheet
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
-from manual_mlp.layers import Layer, cost_of
+from manual_mlp.layers import Layer, cost_of, weigh
 from manual_mlp.network import check_batch, check_labels, net_of
 from manual_mlp.plan import Plan, places
 
@@ -64,7 +64,9 @@ class _Plan(Plan):
     def __init__(self, engine: "BackpropEngine", input: Tensor, target: Tensor) -> None:
         self.engine, n, mixed = engine, len(input), engine.compute_dtype is not None
         self.fixed, layers = engine._fixed, engine._layers
-        self.delta_weight = engine._cost.delta_weight(n, layers[-1].weight.shape[0])
+        outputs = layers[-1].weight.shape[0]
+        _, self.total_weight, _ = weigh(engine._cost, n, outputs, input.dtype)
+        self.delta_weight = engine._cost.delta_weight(n, outputs)
         with torch.inference_mode():
             super().__init__(layers, engine._cost, input, engine.compute_dtype)
             self.input = self.ones.new_empty(input.shape) if mixed or self.fixed else None

@@ -1,8 +1,9 @@
 """The whole net at once: its layers, the δ recursion over them (steps 1 to 4), and net and cost as one Function.
 
 `layers_of(model)` reads a model as a list of layers. `network_loss(model, input, target)` is one node of autograd: its
-gradients work in any optimizer, in DistributedDataParallel, with clipping and accumulation. It saves for backward what
-steps 2 to 4 read and nothing else: of silu and gelu z alone, from which a is recomputed.
+gradients work in any optimizer, in DistributedDataParallel, with clipping and accumulation. Of small batches it takes
+steps 1 to 4 at once, in forward, in buffers that are kept; of others it saves for backward what steps 2 to 4 read and
+nothing else: of silu and gelu z alone, from which a is recomputed.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from manual_mlp import formulas as sheet
 from manual_mlp import functional, functions, modules
 from manual_mlp.errors import InputError
-from manual_mlp.formulas import Activation, Cost
+from manual_mlp.formulas import Activation
 from manual_mlp.layers import Layer, Weighed, cost_of, hooks_of, layers_of, weigh
 from manual_mlp.plan import Call, Plan, places
 
@@ -64,16 +65,17 @@ class Net:
         return bool(self.adjustable) and [modules.activation_row(module) for module in self.adjustable] != self.rows
 
     def at_once(
-        self, key: Any, cost: Cost, target: Tensor, x: Tensor, parameters: Some, predictions: list[Tensor] | None
+        self, key: Any, weighed: Weighed, target: Tensor, x: Tensor, parameters: Some, predictions: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """C and the gradients by the plan for such batches. Other threads make one of their own in the meantime."""
         plan = self.plans.pop(key, None)
         if plan is None or not plan.fits(parameters):
             for oldest in list(self.plans)[: len(self.plans) + 1 - _PLANS]:
                 self.plans.pop(oldest, None)
-            plan = GradientPlan(cost, self, x, parameters, key[1])
+            plan = GradientPlan(weighed, self, x, parameters, key[1])
         result = plan.run(x, target, predictions)
-        self.plans[key] = plan
+        if type(plan.cost) is Tensor:  # not made under a mode in which all tensors are fake
+            self.plans[key] = plan
         return result
 
     def forward(
@@ -174,12 +176,13 @@ def _dropped(a: Tensor, mask: tuple[Tensor, float] | None) -> Tensor:
 class GradientPlan(Plan):
     """Steps 1 to 4 in kept buffers; the gradients alone are new tensors. On the CPU, for rows that save a."""
 
-    def __init__(self, cost: Cost, net: Net, x: Tensor, parameters: Some, needs: Sequence[bool]) -> None:
+    def __init__(self, weighed: Weighed, net: Net, x: Tensor, parameters: Some, needs: Sequence[bool]) -> None:
+        cost, self.total_weight, self.delta_weight = weighed
         super().__init__(net.layers, cost, x)
         n = len(self.stages)
         weights, biases = parameters[:n], parameters[n:]
-        self.delta_weight = weigh(cost, len(x), len(weights[-1]), x.dtype)[2]
-        self.ids, self.owned = list(map(id, parameters)), [p for p in parameters if p is not None]
+        self.weights, self.ids = weights, list(map(id, parameters))
+        self.owned = [parameter for parameter in parameters if parameter is not None]
         self.places = places(self.owned, weights)
         self.clear()
         inputs: list[Tensor | None] = [None]
@@ -211,9 +214,7 @@ class GradientPlan(Plan):
 
     def fits(self, parameters: Some) -> bool:
         """Whether these are the parameters that the calls read, and lie where they lay."""
-        return (
-            list(map(id, parameters)) == self.ids and places(self.owned, self.owned[: len(self.stages)]) == self.places
-        )
+        return list(map(id, parameters)) == self.ids and places(self.owned, self.weights) == self.places
 
     def run(self, x: Tensor, target: Tensor, predictions: list[Tensor] | None) -> tuple[Tensor, list[Tensor | None]]:
         """C, and ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed."""
@@ -225,7 +226,7 @@ class GradientPlan(Plan):
             predictions.append(self.prediction.clone(memory_format=torch.contiguous_format))
         self.cost_(self.prediction, target, self.delta, self.flat, self.work, self.column, self.cost)
         self.delta.mul_(self.delta_weight)
-        results = [None, *(call() for call in self.backward), *(call(x) for call in self.last)]
+        results = [None] + [call() for call in self.backward] + [call(x) for call in self.last]
         return self.cost * self.total_weight, [results[index] for index in self.order]
 
 
@@ -253,9 +254,9 @@ class NetworkCost(functions.ManualFunction):
     ) -> Tensor:
         n, needs = len(net.steps), ctx.needs_input_grad[6:]
         if kind is not None and any(needs):
-            ctx.of = net, weighed, (), (kind, needs)
+            ctx.of = net, weighed, (), (plan := (kind, needs))
             ctx.save_for_backward(target, x, *parameters)
-            cost, ctx.gradients = net.at_once(ctx.of[-1], weighed[0], target, x, parameters, predictions)
+            cost, ctx.gradients = net.at_once(plan, weighed, target, x, parameters, predictions)
             return cost
         saved = net.forward(x, parameters[:n], parameters[n:], masks)
         drawn, keeps = zip(*(mask or (None, None) for mask in masks), strict=True) if masks else ((), ())
@@ -268,12 +269,12 @@ class NetworkCost(functions.ManualFunction):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        net, (cost, _, delta_weight), keeps, plan = ctx.of
+        net, weighed, keeps, plan = ctx.of
         target, x, *saved = ctx.saved_tensors  # which refuses what has changed since, or is gone
         if plan is not None and sheet.plain(g):
             gradients, ctx.gradients = ctx.gradients, None  # given away, they become .grad without a copy
             if gradients is None:  # a second time
-                _, gradients = net.at_once(plan, cost, target, x, saved, None)
+                _, gradients = net.at_once(plan, weighed, target, x, saved, None)
             return *(None,) * 6, *_times(gradients, g)
         n = len(net.steps)
         masks: Masks = []
@@ -283,6 +284,7 @@ class NetworkCost(functions.ManualFunction):
             saved = saved[n:]
         if torch.is_grad_enabled() or not saved:  # create_graph: what was saved has no history
             saved = net.forward(x, weights, biases, masks)
+        cost, _, delta_weight = weighed
         delta = cost.delta(saved[-1], target) * (g * delta_weight)
         return *(None,) * 6, *net.recursion(delta, x, weights, saved, masks, ctx.needs_input_grad[6:])
 
@@ -301,6 +303,9 @@ def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "q
     input (N, n_1), target (N, n_L), or class indices (N,) for "cross_entropy" → scalar, as
     `functional.COSTS[loss](model(input), target)`: which it is under autocast, a compiler or a transform, with a
     target that requires a gradient, and on tensors of other dimensions.
+    Without dropout, on the CPU, where every activation saves a, a batch whose layers together have at most 4 million
+    numbers takes steps 1 to 4 in the forward pass: between the passes lie the gradients, as large as the parameters,
+    and with the model stay buffers for the last 8 kinds of batches. A cost without a gradient is had by torch.no_grad.
     Raises InputError as `layers_of`, for an unknown loss, a logits cost after an activation, and as the loss itself.
     """
     return _cost(model, input, target, loss, None)
@@ -317,7 +322,12 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
     net = net_of(model)
     weights, biases = [owner["weight"] for owner in net.owners], [owner["bias"] for owner in net.owners]
     try:
-        kind = type(input), input.shape, input.dtype, input.device, target.shape, target.dtype, weights[-1].shape, loss
+        last = weights[-1]
+        kind = (
+            *(type(input), input.shape, input.dtype, input.device),
+            *(type(target), target.shape, target.dtype),
+            *(type(last), last.shape, loss),
+        )
         special = sheet.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
     except AttributeError:
         functional.check_tensors(input=input, target=target)
@@ -328,11 +338,11 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
         if predictions is not None:
             predictions.append(prediction.detach())
         return functional.COSTS[loss](prediction, target)
-    last, weighed, planned = net.accepted
-    if kind != last:
+    accepted, weighed, planned = net.accepted
+    if kind != accepted:
         row = cost_of(loss, net.layers)
-        check_batch(weights[0], len(weights[-1]), input, target, loss)
-        weighed = weigh(row, len(input), len(weights[-1]), input.dtype)
+        check_batch(weights[0], len(last), input, target, loss)
+        weighed = weigh(row, len(input), len(last), input.dtype)
         planned = has_plan(net, input, target)
         net.accepted = kind, weighed, planned
     masks = draw_masks(net.layers, input) if net.drops else []
@@ -340,8 +350,8 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
     try:
         return NetworkCost.direct(net, plan_of, weighed, masks, predictions, target, input, *weights, *biases)
     except (IndexError, RuntimeError):
-        check_batch(weights[0], len(weights[-1]), input, target, loss)
-        check_labels(len(weights[-1]), target, loss)
+        check_batch(weights[0], len(last), input, target, loss)
+        check_labels(len(last), target, loss)
         raise
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manual_mlp import formulas as sheet
 from manual_mlp.formulas import Cost
-from manual_mlp.layers import Layer, weigh
+from manual_mlp.layers import Layer
 
 Call = Callable[..., Any]
 _SHAPE = attrgetter("shape")
@@ -68,7 +68,6 @@ class Plan:
 
     def __init__(self, layers: list[Layer], cost: Cost, input: Tensor, dtype: torch.dtype | None = None) -> None:
         n, outputs = len(input), layers[-1].weight.shape[0]
-        _, self.total_weight, _ = weigh(cost, n, outputs, input.dtype)
         self.cost_ = cost.both_
         like = torch.empty(0, dtype=dtype or input.dtype, device=input.device)
         largest = n * max(layer.weight.shape[0] for layer in layers)

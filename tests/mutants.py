@@ -98,7 +98,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         "                weight, _ = self.engine._parameters[layer].read\n",
         "                weight, _ = self.engine._parameters[layer - 1].read\n",
     ),
-    "engine: 1/N forgotten": ("engine", "engine._cost.delta_weight(n, layers[-1].weight.shape[0])", "1.0"),
+    "engine: 1/N forgotten": ("engine", "self.delta_weight = engine._cost.delta_weight(n, outputs)", "self.delta_weight = 1.0"),
     "engine: sign of the step": ("engine", "-lr))\n", "lr))\n"),
     "engine: weight decay forgotten": ("engine", "(1.0 - lr * group[\"weight_decay\"], -lr)", "(1.0, -lr)"),
     "another initialisation": ("modules", "nn.Linear.reset_parameters(self)", "nn.init.xavier_uniform_(self.weight)", "modules"),
