@@ -171,7 +171,7 @@ def engine_batches(net: Net) -> Step:
     for data, chunk in zip((x, y), plan.chunk, strict=True):
         chunk.copy_(data.repeat(len(plan.batches), 1))
     batches = [plan.batches[index % len(plan.batches)] for index in range(EPOCH_BATCHES)]
-    steps = list(zip(batches, torch.empty(EPOCH_BATCHES, device=net.device).unbind(), strict=True))
+    steps = list(zip(batches, torch.empty(EPOCH_BATCHES, device=net.device).split(1), strict=True))
     return lambda: engine._train(plan, steps, rates)
 
 

@@ -97,14 +97,14 @@ class _Plan(Plan):
             a.copy_(self.kept)
 
     def run(self, input: Tensor, target: Tensor, out: Tensor) -> None:
-        """The five steps, in inference mode; out := C / total_weight."""
+        """The five steps, in inference mode; out (1,) := C / total_weight."""
         if self.input is not None:
             self.input.copy_(input)
         if self.target is not None:
             self.target.copy_(target)
             self.launch()
-            if out is not self.cost:
-                out.copy_(self.cost)
+            if out is not self.out:
+                out.copy_(self.out)
             return
         for call in self.first:
             call(input)
@@ -120,7 +120,7 @@ class _Plan(Plan):
         """The same on input, target and cost that stay where they are."""
         for call in self.forward:
             call()
-        self.cost_(self.prediction, self.target, self.delta, self.flat, self.work, self.column, self.cost)
+        self.cost_(self.prediction, self.target, self.delta, self.flat, self.work, self.column, self.out)
         for call in self.backward:
             call()
 
@@ -281,7 +281,7 @@ class BackpropEngine:
         plan = self._planned(input, target, rates)
         try:
             with _inference():
-                plan.run(input, target, plan.cost)
+                plan.run(input, target, plan.out)
         except (IndexError, RuntimeError):
             self._check(input, target)
             raise
@@ -296,7 +296,7 @@ class BackpropEngine:
             raise InputError(f"expected a batch_size of at least 1; got {batch_size!r}")
         rates, whole = self._rates(), len(input) // batch_size * batch_size
         costs = torch.empty(math.ceil(len(input) / batch_size), dtype=input.dtype, device=input.device)
-        outs = costs.unbind()
+        outs = costs.split(1)
         for n, of, out in ((batch_size, slice(whole), outs), (len(input) - whole, slice(whole, None), outs[-1:])):
             if n and len(input[of]):
                 plan = self._planned(input[:n], target[:n], rates)

@@ -366,7 +366,8 @@ _nn: Any = torch._C._nn  # torch.nn.functional's own operators, whose stubs don'
 InPlace = Callable[..., Any]
 """What both forms of a row in place look like; every tensor (N, n_l):
 
-    G_(z, *parameters, out=a)                    a := G(z); for a row that saves a, z may be the same buffer
+    G_(z, *parameters)                           z := G(z), of a row that saves a
+    G_(z, *parameters, out=a)                    a := G(z), of a row that saves z
     delta_(g, a, z, work, mask, *parameters)     g := δ; work and mask (bool) are scratch
 
 A row that saves a leaves it as it is, and takes None for z, work and mask; or a itself for work, which destroys it.
@@ -452,13 +453,13 @@ def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tenso
 
 
 _IN_PLACE: dict[str, tuple[InPlace, InPlace]] = {
-    "identity": (lambda z, out: out if out is z else out.copy_(z), _identity_delta_),
-    "sigmoid": (torch.sigmoid, _sigmoid_delta_),
-    "tanh": (torch.tanh, _tanh_delta_),
-    "relu": (functools.partial(torch.clamp_min, min=0), _relu_delta_),
-    "leaky_relu": (_nn.leaky_relu, _leaky_relu_delta_),
+    "identity": (lambda z: z, _identity_delta_),
+    "sigmoid": (torch.sigmoid_, _sigmoid_delta_),
+    "tanh": (torch.tanh_, _tanh_delta_),
+    "relu": (functools.partial(torch.clamp_min_, min=0), _relu_delta_),
+    "leaky_relu": (_nn.leaky_relu_, _leaky_relu_delta_),
     "leaky_relu_in_z": (_nn.leaky_relu, _leaky_relu_delta_),
-    "softplus": (_nn.softplus, _softplus_delta_),
+    "softplus": (lambda z, *parameters: _nn.softplus(z, *parameters, out=z), _softplus_delta_),
     "softplus_in_z": (_nn.softplus, _softplus_delta_in_z_),
     "silu": (_nn.silu, _silu_delta_),
     "gelu": (_nn.gelu, _gelu_delta_),
@@ -469,8 +470,8 @@ _IN_PLACE: dict[str, tuple[InPlace, InPlace]] = {
 def in_place(row: Activation) -> tuple[InPlace, InPlace]:
     """G_ and delta_ of a row; of one that has none of its own, its formulas and a copy."""
 
-    def G_(z: Tensor, *parameters: float, out: Tensor) -> None:
-        out.copy_(row.G(z, *parameters))
+    def G_(z: Tensor, *parameters: float, out: Tensor | None = None) -> Tensor:
+        return (z if out is None else out).copy_(row.G(z, *parameters))
 
     def delta_(g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, *parameters: float) -> None:
         g.copy_(row.delta(g, a if z is None else z, *parameters))
@@ -591,14 +592,18 @@ def cross_entropy_delta_target(z: Tensor, class_weight: Tensor | None, smoothing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+Flat = tuple[Tensor, Tensor]
+_FEW = 1 << 12
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """One row of the table of costs: sums, and the weights that make the cost and its derivative of them.
 
     total   prediction, target ↦ C / total_weight, a scalar
     delta   prediction, target ↦ ∂C/∂a^L / delta_weight, (N, n_L)
-    both_   prediction, target, delta, flat, work, column, out: both in place, in delta and the scalar out; flat is
-            delta as one vector, work (N, n_L) and column (N, 1) are scratch
+    both_   prediction, target, delta, flat, work, column, out: both in place, in delta and out (1,); flat is delta as
+            one row and as one vector, work (N, n_L) and column (N, 1) are scratch
     total_weight, delta_weight   N, n_L ↦ a constant
     text, delta_text, per   C = 1/per Σ text, ∂C/∂a^L = 1/per delta_text, with a, ŷ, N and m = n_L
     logits  whether the prediction is z^L: the output activation is then the identity
@@ -624,24 +629,28 @@ def _per_element(n: int, outputs: int) -> float:
 
 
 def _quadratic_(
-    prediction: Tensor, target: Tensor, delta: Tensor, flat: Tensor, work: Tensor, column: Tensor, out: Tensor
+    prediction: Tensor, target: Tensor, delta: Tensor, flat: Flat, work: Tensor, column: Tensor, out: Tensor
 ) -> None:
     """delta := a − ŷ, out := Σ (a − ŷ)²."""
     torch.sub(prediction, target, out=delta)
-    torch.dot(flat, flat, out=out)
+    row, vector = flat
+    if delta.numel() <= _FEW:  # half of dot's time; of many elements it is the less exact sum
+        torch.mv(row, vector, out=out)
+    else:
+        torch.dot(vector, vector, out=out.view(()))
 
 
 def _binary_cross_entropy_(
-    z: Tensor, target: Tensor, delta: Tensor, flat: Tensor, work: Tensor, column: Tensor, out: Tensor
+    z: Tensor, target: Tensor, delta: Tensor, flat: Flat, work: Tensor, column: Tensor, out: Tensor
 ) -> None:
     """delta := σ(z) − ŷ, out := Σ softplus(z) − ŷ z."""
     torch.sigmoid(z, out=delta).sub_(target)
     _nn.softplus(z, 1.0, 40.0, out=work).addcmul_(target, z, value=-1)
-    torch.sum(work, (0, 1), out=out)
+    torch.sum(work.view(1, -1), 1, out=out)
 
 
 def _cross_entropy_(
-    z: Tensor, target: Tensor, delta: Tensor, flat: Tensor, work: Tensor, column: Tensor, out: Tensor
+    z: Tensor, target: Tensor, delta: Tensor, flat: Flat, work: Tensor, column: Tensor, out: Tensor
 ) -> None:
     """delta := softmax(z) Σ t − t, out := −Σ t log softmax(z); t a onehot, if the target is of class indices."""
     torch.log_softmax(z, 1, out=work)
@@ -650,11 +659,11 @@ def _cross_entropy_(
         index = target.unsqueeze(1)
         torch.gather(work, 1, index, out=column)
         delta.scatter_(1, index, -1, reduce="add")
-        torch.sum(column, (0, 1), out=out)
+        torch.sum(column, 0, out=out)
     else:
         torch.sum(target, 1, keepdim=True, out=column)
         delta.mul_(column).sub_(target)
-        torch.sum(work.mul_(target), (0, 1), out=out)
+        torch.sum(work.mul_(target).view(1, -1), 1, out=out)
     out.neg_()
 
 

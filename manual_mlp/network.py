@@ -85,7 +85,7 @@ class Net:
         a, saved, in_place = x, [], zs is None and not torch.is_grad_enabled()
         for layer, (G, G_, _, _, saves_z) in enumerate(self.steps):
             z = sheet.affine(a, weights[layer], biases[layer])
-            a = G_(z, out=z) if in_place and not saves_z else G(z)
+            a = G_(z) if in_place and not saves_z else G(z)
             saved.append(z if saves_z else a)
             if zs is not None:
                 zs.append(z)
@@ -224,7 +224,7 @@ class GradientPlan(Plan):
             call()
         if predictions is not None:  # step 2 overwrites it
             predictions.append(self.prediction.clone(memory_format=torch.contiguous_format))
-        self.cost_(self.prediction, target, self.delta, self.flat, self.work, self.column, self.cost)
+        self.cost_(self.prediction, target, self.delta, self.flat, self.work, self.column, self.out)
         self.delta.mul_(self.delta_weight)
         results = [None] + [call() for call in self.backward] + [call(x) for call in self.last]
         return self.cost * self.total_weight, [results[index] for index in self.order]

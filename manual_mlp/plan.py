@@ -82,9 +82,11 @@ class Plan:
         self.prediction, self.delta, self.work = (torch.empty_like(real) for _ in range(3))
         self.column = real.new_empty(n, 1)
         self.cost = real.new_empty(())
+        self.out = self.cost.view(1)
         if not self.copied:
             self.delta = last.delta
-        self.flat = (self.delta if self.delta.is_contiguous() else last.delta_t).view(-1)
+        laid = self.delta if self.delta.is_contiguous() else last.delta_t
+        self.flat = laid.view(1, -1), laid.view(-1)
 
     def clear(self) -> None:
         """No calls yet."""
@@ -108,7 +110,8 @@ class Plan:
             self.first.append(affine) if a is None else self.forward.append(partial(affine, a))
         if stage.row.name != "identity":
             G_, _ = sheet.in_place(stage.row)
-            self.forward.append(partial(G_, stage.z, *stage.parameters, out=stage.a))
+            out = {} if stage.saved_z is None else {"out": stage.a}
+            self.forward.append(partial(G_, stage.z, *stage.parameters, **out))
         if drop:
             self.forward += [stage.draw, partial(torch.mul, stage.a, stage.scale, out=stage.dropped)]
         return stage.dropped if drop else stage.a
