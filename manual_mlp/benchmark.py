@@ -495,9 +495,10 @@ SHORT = {
 
 def markdown(rows: list[Row]) -> str:
     """A line for each case: eager torch in µs, the others relative to it, the engine also to the bare products."""
-    names = [name for name in SHORT if any(row.contender == name for row in rows)]
+    short = SHORT | {row.contender: row.contender for row in rows if row.contender not in CONTENDERS}  # of trainings
+    names = [name for name in short if any(row.contender == name for row in rows)]
     floor = [name for name in ("engine.step", "train_epoch, rows gathered") if name in names]
-    head = ["net, batch", "eager, µs", *(SHORT[name] for name in names), *(f"{SHORT[n]}/products" for n in floor)]
+    head = ["net, batch", "eager, µs", *(short[name] for name in names), *(f"{short[n]}/products" for n in floor)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for case in dict.fromkeys(row.case for row in rows):
         of = {row.contender: row for row in rows if row.case == case}

@@ -90,6 +90,16 @@ def test_readme_table_and_widths(
     assert (tmp_path / "w.png").stat().st_size > 1000
 
 
+def test_whole_trainings_in_a_line() -> None:
+    """Contenders of a name that the nets' table doesn't have keep it."""
+    times = {"low": 1.0, "high": 1.0, "to_products": math.nan, "kept": None, "peak": None}
+    named = {"eager torch": 1.0, "train.py engine": 0.25}
+    rows = [benchmark.Row("e", name, 300 * of, to_eager=of, **times) for name, of in named.items()]
+    lines = benchmark.markdown(rows).splitlines()
+    assert lines[0] == "| net, batch | eager, µs | train.py engine |"
+    assert lines[2] == "| e | 300 | 0.25 |"
+
+
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads(), os.sched_getaffinity(0)
     with benchmark.pinned(1):
