@@ -5,7 +5,7 @@ Every formula is the sheet's, in place. Plain SGD is done by the matrix product 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -20,7 +20,7 @@ from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
 from manual_mlp.layers import Layer, cost_of, weigh
 from manual_mlp.network import check_batch, check_labels, net_of
-from manual_mlp.plan import Plan, places
+from manual_mlp.plan import Call, Plan, places
 
 _PLANS = 8  # kinds of batches whose buffers are kept
 _TRAINED = attrgetter("requires_grad")
@@ -33,7 +33,6 @@ _inference = partial(getattr(torch._C, "_InferenceMode", torch.inference_mode), 
 Rates = tuple[tuple[float, float], ...]
 """(β, α) of w := βw + α ∂C/∂w for each group of the optimizer; (), where it takes the step itself."""
 Pair = tuple[Tensor | None, Tensor | None]
-Call = Callable[..., Any]
 
 
 @dataclass(slots=True)

@@ -79,12 +79,12 @@ class Plan:
         last = self.stages[-1]
         self.copied = like.dtype != input.dtype or (last.turned and cost.logits)
         real = torch.empty(n, outputs, dtype=input.dtype, device=input.device) if self.copied else last.a
-        self.prediction, self.delta, self.work = (torch.empty_like(real) for _ in range(3))
-        self.column = real.new_empty(n, 1)
+        self.prediction, self.delta = last.a, last.delta
+        if self.copied:
+            self.prediction, self.delta = torch.empty_like(real), torch.empty_like(real)
+        self.work, self.column = torch.empty_like(real), real.new_empty(n, 1)
         self.cost = real.new_empty(())
         self.out = self.cost.view(1)
-        if not self.copied:
-            self.delta = last.delta
         laid = self.delta if self.delta.is_contiguous() else last.delta_t
         self.flat = laid.view(1, -1), laid.view(-1)
 
