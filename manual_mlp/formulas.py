@@ -67,6 +67,16 @@ def turned(like: Tensor, n: int, outputs: int) -> bool:
     return 1 < outputs < 16 and n >= 32
 
 
+def affine_(a: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, by_columns: bool) -> None:
+    """z := a Wᵀ + b, (N, n_in) → (N, n_out), into a buffer that lies by rows, or by columns as `turned` says."""
+    if not by_columns:
+        _nn.linear(a, weight, bias, out=z)
+    elif bias is None:
+        torch.mm(weight, a.t(), out=z.t())
+    else:
+        torch.addmm(bias.unsqueeze(1), weight, a.t(), out=z.t())
+
+
 def grad_input(delta: Tensor, weight: Tensor) -> Tensor:
     """∂C/∂a = δ W, (…, n_out) → (…, n_in)."""
     return torch.mm(delta, weight) if delta.dim() == 2 else delta @ weight  # of two dimensions mm is the quicker call

@@ -8,6 +8,7 @@ nothing else: of silu and gelu z alone, from which a is recomputed.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,14 +20,15 @@ from manual_mlp import functional, functions, modules
 from manual_mlp.errors import InputError
 from manual_mlp.formulas import Activation
 from manual_mlp.layers import Layer, Weighed, cost_of, hooks_of, layers_of, weigh
-from manual_mlp.plan import Call, Plan, places
+from manual_mlp.plan import Plan
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps 1 to 4, out of place
 # ---------------------------------------------------------------------------------------------------------------------
 
-_PLANS = 8  # kinds of batches whose buffers are kept for a model
-_KEPT = 1 << 22  # numbers that all a^l of a batch have at most, if its buffers are kept
+_PLANS = 4  # kinds of batches whose buffers are kept for a model
+_SHAPE = attrgetter("shape")
+_KEPT = 1 << 21  # numbers that all a^l of a batch have at most, if its buffers are kept
 
 Some = Sequence[Any]
 Masks = list[tuple[Tensor, float] | None]
@@ -68,12 +70,15 @@ class Net:
         self, key: Any, weighed: Weighed, target: Tensor, x: Tensor, parameters: Some, predictions: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """C and the gradients by the plan for such batches. Other threads make one of their own in the meantime."""
+        n = len(self.steps)
+        weights, biases = parameters[:n], parameters[n:]
         plan = self.plans.pop(key, None)
-        if plan is None or not plan.fits(parameters):
+        if plan is None or list(map(_SHAPE, weights)) != plan.shapes:
             for oldest in list(self.plans)[: len(self.plans) + 1 - _PLANS]:
                 self.plans.pop(oldest, None)
-            plan = GradientPlan(weighed, self, x, parameters, key[1])
-        result = plan.run(x, target, predictions)
+            with torch.inference_mode(False):  # a backward may run in inference mode, and later ones outside
+                plan = GradientPlan(weighed, self, x, weights, key[1])
+        result = plan.run(x, target, weights, biases, predictions)
         if type(plan.cost) is Tensor:  # not made under a mode in which all tensors are fake
             self.plans[key] = plan
         return result
@@ -174,60 +179,62 @@ def _dropped(a: Tensor, mask: tuple[Tensor, float] | None) -> Tensor:
 
 
 class GradientPlan(Plan):
-    """Steps 1 to 4 in kept buffers; the gradients alone are new tensors. On the CPU, for rows that save a."""
+    """Steps 1 to 4 in kept buffers; the gradients alone are new tensors. On the CPU, for rows that save a.
 
-    def __init__(self, weighed: Weighed, net: Net, x: Tensor, parameters: Some, needs: Sequence[bool]) -> None:
+    It is of shapes alone: the parameters are read at each run, and neither they nor views of them are kept.
+    """
+
+    def __init__(self, weighed: Weighed, net: Net, x: Tensor, weights: Some, needs: Sequence[bool]) -> None:
         cost, self.total_weight, self.delta_weight = weighed
         super().__init__(net.layers, cost, x)
-        n = len(self.stages)
-        weights, biases = parameters[:n], parameters[n:]
-        self.weights, self.ids = weights, list(map(id, parameters))
-        self.owned = [parameter for parameter in parameters if parameter is not None]
-        self.places = places(self.owned, weights)
+        self.shapes = list(map(_SHAPE, weights))
+        self.needs, self.lowest = needs, _lowest(needs, len(weights))
         self.clear()
-        inputs: list[Tensor | None] = [None]
-        for stage, weight, bias in zip(self.stages, weights, biases, strict=True):
-            inputs.append(self.step_1(stage, inputs[-1], weight, bias))
         self.to_cost(self.stages[-1].a)
-        self.order = [0] * len(needs)  # where in the results of the calls the gradients lie; the first result is None
-        lowest = _lowest(needs, n)
-        for layer in range(n - 1, lowest - 1, -1):
-            self.steps_2_and_3(layer, weights[layer] if layer > lowest else None)
-            self._step_4(layer, inputs[layer], needs)
-        if needs[0]:
-            self._gives(0, partial(torch.mm, self.stages[0].delta, weights[0]))
-        if needs[1]:  # the only call on the input, after all others
-            self.order[1] = len(self.backward) + 1
+        forms = [(stage.row, sheet.in_place(stage.row), stage.parameters) for stage in self.stages]
+        self.activate = [
+            None if row.name == "identity" else partial(G_, stage.a, *parameters)
+            for stage, (row, (G_, _), parameters) in zip(self.stages, forms, strict=True)
+        ]
+        self.step_2 = [
+            None
+            if row.name == "identity"
+            else partial(delta_, stage.delta, stage.a, None, stage.a, stage.mask, *parameters)
+            for stage, (row, (_, delta_), parameters) in zip(self.stages, forms, strict=True)
+        ]
 
-    def _step_4(self, layer: int, a: Tensor | None, needs: Sequence[bool]) -> None:
-        delta_t = self.stages[layer].delta_t
-        if needs[1 + layer] and a is None:
-            self.last.append(partial(torch.mm, delta_t))
-        elif needs[1 + layer]:
-            self._gives(1 + layer, partial(torch.mm, delta_t, a))
-        if needs[1 + len(self.stages) + layer]:
-            self._gives(1 + len(self.stages) + layer, partial(torch.mv, delta_t, self.ones))
-
-    def _gives(self, gradient: int, call: Call) -> None:
-        self.backward.append(call)
-        self.order[gradient] = len(self.backward)
-
-    def fits(self, parameters: Some) -> bool:
-        """Whether these are the parameters that the calls read, and lie where they lay."""
-        return list(map(id, parameters)) == self.ids and places(self.owned, self.weights) == self.places
-
-    def run(self, x: Tensor, target: Tensor, predictions: list[Tensor] | None) -> tuple[Tensor, list[Tensor | None]]:
+    def run(
+        self, x: Tensor, target: Tensor, weights: Some, biases: Some, predictions: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """C, and ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed."""
-        for call in self.first:
-            call(x)
+        stages, needs, n, a = self.stages, self.needs, len(weights), x
+        for stage, weight, bias, activate in zip(stages, weights, biases, self.activate, strict=True):
+            sheet.affine_(a, weight, bias, stage.z, stage.turned)
+            if activate is not None:
+                activate()
+            a = stage.a
         for call in self.forward:
             call()
         if predictions is not None:  # step 2 overwrites it
             predictions.append(self.prediction.clone(memory_format=torch.contiguous_format))
         self.cost_(self.prediction, target, self.delta, self.flat, self.work, self.column, self.out)
         self.delta.mul_(self.delta_weight)
-        results = [None] + [call() for call in self.backward] + [call(x) for call in self.last]
-        return self.cost * self.total_weight, [results[index] for index in self.order]
+        for call in self.backward:
+            call()
+        gradients: list[Tensor | None] = [None] * len(needs)
+        for layer in range(n - 1, self.lowest - 1, -1):
+            stage, step_2 = stages[layer], self.step_2[layer]
+            if step_2 is not None:
+                step_2()
+            if layer > self.lowest:
+                torch.mm(stage.delta, weights[layer], out=stages[layer - 1].delta)
+            if needs[1 + layer]:
+                gradients[1 + layer] = torch.mm(stage.delta_t, stages[layer - 1].a if layer else x)
+            if needs[1 + n + layer]:
+                gradients[1 + n + layer] = torch.mv(stage.delta_t, self.ones)
+        if needs[0]:
+            gradients[0] = torch.mm(stages[0].delta, weights[0])
+        return self.cost * self.total_weight, gradients
 
 
 class NetworkCost(functions.ManualFunction):
@@ -303,9 +310,9 @@ def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "q
     input (N, n_1), target (N, n_L), or class indices (N,) for "cross_entropy" → scalar, as
     `functional.COSTS[loss](model(input), target)`: which it is under autocast, a compiler or a transform, with a
     target that requires a gradient, and on tensors of other dimensions.
-    Without dropout, on the CPU, where every activation saves a, a batch whose layers together have at most 4 million
+    Without dropout, on the CPU, where every activation saves a, a batch whose layers together have at most 2 million
     numbers takes steps 1 to 4 in the forward pass: between the passes lie the gradients, as large as the parameters,
-    and with the model stay buffers for the last 8 kinds of batches. A cost without a gradient is had by torch.no_grad.
+    and with the model stay buffers for the last 4 kinds of batches. A cost without a gradient is had by torch.no_grad.
     Raises InputError as `layers_of`, for an unknown loss, a logits cost after an activation, and as the loss itself.
     """
     return _cost(model, input, target, loss, None)
@@ -320,7 +327,11 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
 
 def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, predictions: list[Tensor] | None) -> Tensor:
     net = net_of(model)
-    weights, biases = [owner["weight"] for owner in net.owners], [owner["bias"] for owner in net.owners]
+    try:
+        weights, biases = [owner["weight"] for owner in net.owners], [owner["bias"] for owner in net.owners]
+    except KeyError:
+        layers_of(model)  # a parametrization is refused by name
+        raise
     try:
         last = weights[-1]
         kind = (
@@ -344,9 +355,10 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
         check_batch(weights[0], len(last), input, target, loss)
         weighed = weigh(row, len(input), len(last), input.dtype)
         planned = has_plan(net, input, target)
-        net.accepted = kind, weighed, planned
+        if type(weighed[1]) in (Tensor, float):  # as in `at_once`
+            net.accepted = kind, weighed, planned
     masks = draw_masks(net.layers, input) if net.drops else []
-    plan_of = kind if planned and torch.is_grad_enabled() else None
+    plan_of = kind if planned and torch.is_grad_enabled() and not torch.is_inference_mode_enabled() else None
     try:
         return NetworkCost.direct(net, plan_of, weighed, masks, predictions, target, input, *weights, *biases)
     except (IndexError, RuntimeError):

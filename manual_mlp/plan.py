@@ -20,11 +20,11 @@ _SHAPE = attrgetter("shape")
 
 
 def places(parameters: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Any]:
-    """Where parameters lie, and how the weights among them: what the calls of a plan have taken for given.
+    """Where parameters lie, and how: what calls that are bound to them have taken for given.
 
     `.data` can make a parameter a part of itself, at the same address.
     """
-    return [*map(Tensor.data_ptr, parameters), *map(_SHAPE, weights), *map(Tensor.is_contiguous, weights)]
+    return [*map(Tensor.data_ptr, parameters), *map(_SHAPE, weights), *map(Tensor.stride, parameters)]
 
 
 class Stage:
