@@ -188,31 +188,35 @@ class GradientPlan(Plan):
         cost, self.total_weight, self.delta_weight = weighed
         super().__init__(net.layers, cost, x)
         self.shapes = list(map(_SHAPE, weights))
-        self.needs, self.lowest = needs, _lowest(needs, len(weights))
         self.clear()
         self.to_cost(self.stages[-1].a)
-        forms = [(stage.row, sheet.in_place(stage.row), stage.parameters) for stage in self.stages]
-        self.activate = [
-            None if row.name == "identity" else partial(G_, stage.a, *parameters)
-            for stage, (row, (G_, _), parameters) in zip(self.stages, forms, strict=True)
-        ]
-        self.step_2 = [
-            None
-            if row.name == "identity"
-            else partial(delta_, stage.delta, stage.a, None, stage.a, stage.mask, *parameters)
-            for stage, (row, (_, delta_), parameters) in zip(self.stages, forms, strict=True)
-        ]
+        n, before = len(weights), [None, *self.stages[:-1]]
+        self.up, down = [], []
+        lowest = _lowest(needs, n)
+        for layer, (stage, one_before) in enumerate(zip(self.stages, before, strict=True)):
+            activate = step_2 = None
+            if stage.row.name != "identity":
+                G_, delta_ = sheet.in_place(stage.row)
+                activate = partial(G_, stage.a, *stage.parameters)
+                step_2 = partial(delta_, stage.delta, stage.a, None, stage.a, stage.mask, *stage.parameters)
+            self.up.append((stage.z, stage.turned, activate, stage.a))
+            a, into = (None, None) if one_before is None else (one_before.a, one_before.delta)
+            places = (1 + layer) * needs[1 + layer], (1 + n + layer) * needs[1 + n + layer]  # 0 where not needed
+            down.append((layer, step_2, stage.delta, stage.delta_t, into if layer > lowest else None, a, *places))
+        self.down = down[lowest:][::-1]
+        self.nothing: list[Tensor | None] = [None] * len(needs)
+        self.last_delta = self.stages[0].delta if needs[0] else None
 
     def run(
         self, x: Tensor, target: Tensor, weights: Some, biases: Some, predictions: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """C, and ∂C/∂x, all ∂C/∂W^l and all ∂C/∂b^l, None where not needed."""
-        stages, needs, n, a = self.stages, self.needs, len(weights), x
-        for stage, weight, bias, activate in zip(stages, weights, biases, self.activate, strict=True):
-            sheet.affine_(a, weight, bias, stage.z, stage.turned)
+        a, ones, gradients = x, self.ones, self.nothing.copy()
+        for (z, turned, activate, after), weight, bias in zip(self.up, weights, biases, strict=True):
+            sheet.affine_(a, weight, bias, z, turned)
             if activate is not None:
                 activate()
-            a = stage.a
+            a = after
         for call in self.forward:
             call()
         if predictions is not None:  # step 2 overwrites it
@@ -221,19 +225,17 @@ class GradientPlan(Plan):
         self.delta.mul_(self.delta_weight)
         for call in self.backward:
             call()
-        gradients: list[Tensor | None] = [None] * len(needs)
-        for layer in range(n - 1, self.lowest - 1, -1):
-            stage, step_2 = stages[layer], self.step_2[layer]
+        for layer, step_2, delta, delta_t, into, a_before, of_weight, of_bias in self.down:
             if step_2 is not None:
                 step_2()
-            if layer > self.lowest:
-                torch.mm(stage.delta, weights[layer], out=stages[layer - 1].delta)
-            if needs[1 + layer]:
-                gradients[1 + layer] = torch.mm(stage.delta_t, stages[layer - 1].a if layer else x)
-            if needs[1 + n + layer]:
-                gradients[1 + n + layer] = torch.mv(stage.delta_t, self.ones)
-        if needs[0]:
-            gradients[0] = torch.mm(stages[0].delta, weights[0])
+            if into is not None:
+                torch.mm(delta, weights[layer], out=into)
+            if of_weight:
+                gradients[of_weight] = torch.mm(delta_t, x if a_before is None else a_before)
+            if of_bias:
+                gradients[of_bias] = torch.mv(delta_t, ones)
+        if self.last_delta is not None:
+            gradients[0] = torch.mm(self.last_delta, weights[0])
         return self.cost * self.total_weight, gradients
 
 

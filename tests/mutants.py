@@ -81,7 +81,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "recursion: next layer's weight": ("network", "delta = sheet.grad_input(delta, weights[layer])", "delta = sheet.grad_input(delta, weights[layer - 1])"),
     "recursion: dropout forgotten on the way back": ("network", "                delta = _dropped(delta, masks[layer])\n", "                pass\n"),
     "recursion: second derivative of constants": ("network", "if torch.is_grad_enabled() or not saved:", "if not saved:"),
-    "at once: the layer before's weight": ("network", "torch.mm(stage.delta, weights[layer], out", "torch.mm(stage.delta, weights[layer - 1], out"),
+    "at once: the layer before's weight": ("network", "torch.mm(delta, weights[layer], out", "torch.mm(delta, weights[layer - 1], out"),
     "at once: g forgotten": ("network", "                gradient.mul_(g)\n", "                pass\n"),
     "at once: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients"),
     "at once: 1/N forgotten": ("network", "        self.delta.mul_(self.delta_weight)\n", ""),
