@@ -5,7 +5,7 @@ Every formula is the sheet's, in place. Plain SGD is done by the matrix product 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -20,7 +20,7 @@ from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
 from manual_mlp.layers import Layer, cost_of, weigh
 from manual_mlp.network import check_batch, check_labels, net_of
-from manual_mlp.plan import Call, Plan, places
+from manual_mlp.plan import SHAPE, Plan, Stage
 
 _PLANS = 8  # kinds of batches whose buffers are kept
 _TRAINED = attrgetter("requires_grad")
@@ -33,6 +33,7 @@ _inference = partial(getattr(torch._C, "_InferenceMode", torch.inference_mode), 
 Rates = tuple[tuple[float, float], ...]
 """(β, α) of w := βw + α ∂C/∂w for each group of the optimizer; (), where it takes the step itself."""
 Pair = tuple[Tensor | None, Tensor | None]
+Call = Callable[..., Any]
 
 
 @dataclass(slots=True)
@@ -131,24 +132,31 @@ class _Plan(Plan):
         if self.made_for == kind:
             return
         self.made_for = kind
-        self.clear()
+        self.first: list[Call] = []
+        self.forward: list[Call] = []
+        self.backward: list[Call] = []
+        self.last: list[Call] = []
         with torch.inference_mode():
             inputs = [self.input]
             for p, stage, drop in zip(self.engine._parameters, self.stages, drops, strict=True):
                 if self.engine.compute_dtype is not None:
                     pairs = zip(p.read, p.both, strict=True)
                     self.forward += [partial(c.copy_, own) for c, own in pairs if c is not None and own is not None]
-                inputs.append(self.step_1(stage, inputs[-1], *p.read, drop))
+                inputs.append(self._step_1(stage, inputs[-1], *p.read, drop))
             a = inputs.pop()
             assert a is not None
-            self.to_cost(a)
+            if self.copied:
+                self.forward.append(partial(self.prediction.copy_, a))
+                self.backward.append(partial(self.stages[-1].delta.copy_, self.delta))
+            else:
+                self.prediction = a
             self.kept = self.prediction
             if self.engine._keeps and not self.copied and self.stages[-1].row.name != "identity":
                 self.kept = torch.empty_like(a)  # step 2 overwrites a^L
                 self.forward.append(partial(self.kept.copy_, a))
             for layer in range(len(self.stages) - 1, self.engine._first - 1, -1):
                 weight, _ = self.engine._parameters[layer].read
-                self.steps_2_and_3(layer, weight if layer > self.engine._first else None, drops[layer])
+                self._steps_2_and_3(layer, weight if layer > self.engine._first else None, drops[layer])
                 self._steps_4_and_5(layer, inputs[layer], rates)
         if self.target is not None:
             self.launch = Launch(self._run_fixed, self.ones.device)
@@ -159,6 +167,39 @@ class _Plan(Plan):
             for tensors, numbers in zip(self.rates, rates, strict=False):
                 for tensor, number in zip(tensors, numbers, strict=True):
                     tensor.fill_(number)
+
+    def _step_1(self, stage: Stage, a: Tensor | None, weight: Tensor, bias: Tensor | None, drop: float) -> Tensor:
+        """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}) → a^{l+1}. None as a^l is the input."""
+        column = bias.unsqueeze(1) if bias is not None and stage.turned else bias
+        product: Call = torch.mm if column is None else partial(torch.addmm, column)
+        affine: Call
+        if stage.turned:
+            affine = partial(product, weight, out=stage.z.t())
+            self.first.append(lambda a: affine(a.t())) if a is None else self.forward.append(partial(affine, a.t()))
+        else:
+            affine = partial(product, mat2=weight.t(), out=stage.z)
+            self.first.append(affine) if a is None else self.forward.append(partial(affine, a))
+        if stage.row.name != "identity":
+            G_, _ = sheet.in_place(stage.row)
+            out = {} if stage.saved_z is None else {"out": stage.a}
+            self.forward.append(partial(G_, stage.z, *stage.parameters, **out))
+        if drop:
+            self.forward += [stage.draw, partial(torch.mul, stage.a, stage.scale, out=stage.dropped)]
+        return stage.dropped if drop else stage.a
+
+    def _steps_2_and_3(self, layer: int, weight: Tensor | None, drop: float) -> None:
+        """δ^{l+1} = g ⊙ G′(z^{l+1}), and what arrives at the layer before, δ^{l+1} W^l, unless W^l is None."""
+        stage = self.stages[layer]
+        if drop:
+            self.backward.append(partial(stage.delta.mul_, stage.scale))
+        if stage.row.name != "identity":
+            _, delta_ = sheet.in_place(stage.row)
+            work = stage.a if stage.saved_z is None else stage.work
+            self.backward.append(
+                partial(delta_, stage.delta, stage.a, stage.saved_z, work, stage.mask, *stage.parameters)
+            )
+        if weight is not None:
+            self.backward.append(partial(torch.mm, stage.delta, weight, out=self.stages[layer - 1].delta))
 
     def _steps_4_and_5(self, layer: int, a: Tensor | None, rates: Rates) -> None:
         """w := βw + α ∂C/∂w, with rates; without, ∂C/∂w into its own buffer."""
@@ -412,7 +453,7 @@ class BackpropEngine:
     def _state_now(self) -> list[Any]:
         """Which parameters the layers have, where they lie, and which are trained; by maps, without Python's loops."""
         owned = map(id, map(dict.get, self._owners, self._names))
-        return [*owned, *places(self._owned, self._weights), *map(_TRAINED, self._owned)]
+        return [*owned, *_places(self._owned, self._weights), *map(_TRAINED, self._owned)]
 
     def _rates(self) -> Rates:
         """Of a plain SGD: w := (1 − LR λ) w − LR ∂C/∂w."""
@@ -447,6 +488,14 @@ class BackpropEngine:
         if len(input) == 0:
             raise InputError("expected a batch with at least one row; got none, whose mean cost is no number")
         check_labels(len(self._layers[-1].weight), target, self.loss)
+
+
+def _places(parameters: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Any]:
+    """Where parameters lie, and how: what calls that are bound to them have taken for given.
+
+    `.data` can make a parameter a part of itself, at the same address.
+    """
+    return [*map(Tensor.data_ptr, parameters), *map(SHAPE, weights), *map(Tensor.stride, parameters)]
 
 
 def _empty(like: Tensor | None) -> Tensor | None:

@@ -8,7 +8,6 @@ nothing else: of silu and gelu z alone, from which a is recomputed.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,14 +19,13 @@ from manual_mlp import functional, functions, modules
 from manual_mlp.errors import InputError
 from manual_mlp.formulas import Activation
 from manual_mlp.layers import Layer, Weighed, cost_of, hooks_of, layers_of, weigh
-from manual_mlp.plan import Plan
+from manual_mlp.plan import SHAPE, Plan
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps 1 to 4, out of place
 # ---------------------------------------------------------------------------------------------------------------------
 
 _PLANS = 4  # kinds of batches whose buffers are kept for a model
-_SHAPE = attrgetter("shape")
 _KEPT = 1 << 21  # numbers that all a^l of a batch have at most, if its buffers are kept
 
 Some = Sequence[Any]
@@ -73,7 +71,7 @@ class Net:
         n = len(self.steps)
         weights, biases = parameters[:n], parameters[n:]
         plan = self.plans.pop(key, None)
-        if plan is None or list(map(_SHAPE, weights)) != plan.shapes:
+        if plan is None or list(map(SHAPE, weights)) != plan.shapes:
             for oldest in list(self.plans)[: len(self.plans) + 1 - _PLANS]:
                 self.plans.pop(oldest, None)
             with torch.inference_mode(False):  # a backward may run in inference mode, and later ones outside
@@ -187,9 +185,7 @@ class GradientPlan(Plan):
     def __init__(self, weighed: Weighed, net: Net, x: Tensor, weights: Some, needs: Sequence[bool]) -> None:
         cost, self.total_weight, self.delta_weight = weighed
         super().__init__(net.layers, cost, x)
-        self.shapes = list(map(_SHAPE, weights))
-        self.clear()
-        self.to_cost(self.stages[-1].a)
+        self.shapes = list(map(SHAPE, weights))
         n, before = len(weights), [None, *self.stages[:-1]]
         self.up, down = [], []
         lowest = _lowest(needs, n)
@@ -217,14 +213,14 @@ class GradientPlan(Plan):
             if activate is not None:
                 activate()
             a = after
-        for call in self.forward:
-            call()
+        if self.copied:
+            self.prediction.copy_(a)
         if predictions is not None:  # step 2 overwrites it
             predictions.append(self.prediction.clone(memory_format=torch.contiguous_format))
         self.cost_(self.prediction, target, self.delta, self.flat, self.work, self.column, self.out)
         self.delta.mul_(self.delta_weight)
-        for call in self.backward:
-            call()
+        if self.copied:
+            self.stages[-1].delta.copy_(self.delta)
         for layer, step_2, delta, delta_t, into, a_before, of_weight, of_bias in self.down:
             if step_2 is not None:
                 step_2()
@@ -370,12 +366,17 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
 
 
 def has_plan(net: Net, input: Tensor, target: Tensor) -> bool:
-    """Whether such batches are worth buffers that are kept: in those of large ones is little time and much memory.
+    """Whether such batches are worth buffers that are kept: large ones would gain little time and hold much memory.
 
     Not of half precision, whose small δ a scaled g keeps from 0; nor of rows that save z, whose a takes memory too.
     """
     tensors = [input, target, *(p for of in net.owners for p in (of["weight"], of["bias"]) if p is not None)]
-    if net.drops or any(saves_z for *_, saves_z in net.steps) or input.dtype not in (torch.float32, torch.float64):
+    if (
+        not net.children
+        or net.drops
+        or any(saves_z for *_, saves_z in net.steps)
+        or input.dtype not in (torch.float32, torch.float64)
+    ):
         return False
     if any(type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu for tensor in tensors):
         return False

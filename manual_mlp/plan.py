@@ -1,12 +1,10 @@
-"""Steps 1 to 3 over the whole net in place: buffers made once for batches of one size, and lists of calls on them.
+"""The buffers of steps 1 to 3 over the whole net, made once for batches of one size.
 
-Whoever plans adds step 4, and where its gradients go: the engine into the parameters, `network_loss` into new tensors.
+The engine and `network_loss` take the steps in them: it binds its calls to the model's parameters, and updates those;
+`network_loss` reads whatever parameters it is given, and makes its gradients new.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +13,7 @@ from manual_mlp import formulas as sheet
 from manual_mlp.formulas import Cost
 from manual_mlp.layers import Layer
 
-Call = Callable[..., Any]
-_SHAPE = attrgetter("shape")
-
-
-def places(parameters: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Any]:
-    """Where parameters lie, and how: what calls that are bound to them have taken for given.
-
-    `.data` can make a parameter a part of itself, at the same address.
-    """
-    return [*map(Tensor.data_ptr, parameters), *map(_SHAPE, weights), *map(Tensor.stride, parameters)]
+SHAPE = attrgetter("shape")
 
 
 class Stage:
@@ -58,12 +47,11 @@ class Stage:
 
 
 class Plan:
-    """The buffers for batches of N rows, and the calls on them.
+    """The buffers for batches of N rows.
 
-    first, last         take the input
-    forward, backward   what is between; the cost is called between the two
-    copied              the cost has a prediction and a δ^L of its own: they are in the parameters' dtype and, where it
-                        takes a softmax of each row, row by row
+    prediction, delta   a^L and δ^L where the cost reads and writes them
+    copied              they are apart from the last layer's: in the parameters' dtype and, for a softmax of each row,
+                        row by row
     """
 
     def __init__(self, layers: list[Layer], cost: Cost, input: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -87,53 +75,3 @@ class Plan:
         self.out = self.cost.view(1)
         laid = self.delta if self.delta.is_contiguous() else last.delta_t
         self.flat = laid.view(1, -1), laid.view(-1)
-
-    def clear(self) -> None:
-        """No calls yet."""
-        self.first: list[Call] = []
-        self.forward: list[Call] = []
-        self.backward: list[Call] = []
-        self.last: list[Call] = []
-
-    def step_1(
-        self, stage: Stage, a: Tensor | None, weight: Tensor, bias: Tensor | None, drop: float | bool = False
-    ) -> Tensor:
-        """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}) → a^{l+1}. None as a^l is the input."""
-        column = bias.unsqueeze(1) if bias is not None and stage.turned else bias
-        product: Call = torch.mm if column is None else partial(torch.addmm, column)
-        affine: Call
-        if stage.turned:
-            affine = partial(product, weight, out=stage.z.t())
-            self.first.append(lambda a: affine(a.t())) if a is None else self.forward.append(partial(affine, a.t()))
-        else:
-            affine = partial(product, mat2=weight.t(), out=stage.z)
-            self.first.append(affine) if a is None else self.forward.append(partial(affine, a))
-        if stage.row.name != "identity":
-            G_, _ = sheet.in_place(stage.row)
-            out = {} if stage.saved_z is None else {"out": stage.a}
-            self.forward.append(partial(G_, stage.z, *stage.parameters, **out))
-        if drop:
-            self.forward += [stage.draw, partial(torch.mul, stage.a, stage.scale, out=stage.dropped)]
-        return stage.dropped if drop else stage.a
-
-    def to_cost(self, a: Tensor) -> None:
-        """a^L to where the cost reads it, and δ^L from where it leaves it."""
-        if self.copied:
-            self.forward.append(partial(self.prediction.copy_, a))
-            self.backward.append(partial(self.stages[-1].delta.copy_, self.delta))
-        else:
-            self.prediction = a
-
-    def steps_2_and_3(self, layer: int, weight: Tensor | None, drop: float | bool = False) -> None:
-        """δ^{l+1} = g ⊙ G′(z^{l+1}), and what arrives at the layer before, δ^{l+1} W^l, unless W^l is None."""
-        stage = self.stages[layer]
-        if drop:
-            self.backward.append(partial(stage.delta.mul_, stage.scale))
-        if stage.row.name != "identity":
-            _, delta_ = sheet.in_place(stage.row)
-            work = stage.a if stage.saved_z is None else stage.work
-            self.backward.append(
-                partial(delta_, stage.delta, stage.a, stage.saved_z, work, stage.mask, *stage.parameters)
-            )
-        if weight is not None:
-            self.backward.append(partial(torch.mm, stage.delta, weight, out=self.stages[layer - 1].delta))

@@ -85,8 +85,8 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "at once: g forgotten": ("network", "                gradient.mul_(g)\n", "                pass\n"),
     "at once: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients"),
     "at once: 1/N forgotten": ("network", "        self.delta.mul_(self.delta_weight)\n", ""),
-    "at once: a cut parameter": ("network", " or list(map(_SHAPE, weights)) != plan.shapes", ""),
-    "plan: a cut parameter": ("plan", "*map(_SHAPE, weights), ", ""),
+    "at once: a cut parameter": ("network", " or list(map(SHAPE, weights)) != plan.shapes", ""),
+    "engine: a cut parameter": ("engine", "*map(SHAPE, weights), ", ""),
     "plan: one δ in the place of the next": ("plan", "deltas[i % 2]", "deltas[0]"),
     "engine: W before δ": (
         "engine",
