@@ -5,7 +5,7 @@ Every formula is the sheet's, in place. Plain SGD is done by the matrix product 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -170,8 +170,10 @@ class _Plan(Plan):
 
     def _step_1(self, stage: Stage, a: Tensor | None, weight: Tensor, bias: Tensor | None, drop: float) -> Tensor:
         """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}) → a^{l+1}. None as a^l is the input."""
-        column = bias.unsqueeze(1) if bias is not None and stage.turned else bias
-        product: Call = torch.mm if column is None else partial(torch.addmm, column)
+        product: Call = torch.mm
+        if bias is not None:  # expanded here, not by addmm at each call; but a GPU's addmm adds a vector as it goes
+            rows = bias if self.fixed else bias.expand(stage.z.shape)
+            product = partial(torch.addmm, rows.t() if stage.turned else rows)
         affine: Call
         if stage.turned:
             affine = partial(product, weight, out=stage.z.t())
@@ -376,6 +378,7 @@ class BackpropEngine:
         self._owners, self._names = zip(*owned, strict=True)
         self._owned = [of[name] for of, name in owned]
         self._weights = [layer.weight for layer in self._layers]
+        self._lie: Call = Tensor.is_contiguous if all(map(Tensor.is_contiguous, self._owned)) else Tensor.stride
         self._state = self._state_now()
         # On CUDA a step is one graph.
         self._fixed = self._fixed or self._owned[0].is_cuda
@@ -451,9 +454,18 @@ class BackpropEngine:
         return groups or self._state_now() != self._state or self._net.changed()
 
     def _state_now(self) -> list[Any]:
-        """Which parameters the layers have, where they lie, and which are trained; by maps, without Python's loops."""
-        owned = map(id, map(dict.get, self._owners, self._names))
-        return [*owned, *_places(self._owned, self._weights), *map(_TRAINED, self._owned)]
+        """Which parameters the layers have, where and how they lie, and which are trained; by maps, which are quick.
+
+        `.data` can make a parameter a part of itself, at the same address.
+        """
+        owned = self._owned
+        return [
+            *map(id, map(dict.get, self._owners, self._names)),
+            *map(Tensor.data_ptr, owned),
+            *map(SHAPE, self._weights),
+            *map(self._lie, owned),
+            *map(_TRAINED, owned),
+        ]
 
     def _rates(self) -> Rates:
         """Of a plain SGD: w := (1 − LR λ) w − LR ∂C/∂w."""
@@ -488,14 +500,6 @@ class BackpropEngine:
         if len(input) == 0:
             raise InputError("expected a batch with at least one row; got none, whose mean cost is no number")
         check_labels(len(self._layers[-1].weight), target, self.loss)
-
-
-def _places(parameters: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Any]:
-    """Where parameters lie, and how: what calls that are bound to them have taken for given.
-
-    `.data` can make a parameter a part of itself, at the same address.
-    """
-    return [*map(Tensor.data_ptr, parameters), *map(SHAPE, weights), *map(Tensor.stride, parameters)]
 
 
 def _empty(like: Tensor | None) -> Tensor | None:

@@ -64,7 +64,7 @@ def turned(like: Tensor, n: int, outputs: int) -> bool:
     """
     if not like.is_cpu or like.dtype in ROUNDED or not torch.backends.mkl.is_available():
         return False
-    return 1 < outputs < 16 and n >= 32
+    return 1 < outputs < 32 and n >= 32
 
 
 def affine_(a: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, by_columns: bool) -> None:

@@ -8,11 +8,13 @@ nothing else: of silu and gelu z alone, from which a is recomputed.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from manual_mlp import formulas as sheet
 from manual_mlp import functional, functions, modules
@@ -41,6 +43,7 @@ class Net:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.handles = RemovableHandle.next_id
         self.layers = layers_of(model)
         self.steps = [_step(layer.row, layer.parameters) for layer in self.layers]
         self.owners = [layer.affine._parameters for layer in self.layers]
@@ -52,7 +55,7 @@ class Net:
         self.children = tuple(model._modules.values())
         everything = list(model.modules())
         self.parents = [module._modules for module in everything if module._modules]
-        self.modules = [tuple(of.values()) for of in self.parents]
+        self.modules = [*chain.from_iterable(map(dict.values, self.parents))]
         self.hooks = [hooks for module in everything for hooks in hooks_of(module)]
         kinds = modules.ACTIVATION_MODULES
         self.adjustable = [m for m in everything if type(m) in kinds and hasattr(m, "__constants__")]
@@ -60,7 +63,11 @@ class Net:
 
     def changed(self) -> bool:
         """Whether the model has other layers than it had, other activations, or hooks."""
-        if any(self.hooks) or list(map(tuple, map(dict.values, self.parents))) != self.modules:
+        if self.handles != RemovableHandle.next_id:  # torch counts its hooks, which is quicker than to ask each module
+            if any(self.hooks):
+                return True
+            self.handles = RemovableHandle.next_id
+        if [*chain.from_iterable(map(dict.values, self.parents))] != self.modules:
             return True
         return bool(self.adjustable) and [modules.activation_row(module) for module in self.adjustable] != self.rows
 

@@ -470,15 +470,22 @@ def test_a_parameter_cut_or_turned_in_place_is_noticed() -> None:
     model, x, y = mm.MLP([4, 5, 5, 3], dtype=double), *batches()[0]
     engine = BackpropEngine(model, sgd(model.parameters()))
     first, middle, _ = model
+    numbers = torch.randn(50, dtype=double)
 
     def turn() -> None:
         middle.weight.data = middle.weight.data.t()
+
+    def by_rows() -> None:
+        middle.weight.data = numbers.as_strided((5, 5), (10, 1))
+
+    def by_columns() -> None:
+        middle.weight.data = numbers.as_strided((5, 5), (1, 10))
 
     def cut() -> None:
         first.weight.data, first.bias.data = first.weight.data[:2], first.bias.data[:2]
         middle.weight.data = middle.weight.data[:, :2]
 
-    for change in (lambda: None, turn, cut):
+    for change in (lambda: None, turn, by_rows, by_columns, cut):
         change()
         layers = copy.deepcopy(model)
         engine.step(x, y)
