@@ -63,10 +63,11 @@ class Net:
 
     def changed(self) -> bool:
         """Whether the model has other layers than it had, other activations, or hooks."""
-        if self.handles != RemovableHandle.next_id:  # torch counts its hooks, which is quicker than to ask each module
+        handles = RemovableHandle.next_id
+        if handles != self.handles:  # torch counts its hooks, which is quicker than to ask each module for some
             if any(self.hooks):
                 return True
-            self.handles = RemovableHandle.next_id
+            self.handles = handles
         if [*chain.from_iterable(map(dict.values, self.parents))] != self.modules:
             return True
         return bool(self.adjustable) and [modules.activation_row(module) for module in self.adjustable] != self.rows

@@ -5,12 +5,14 @@ import gc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.hooks import RemovableHandle
 
 import manual_mlp as mm
 from manual_mlp import functional as F
@@ -353,6 +355,31 @@ def test_notices_what_changes() -> None:
     model[0].register_forward_hook(lambda *_: None)
     with pytest.raises(mm.InputError, match="without hooks"):
         network_loss(model, input, target)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_is_noticed_whenever_it_comes(kind: str) -> None:
+    """After hooks of other modules too, which torch counts in the same number; and its removal."""
+    model, (input, target) = net(), batch()
+    engine = mm.BackpropEngine(model, torch.optim.SGD(model.parameters()))
+
+    def train() -> None:
+        network_loss(model, input, target)
+        engine.step(input, target)
+
+    def hook(module: nn.Module) -> RemovableHandle:
+        return getattr(module, f"register_{kind}_hook")(lambda *_: None)  # type: ignore[no-any-return]
+
+    train()
+    hook(nn.Linear(1, 1))
+    train()
+    handle = hook(model[1])
+    for function in (engine.step, partial(network_loss, model)):
+        for _ in range(2):
+            with pytest.raises(mm.InputError, match="without hooks"):
+                function(input, target)
+    handle.remove()
+    train()
 
 
 def test_a_batch_checked_once_is_checked_again_when_something_else_comes() -> None:
