@@ -67,14 +67,17 @@ def turned(like: Tensor, n: int, outputs: int) -> bool:
     return 1 < outputs < 32 and n >= 32
 
 
-def affine_(a: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, by_columns: bool) -> None:
-    """z := a Wᵀ + b, (N, n_in) → (N, n_out), into a buffer that lies by rows, or by columns as `turned` says."""
-    if not by_columns:
-        _nn.linear(a, weight, bias, out=z)
-    elif bias is None:
-        torch.mm(weight, a.t(), out=z.t())
+def affine_(a: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> None:
+    """z := a Wᵀ + b, (N, n_in) → (N, n_out)."""
+    _nn.linear(a, weight, bias, out=z)
+
+
+def affine_by_columns_(a_t: Tensor, weight: Tensor, bias: Tensor | None, z_t: Tensor) -> None:
+    """zᵀ := W aᵀ + b, (n_in, N) → (n_out, N), for a z that lies by columns, as `turned` says."""
+    if bias is None:
+        torch.mm(weight, a_t, out=z_t)
     else:
-        torch.addmm(bias.unsqueeze(1), weight, a.t(), out=z.t())
+        torch.addmm(bias.unsqueeze(1), weight, a_t, out=z_t)
 
 
 def grad_input(delta: Tensor, weight: Tensor) -> Tensor:
