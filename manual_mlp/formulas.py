@@ -112,15 +112,21 @@ def rounded_once(delta: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return evaluate
 
 
+_CONSTANTS = (
+    *(0.0, 0.5, 1.0, 2.0, -0.5),
+    *(-0.7071067811865476, 0.3989422804014327),  # of gelu: −1/√2 and 1/√(2π)
+    *(0.7978845608028654, 2 * 0.7978845608028654, 0.044715, 3 * 0.044715),  # of gelu_tanh: √(2/π) and the cubic term's
+)
 _NUMBERS = {
     (value, dtype): torch.tensor(value, dtype=dtype, device="cpu")
-    for value in (0.0, 0.5, 1.0)
+    for value in _CONSTANTS
     for dtype in (torch.float32, torch.float64, *ROUNDED)
+    if dtype not in ROUNDED or value in (0, 0.5, 1)  # the others would be rounded, as a number is not
 }
 
 
 def number(value: float, like: Tensor) -> Any:
-    """0, ½ or 1 as a tensor: of a number torch makes one and casts it, which takes a tenth of a small layer's time.
+    """A constant as a tensor: of a number torch makes one and casts it, which takes a tenth of a small layer's time.
 
     Not on a GPU, which takes the number itself, nor beside a tensor that traces, which takes no other tensor.
     """
@@ -226,27 +232,27 @@ def softplus_delta_in_z(g: Tensor, z: Tensor, beta: float, threshold: float) -> 
 @rounded_once
 def silu_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g σ(z) (1 + z (1 − σ(z)))."""
-    s = torch.sigmoid(z)
-    return g * (s * (1 + z * (1 - s)))
+    s, one = torch.sigmoid(z), number(1, z)
+    return g * (s * (one + z * (one - s)))
 
 
 @rounded_once
 def gelu_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g (Φ(z) + z φ(z)), with Φ by erfc, which keeps the lower tail."""
-    cdf = torch.erfc(z * -math.sqrt(1 / 2)) / 2
-    # 1/√(2π), written out: torch.compile takes math.pi for a symbol, and fails on the second layer that uses it.
-    density = torch.exp(z * z * -0.5) * 0.3989422804014327
+    # The constants are written out: torch.compile takes a name's value for a symbol, and fails on a second layer.
+    cdf = torch.erfc(z * number(-0.7071067811865476, z)) * number(0.5, z)
+    density = torch.exp(z * z * number(-0.5, z)) * number(0.3989422804014327, z)
     return g * (cdf + z * density)
 
 
 @rounded_once
 def gelu_tanh_delta(g: Tensor, z: Tensor) -> Tensor:
     """δ = g (s + 2 z s (1 − s) u′), s = σ(2u), u = √(2/π)(z + 0.044715 z³); s = ½(1 + tanh u), but keeps the tail."""
-    root, cubic = 0.7978845608028654, 0.044715  # √(2/π), written out as above
-    square = z * z
-    s = torch.sigmoid(z * (1 + square * cubic) * (2 * root))
-    slope = (1 + square * (3 * cubic)) * root
-    return g * (s + 2 * z * s * (1 - s) * slope)
+    root, cubic = 0.7978845608028654, 0.044715  # here, as in `gelu_delta`
+    square, one = z * z, number(1, z)
+    s = torch.sigmoid(z * (one + square * number(cubic, z)) * number(2 * root, z))
+    slope = (one + square * number(3 * cubic, z)) * number(root, z)
+    return g * (s + number(2, z) * z * s * (one - s) * slope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,17 +456,18 @@ def _silu_delta_(g: Tensor, a: Tensor, z: Tensor, *_: Any) -> None:
 
 def _gelu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
     """δ = g (Φ(z) + z φ(z))."""
-    cdf = torch.mul(z, -math.sqrt(1 / 2), out=a).erfc_().mul_(0.5)
-    density = torch.mul(z, z, out=work).mul_(-0.5).exp_().mul_(0.3989422804014327)
+    cdf = torch.mul(z, number(-0.7071067811865476, z), out=a).erfc_().mul_(number(0.5, z))
+    density = torch.mul(z, z, out=work).mul_(number(-0.5, z)).exp_().mul_(number(0.3989422804014327, z))
     g.mul_(cdf.addcmul_(z, density))
 
 
 def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
     """δ = g (s + 2 z s (1 − s) u′): see `gelu_tanh_delta`."""
     root, cubic = 0.7978845608028654, 0.044715
+    one, twice = number(1, z), number(2 * root, z)
     square = torch.mul(z, z, out=work)
-    s = torch.mul(square, cubic, out=a).add_(1).mul_(z).mul_(2 * root).sigmoid_()
-    slope = square.mul_(3 * cubic).add_(1).mul_(z).mul_(2 * root)
+    s = torch.mul(square, number(cubic, z), out=a).add_(one).mul_(z).mul_(twice).sigmoid_()
+    slope = square.mul_(number(3 * cubic, z)).add_(one).mul_(z).mul_(twice)
     product = torch.mul(s, s, out=z).neg_().add_(s)
     g.mul_(s.addcmul_(product, slope))
 

@@ -42,9 +42,9 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "a tangent takes relu's bits": ("formulas", "return not transforming() and not is", "return not is"),
     "softplus threshold forgotten": ("formulas", "torch.where(z * beta > threshold, g,", "torch.where(z < -1e9, g,"),
     "softplus without β": ("formulas", "F.threshold(a * -beta,", "F.threshold(-a,"),
-    "silu's last term": ("formulas", "(1 + z * (1 - s))", "(1 + z * (1 - s * 1.0005))"),
-    "gelu's tail": ("formulas", "torch.erfc(z * -math.sqrt(1 / 2)) / 2", "(1 + torch.erf(z * math.sqrt(1 / 2))) / 2", "activations"),
-    "gelu_tanh's cubic term": ("formulas", "slope = (1 + square * (3 * cubic))", "slope = (1 + square * (2 * cubic))"),
+    "silu's last term": ("formulas", "(one + z * (one - s))", "(one + z * (one - s * 1.0005))"),
+    "gelu's tail": ("formulas", "torch.erfc(z * number(-0.7071067811865476, z)) * number(0.5, z)", "(1 + torch.erf(z * 0.7071067811865476)) / 2", "activations"),
+    "gelu_tanh's cubic term": ("formulas", "slope = (one + square * number(3 * cubic, z))", "slope = (one + square * number(2 * cubic, z))"),
     "formula text": ("formulas", '"g*(1 - a**2)"', '"g*(1 - a)**2"', "activations"),
     "bce: G′ not cancelled": (
         "formulas",
