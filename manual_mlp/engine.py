@@ -18,7 +18,7 @@ from manual_mlp import formulas as sheet
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
-from manual_mlp.layers import Layer, cost_of, weigh
+from manual_mlp.layers import Layer, cost_of, layers_of, weigh
 from manual_mlp.network import check_batch, check_labels, net_of
 from manual_mlp.plan import SHAPE, Plan, Stage
 
@@ -172,7 +172,7 @@ class _Plan(Plan):
         """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}) → a^{l+1}. None as a^l is the input."""
         product: Call = torch.mm
         if bias is not None:  # expanded here, not by addmm at each call; but a GPU's addmm adds a vector as it goes
-            rows = bias if self.fixed else bias.expand(stage.z.shape)
+            rows = bias if self.fixed and not stage.turned else bias.expand(stage.z.shape)
             product = partial(torch.addmm, rows.t() if stage.turned else rows)
         affine: Call
         if stage.turned:
@@ -374,12 +374,16 @@ class BackpropEngine:
         self._no_drops = [0.0] * len(self._layers)
         self._groups = self.optimizer.param_groups
         self._plans: dict[object, _Plan] = {}
-        owned = [(of, name) for of in self._net.owners for name in ("weight", "bias") if of[name] is not None]
+        try:
+            owned = [(of, name) for of in self._net.owners for name in ("weight", "bias") if of[name] is not None]
+        except KeyError:
+            layers_of(self.model)  # a parametrization is refused by name
+            raise
         self._owners, self._names = zip(*owned, strict=True)
         self._owned = [of[name] for of, name in owned]
         self._weights = [layer.weight for layer in self._layers]
+        # Of contiguous tensors the strides follow from the shape.
         self._lie: Call = Tensor.is_contiguous if all(map(Tensor.is_contiguous, self._owned)) else Tensor.stride
-        self._state = self._state_now()
         # On CUDA a step is one graph.
         self._fixed = self._fixed or self._owned[0].is_cuda
         group_of = {id(parameter): i for i, group in enumerate(self._groups) for parameter in group["params"]}
@@ -393,6 +397,7 @@ class BackpropEngine:
             for parameter, gradient in zip((layer.weight, layer.bias), p.gradient, strict=True)
             if parameter is not None and gradient is not None
         ]
+        self._state = self._state_now()  # last: after a refusal the next step asks again
 
     def _read(self, layer: Layer, group_of: dict[int, int]) -> _Parameters:
         """One layer's tensors, made outside inference mode: gradients and parameters are ordinary ones."""

@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from manual_mlp import formulas as sheet
 from manual_mlp import functional, functions, modules
@@ -47,7 +46,6 @@ class Net:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.handles = RemovableHandle.next_id
         self.layers = layers_of(model)
         self.steps = [_step(layer.row, layer.parameters) for layer in self.layers]
         self.owners = [layer.affine._parameters for layer in self.layers]
@@ -58,8 +56,8 @@ class Net:
         # What is kept for a model must not keep the model itself, but what it is made of.
         self.children = tuple(model._modules.values())
         everything = list(model.modules())
-        self.parents = [module._modules for module in everything if module._modules]
-        self.modules = [*chain.from_iterable(map(dict.values, self.parents))]
+        self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential)]
+        self.modules = self._modules_now()
         self.hooks = [hooks for module in everything for hooks in hooks_of(module)]
         kinds = modules.ACTIVATION_MODULES
         self.adjustable = [m for m in everything if type(m) in kinds and hasattr(m, "__constants__")]
@@ -67,14 +65,13 @@ class Net:
 
     def changed(self) -> bool:
         """Whether the model has other layers than it had, other activations, or hooks."""
-        handles = RemovableHandle.next_id
-        if handles != self.handles:  # torch counts its hooks, which is quicker than to ask each module for some
-            if any(self.hooks):
-                return True
-            self.handles = handles
-        if [*chain.from_iterable(map(dict.values, self.parents))] != self.modules:
+        if any(self.hooks) or self._modules_now() != self.modules:
             return True
         return bool(self.adjustable) and [modules.activation_row(module) for module in self.adjustable] != self.rows
+
+    def _modules_now(self) -> list[Any]:
+        """All children in one list, after how many of them each parent has."""
+        return [*map(len, self.parents), *chain.from_iterable(map(dict.values, self.parents))]
 
     def at_once(
         self, key: Any, weighed: Weighed, target: Tensor, x: Tensor, parameters: Some, predictions: list[Tensor] | None

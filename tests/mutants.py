@@ -92,11 +92,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
         " if all(map(Tensor.is_contiguous, self._owned)) else Tensor.stride",
         "",
     ),
-    "a hook taken for seen": (
-        "network",
-        "            if any(self.hooks):\n                return True\n            self.handles = handles\n",
-        "            self.handles = handles\n            if any(self.hooks):\n                return True\n",
-    ),
+    "a layer moved to another parent": ("network", "*map(len, self.parents), ", ""),
     "plan: one δ in the place of the next": ("plan", "deltas[i % 2]", "deltas[0]"),
     "engine: W before δ": (
         "engine",

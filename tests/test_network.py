@@ -359,7 +359,7 @@ def test_notices_what_changes() -> None:
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_a_hook_is_noticed_whenever_it_comes(kind: str) -> None:
-    """After hooks of other modules too, which torch counts in the same number; and its removal."""
+    """After hooks of other modules too; and its removal."""
     model, (input, target) = net(), batch()
     engine = mm.BackpropEngine(model, torch.optim.SGD(model.parameters()))
 
@@ -380,6 +380,25 @@ def test_a_hook_is_noticed_whenever_it_comes(kind: str) -> None:
                 function(input, target)
     handle.remove()
     train()
+
+
+def test_a_layer_moved_or_added_within_nested_sequentials_is_noticed() -> None:
+    """Also where all children, one after another, stay the same; and in a Sequential that was empty."""
+    inner, empty = nn.Sequential(nn.Linear(5, 5)), nn.Sequential()
+    model = nn.Sequential(inner, nn.Linear(5, 5), empty).double()
+    engine = mm.BackpropEngine(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    input, target = torch.randn(4, 5, dtype=double), torch.rand(4, 5, dtype=double)
+
+    def same() -> None:
+        expected = F.quadratic_loss(model(input), target)
+        torch.testing.assert_close(network_loss(model, input, target), expected)
+        torch.testing.assert_close(engine.step(input, target), expected.detach())
+
+    same()
+    inner.insert(0, model.pop(1))
+    same()
+    empty.append(nn.Tanh())
+    same()
 
 
 def test_a_batch_checked_once_is_checked_again_when_something_else_comes() -> None:
