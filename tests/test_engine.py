@@ -502,6 +502,16 @@ def test_a_changed_model_is_noticed() -> None:
     torch.testing.assert_close(engine.step(x, y), expected.detach())
 
 
+def test_a_refusal_is_no_consent() -> None:
+    """A parameter that the optimizer does not know is refused at the next step too."""
+    model, (x, y) = net("tanh"), batches()[0]
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    model[0].weight = nn.Parameter(model[0].weight.detach() + 1)
+    for _ in range(2):
+        with pytest.raises(mm.InputError, match="expected an optimizer over the model's parameters"):
+            engine.step(x, y)
+
+
 def replaced(model: Any) -> None:
     model[1].weight = nn.Parameter(model[1].weight.detach().clone())
 

@@ -124,6 +124,15 @@ def test_class_indices_and_batches_of_several_sizes() -> None:
     assert_equal_training(net("cross_entropy"), data=data, loss="cross_entropy")
 
 
+def test_a_layer_that_lies_by_columns() -> None:
+    """As one does that was trained on a GPU and then moved: 2 to 31 neurons and 32 rows or more."""
+    ours, theirs = net(), net()
+    input, target = torch.randn(40, 4, dtype=double), torch.rand(40, 3, dtype=double)
+    engine, plain = fixed_engine(ours, sgd(ours.parameters())), BackpropEngine(theirs, sgd(theirs.parameters()))
+    for _ in range(3):
+        torch.testing.assert_close(engine.step(input, target), plain.step(input, target), rtol=1e-12, atol=0)
+
+
 def test_without_bias_and_with_dropout() -> None:
     assert_equal_training(net(bias=False), by_name("decay"))
     assert_equal_training(net(dropout=0.3))
