@@ -385,7 +385,7 @@ def test_a_hook_is_noticed_whenever_it_comes(kind: str) -> None:
 def test_a_layer_moved_or_added_within_nested_sequentials_is_noticed() -> None:
     """Also where all children, one after another, stay the same; and in a Sequential that was empty."""
     inner, empty = nn.Sequential(nn.Linear(5, 5)), nn.Sequential()
-    model = nn.Sequential(inner, nn.Linear(5, 5), empty).double()
+    model = nn.Sequential(empty, inner, nn.Linear(5, 5)).double()
     engine = mm.BackpropEngine(model, torch.optim.SGD(model.parameters(), lr=0.0))
     input, target = torch.randn(4, 5, dtype=double), torch.rand(4, 5, dtype=double)
 
@@ -395,7 +395,7 @@ def test_a_layer_moved_or_added_within_nested_sequentials_is_noticed() -> None:
         torch.testing.assert_close(engine.step(input, target), expected.detach())
 
     same()
-    inner.insert(0, model.pop(1))
+    inner.insert(0, model.pop(2))
     same()
     empty.append(nn.Tanh())
     same()
