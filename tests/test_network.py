@@ -383,9 +383,9 @@ def test_a_hook_is_noticed_whenever_it_comes(kind: str) -> None:
 
 
 def test_a_layer_moved_or_added_within_nested_sequentials_is_noticed() -> None:
-    """Also where all children, one after another, stay the same; and in a Sequential that was empty."""
-    inner, empty = nn.Sequential(nn.Linear(5, 5)), nn.Sequential()
-    model = nn.Sequential(empty, inner, nn.Linear(5, 5)).double()
+    """Also where all children, one after another, stay the same; and to a Sequential that was empty."""
+    inner = nn.Sequential(nn.Linear(5, 5))
+    model = nn.Sequential(inner, nn.Linear(5, 5)).double()
     engine = mm.BackpropEngine(model, torch.optim.SGD(model.parameters(), lr=0.0))
     input, target = torch.randn(4, 5, dtype=double), torch.rand(4, 5, dtype=double)
 
@@ -395,7 +395,12 @@ def test_a_layer_moved_or_added_within_nested_sequentials_is_noticed() -> None:
         torch.testing.assert_close(engine.step(input, target), expected.detach())
 
     same()
-    inner.insert(0, model.pop(2))
+    inner.insert(0, model.pop(1))
+    same()
+    inner.insert(1, nn.Tanh())
+    same()
+    empty = nn.Sequential()
+    model.append(empty)
     same()
     empty.append(nn.Tanh())
     same()
