@@ -381,7 +381,6 @@ class BackpropEngine:
             raise
         self._owners, self._names = zip(*owned, strict=True)
         self._owned = [of[name] for of, name in owned]
-        self._weights = [layer.weight for layer in self._layers]
         # Of contiguous tensors the strides follow from the shape.
         self._lie: Call = Tensor.is_contiguous if all(map(Tensor.is_contiguous, self._owned)) else Tensor.stride
         # On CUDA a step is one graph.
@@ -416,6 +415,12 @@ class BackpropEngine:
         first = parameters[0]
         if any(p.dtype != first.dtype or p.device != first.device or not p.is_floating_point() for p in parameters):
             raise InputError("expected parameters of one floating-point dtype on one device: call model.to() with both")
+        for layer in self._layers:
+            if layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]:
+                raise InputError(
+                    f"expected a bias of shape {tuple(layer.weight.shape[:1])}, a number for each row of the weight; "
+                    f"got {tuple(layer.bias.shape)} in {layer.affine}: cut both alike"
+                )
         if len({parameter.data_ptr() for parameter in parameters}) < len(parameters):
             raise InputError("expected layers with parameters of their own; got tied ones: train them by their layers")
         if self.compute_dtype is not None and (self.compute_dtype, first.dtype) != (torch.bfloat16, torch.float32):
@@ -467,7 +472,7 @@ class BackpropEngine:
         return [
             *map(id, map(dict.get, self._owners, self._names)),
             *map(Tensor.data_ptr, owned),
-            *map(SHAPE, self._weights),
+            *map(SHAPE, owned),
             *map(self._lie, owned),
             *map(_TRAINED, owned),
         ]

@@ -86,7 +86,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {
     "at once: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients"),
     "at once: 1/N forgotten": ("network", "        self.delta.mul_(self.delta_weight)\n", ""),
     "at once: a cut parameter": ("network", " or list(map(SHAPE, weights)) != plan.shapes", ""),
-    "engine: a cut parameter": ("engine", "            *map(SHAPE, self._weights),\n", ""),
+    "engine: a cut parameter": ("engine", "            *map(SHAPE, owned),\n", ""),
     "engine: a parameter turned at its place": (
         "engine",
         " if all(map(Tensor.is_contiguous, self._owned)) else Tensor.stride",

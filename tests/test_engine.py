@@ -512,6 +512,17 @@ def test_a_refusal_is_no_consent() -> None:
             engine.step(x, y)
 
 
+def test_a_bias_cut_alone_is_refused_before_anything_is_trained() -> None:
+    model, (x, y) = net("tanh"), batches()[0]
+    engine = BackpropEngine(model, sgd(model.parameters()))
+    engine.step(x, y)
+    model[0].bias.data = model[0].bias.data[:1]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(mm.InputError, match=r"expected a bias of shape \(5,\)"):
+        engine.step(x, y)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def replaced(model: Any) -> None:
     model[1].weight = nn.Parameter(model[1].weight.detach().clone())
 
