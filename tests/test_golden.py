@@ -1,0 +1,44 @@
+"""What version 0.1 computed, to the bit: every way to train, and the checkpoints it wrote."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import golden
+
+RECORDED, OF_CHECKPOINTS = golden.recorded(), golden.recorded(golden.OF_CHECKPOINTS)
+
+
+@pytest.fixture(autouse=True)
+def _as_in_production(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back what conftest.py sets for every test: the values were recorded without it."""
+    monkeypatch.undo()
+
+
+def skip_elsewhere(content: dict) -> None:
+    if reason := golden.elsewhere(content["machine"]):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(("backprop", "dtype"), golden.groups())
+def test_same_parameters_after_20_steps(backprop: str, dtype: str) -> None:
+    skip_elsewhere(RECORDED)
+    lines = golden.differences(RECORDED[f"{backprop} {dtype}"], golden.computed(backprop, dtype))
+    assert not lines, f"{len(lines)} cells of {backprop} {dtype} differ:\n" + "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", golden.CHECKPOINTS)
+class TestCheckpointOf01:
+    def test_predicts(self, name: str) -> None:
+        expected, found = OF_CHECKPOINTS[name]["predicted"], golden.predicted(name)
+        assert found.keys() == expected.keys()
+        for who, numbers in expected.items():
+            torch.testing.assert_close(torch.tensor(found[who]), torch.tensor(numbers), rtol=1e-5, atol=1e-6)
+        if not golden.elsewhere(OF_CHECKPOINTS["machine"]):
+            assert found == expected
+
+    def test_goes_on(self, name: str, tmp_path: Path) -> None:
+        sha = golden.resumed(name, tmp_path)
+        skip_elsewhere(OF_CHECKPOINTS)
+        assert sha == OF_CHECKPOINTS[name]["resumed"]
