@@ -1,56 +1,61 @@
-"""The multi-layer perceptron for PyTorch, every derivative written by hand."""
+"""The multi-layer perceptron for PyTorch, every derivative written by hand.
 
-from manual_mlp import functional, testing
-from manual_mlp.convert import convert, left_alone, revert
-from manual_mlp.engine import BackpropEngine
-from manual_mlp.errors import InputError
-from manual_mlp.modules import (
-    GELU,
-    MLP,
-    Affine,
-    AffineActivation,
-    BCEWithLogitsLoss,
-    CrossEntropyLoss,
-    Dropout,
-    Identity,
-    LeakyReLU,
-    MSELoss,
-    QuadraticLoss,
-    ReLU,
-    Sigmoid,
-    SiLU,
-    Softplus,
-    Tanh,
-)
-from manual_mlp.perceptron import Perceptron
-from manual_mlp.trace import Trace, trace
+Importing the package brings nothing else, not even torch: the first name that is used does (PEP 562).
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manual_mlp import functional as functional
+    from manual_mlp import network as network
+    from manual_mlp import plots as plots
+    from manual_mlp import testing as testing
+    from manual_mlp.conversion import convert as convert
+    from manual_mlp.conversion import left_alone as left_alone
+    from manual_mlp.conversion import revert as revert
+    from manual_mlp.engine import BackpropEngine as BackpropEngine
+    from manual_mlp.errors import InputError as InputError
+    from manual_mlp.modules import *  # noqa: F403
+    from manual_mlp.perceptron import Perceptron as Perceptron
+    from manual_mlp.tracing import Trace as Trace
+    from manual_mlp.tracing import trace as trace
+    from manual_mlp.training.predict import Predictor as Predictor
 
 __version__ = "0.1.0"
-__all__ = [
-    "GELU",
-    "MLP",
-    "Affine",
-    "AffineActivation",
-    "BCEWithLogitsLoss",
-    "BackpropEngine",
-    "CrossEntropyLoss",
-    "Dropout",
-    "Identity",
-    "InputError",
-    "LeakyReLU",
-    "MSELoss",
-    "Perceptron",
-    "QuadraticLoss",
-    "ReLU",
-    "SiLU",
-    "Sigmoid",
-    "Softplus",
-    "Tanh",
-    "Trace",
-    "convert",
-    "functional",
-    "left_alone",
-    "revert",
-    "testing",
-    "trace",
-]
+
+# The submodule of each public name; every public class of `modules` is one, too.
+_HOME = {
+    **dict.fromkeys(("convert", "left_alone", "revert"), "conversion"),
+    **dict.fromkeys(("Trace", "trace"), "tracing"),
+    **{"BackpropEngine": "engine", "InputError": "errors", "Perceptron": "perceptron", "Predictor": "training.predict"},
+}
+_SUBMODULES = ("functional", "network", "plots", "testing")
+
+
+def _classes() -> dict[str, Any]:
+    """Return the public classes that `modules` defines."""
+    modules = import_module("manual_mlp.modules")
+    return {
+        name: value
+        for name, value in vars(modules).items()
+        if isinstance(value, type) and value.__module__ == modules.__name__ and not name.startswith("_")
+    }
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return sorted([*_HOME, *_SUBMODULES, *_classes()])
+    if not name.startswith("_"):
+        if name in _HOME:
+            return globals().setdefault(name, getattr(import_module(f"manual_mlp.{_HOME[name]}"), name))
+        if name[0].islower() and find_spec(f"manual_mlp.{name}"):
+            return import_module(f"manual_mlp.{name}")
+        if name in (classes := _classes()):
+            return globals().setdefault(name, classes[name])
+    raise AttributeError(f"module 'manual_mlp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__getattr__("__all__")]

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manual_mlp import functional, modules
-from manual_mlp.convert import convert
+from manual_mlp.conversion import convert
 from manual_mlp.engine import BackpropEngine
 from manual_mlp.errors import InputError
 from manual_mlp.network import network_loss

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from manual_mlp import formulas as sheet
-from manual_mlp.trace import SUPERSCRIPTS, TITLES, Trace
+from manual_mlp.tracing import SUPERSCRIPTS, TITLES, Trace
 
 PACKAGES = ("manual-mlp", "torch", "lightning", "hydra-core", "numpy", "scikit-learn", "matplotlib")
 LARGEST_SVG = 100_000  # bytes; a picture of more lines than that is smaller as PNG

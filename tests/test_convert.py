@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import manual_mlp as mm
-from manual_mlp.convert import FusedSequential
+from manual_mlp.conversion import FusedSequential
 from manual_mlp.testing.checks import nodes_of
 
 # The same formulas in another order of operations: a few eps of float64, on numbers of order 1.
@@ -495,7 +495,7 @@ def test_left_alone_and_reported_by_name(case: str, caplog: pytest.LogCaptureFix
     layer = make()
     model = nn.Sequential(OrderedDict(first=nn.Linear(3, 3), odd=layer))
     before = anatomy(layer)
-    with caplog.at_level(logging.WARNING, "manual_mlp.convert"):
+    with caplog.at_level(logging.WARNING, "manual_mlp.conversion"):
         mm.convert(model)
     assert anatomy(layer) == before
     assert type(model.first) is mm.Affine

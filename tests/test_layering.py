@@ -17,10 +17,10 @@ LAYERS = [
     ["functions"],
     ["functional"],
     ["modules"],
-    ["convert", "layers", "perceptron"],
+    ["conversion", "layers", "perceptron"],
     ["plan"],
     ["network"],
-    ["engine", "testing", "trace"],
+    ["engine", "testing", "tracing"],
     ["plots", "report"],
     ["training", "lecture"],
     ["benchmark"],
@@ -61,13 +61,45 @@ def test_imports_run_one_way(file: Path) -> None:
             assert (name, top) in ALLOWED, f"{name} imports {imported}"
 
 
-def test_import_brings_torch_and_nothing_heavier() -> None:
+def run_python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+
+def test_import_brings_nothing() -> None:
+    assert run_python("import sys, manual_mlp as mm; print('torch' in sys.modules, mm.__version__)").startswith("False")
+
+
+def test_the_first_name_brings_torch_and_nothing_heavier() -> None:
     heavy = ONLY_TRAINING | {"matplotlib", "pytest", "jax", "onnx"}
-    code = (
-        f"import sys, torch; before = set(sys.modules); import manual_mlp; print({heavy} & sys.modules.keys() - before)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout.strip() == "set()"
+    code = "import sys, torch; before = set(sys.modules); import manual_mlp as mm; mm.MLP, mm.trace, mm.BackpropEngine"
+    assert run_python(f"{code}; print({heavy} & sys.modules.keys() - before)") == "set()"
+
+
+def test_each_public_name_after_each_submodule() -> None:
+    """A submodule that bears a public function's name would replace it on import. Each fork starts without any."""
+    code = """
+import os, sys, torch, manual_mlp as mm
+from importlib import import_module
+from pkgutil import walk_packages
+found = [module.name for module in walk_packages(mm.__path__, "manual_mlp.")]
+names = [name for name in found if "training" not in name and "__main__" not in name]
+for name in names:
+    if (child := os.fork()) == 0:
+        import_module(name)
+        module = type(sys)
+        wrong = [n for n in mm.__all__ if isinstance(getattr(mm, n), module) != (n in mm._SUBMODULES)]
+        print(name, wrong, flush=True)
+        os._exit(bool(wrong))
+    assert os.waitpid(child, 0)[1] == 0, name
+print(len(names))
+"""
+    assert int(run_python(code).splitlines()[-1]) > 20
+
+
+def test_star_import_brings_the_public_names() -> None:
+    code = "import manual_mlp as mm; from manual_mlp import *; print(all(n in globals() for n in mm.__all__), MLP)"
+    assert run_python(code) == "True <class 'manual_mlp.modules.MLP'>"
 
 
 # Everything that needs only torch, but for what measures: found, not listed, so that a new file can't escape.

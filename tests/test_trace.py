@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import manual_mlp as mm
 from manual_mlp import formulas as sheet
-from manual_mlp.trace import WIDTH, _latex, steepest
+from manual_mlp.tracing import WIDTH, _latex, steepest
 
 double = torch.float64
 LOSSES = tuple(sheet.COSTS)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
 from manual_mlp.network import Layer, layers_of
-from manual_mlp.trace import up
+from manual_mlp.tracing import up
 
 EXPLODED = 1e9  # targets are standardised or 0 and 1, so a loss starts near 1
 EVERY = 50  # steps between two looks on a device that would have to wait for the number

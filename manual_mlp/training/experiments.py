@@ -9,7 +9,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from manual_mlp.plots import delta_by_layer, flow
-from manual_mlp.trace import trace
+from manual_mlp.tracing import trace
 from manual_mlp.training.flow import DeltaFlow
 from manual_mlp.training.sweep import read_runs
 

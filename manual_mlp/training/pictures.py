@@ -22,7 +22,7 @@ import manual_mlp as mm
 from manual_mlp import plots, report
 from manual_mlp.errors import InputError
 from manual_mlp.report import Picture
-from manual_mlp.trace import Trace
+from manual_mlp.tracing import Trace
 from manual_mlp.training.data import EVALUATION_BATCH, DataModule
 from manual_mlp.training.flow import ROWS, DeltaFlow, as_net_takes
 from manual_mlp.training.module import MLPModule

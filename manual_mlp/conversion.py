@@ -38,8 +38,8 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
     filter(module, qualified_name) chooses among the layers that could be converted; None takes them all.
     fuse: compute neighbouring Linear-activation pairs of an nn.Sequential as one node, where both are converted.
     Layers that can't be converted faithfully are left as they are and named, with the reason, in a warning of the
-    logger "manual_mlp.convert"; `left_alone` returns them. What a model's own forward calls as a function (torch.relu,
-    F.linear, the projections of nn.MultiheadAttention) is no module and stays torch's.
+    logger "manual_mlp.conversion"; `left_alone` returns them. What a model's own forward calls as a function
+    (torch.relu, F.linear, the projections of nn.MultiheadAttention) is no module and stays torch's.
     Raises InputError for a model that is no nn.Module and a filter that can't be called.
     """
     _check_module("convert", model)
