@@ -51,10 +51,10 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def test_every_preset_is_here_and_in_the_readme_and_help() -> None:
+def test_every_preset_is_here_and_on_its_page_and_in_the_help() -> None:
     names = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
     assert names == {*SHORT, *OTHERS}
-    for text in ((ROOT / "README.md").read_text(), (CONF / "config.yaml").read_text()):
+    for text in ((ROOT / "docs" / "lecture.md").read_text(), (CONF / "config.yaml").read_text()):
         assert all(name in text for name in names)
 
 
