@@ -1,11 +1,14 @@
 """The pages of the documentation, and their parts that code makes. `python -m tests.readme` writes these anew."""
 
+import ast
 import os
 import tempfile
 from collections.abc import Callable
 from contextlib import chdir
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import manual_mlp as mm
 from manual_mlp.formulas import ACTIVATIONS, SYMBOLS
 from manual_mlp.lecture import PAGE, executed
 
@@ -28,7 +31,70 @@ def formula_table() -> str:
     return "\n".join([*lines, "", notes, ""])
 
 
-PARTS: dict[str, Callable[[], str]] = {"formulas": formula_table}  # between <!-- name --> and <!-- /name -->
+def imports(file: Path) -> set[str]:
+    """Return the modules that a file imports, wherever in it, but for type checkers alone; `mm.MLP` is modules.py's."""
+    names: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    for node in nodes:  # which grows
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {_home(str(node.module), alias.name) for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "mm":
+            names.add(_home("manual_mlp", node.attr))
+    return names
+
+
+def _home(module: str, name: str) -> str:
+    """Return the module that `from module import name` takes the name from."""
+    path = ROOT / f"{module}.{name}".replace(".", "/")
+    if path.with_suffix(".py").exists() or path.is_dir():
+        return f"{module}.{name}"
+    return getattr(mm, name).__module__ if module == "manual_mlp" else module
+
+
+def house(folder: Path, package: str) -> str:
+    """Return a Mermaid graph of the files and packages in a folder: an arrow for each import that no others imply."""
+    names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    names -= {"__init__"}
+    uses: dict[str, set[str]] = {name: set() for name in names}
+    for file in folder.rglob("*.py"):
+        user = file.relative_to(folder).parts[0].removesuffix(".py")
+        for name in imports(file) if user in names else ():
+            used = name.removeprefix(f"{package}.").split(".")[0]
+            uses[user] |= {used} & names - {user} if name.startswith(f"{package}.") else set()
+
+    TopologicalSorter(uses).prepare()  # raises CycleError, which names the circle
+
+    def reached(name: str) -> set[str]:
+        return uses[name].union(*map(reached, uses[name]))
+
+    lines = []
+    for name in sorted(names, key=lambda name: (len(reached(name)), name)):
+        direct = uses[name] - set().union(*map(reached, uses[name]))
+        lines += [f"    {name} --> {' & '.join(sorted(direct))}" if direct else f"    {name}"]
+    return "\n".join(["```mermaid", "flowchart BT", *lines, "```", ""])
+
+
+def proofs() -> str:
+    """Return a table of the test files, each with what its docstring says that it asks."""
+    lines = ["| file | what it asks |", "|---|---|"]
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        asks = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+        lines.append(f"| `{file.stem}` | {' '.join(asks.split())} |")
+    return "\n".join([*lines, ""])
+
+
+# What stands between <!-- name --> and <!-- /name -->
+PARTS: dict[str, Callable[[], str]] = {
+    "formulas": formula_table,
+    "house": lambda: house(ROOT / "manual_mlp", "manual_mlp"),
+    "proofs": proofs,
+    "training": lambda: house(ROOT / "manual_mlp" / "training", "manual_mlp.training"),
+}
 
 
 def generated(name: str, folder: Path) -> str:

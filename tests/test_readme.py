@@ -3,13 +3,16 @@
 import importlib.util
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from matplotlib.image import imread
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 from tests.readme import PAGES, ROOT, generated, prepared
@@ -65,6 +68,13 @@ def test_make_targets_exist() -> None:
     named = set(re.findall(r"`make ([\w-]+)`", "\n".join(TEXTS.values())))
     named |= {word for command in COMMANDS if command.startswith("make") for word in command.split()[1:]}
     assert {"train", "test", "test-all"} <= named <= targets
+
+
+def test_workflow_runs_make_test_on_each_declared_python() -> None:
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]["test"]
+    declared = SpecifierSet(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
+    assert job["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in range(99) if f"3.{minor}" in declared]
+    assert job["steps"][-1]["run"].startswith("make test")
 
 
 def test_the_second_command_works_after_the_first() -> None:
