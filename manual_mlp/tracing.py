@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manual_mlp import formulas as sheet
+from manual_mlp import tables
 from manual_mlp.errors import InputError
 from manual_mlp.network import check_batch, cost_of, draw_masks, net_of
 
@@ -89,8 +90,8 @@ class Trace:
         return {title: self._text_step(title, lines) for title, lines in self._steps()}
 
     def __str__(self) -> str:
-        tables = [_text_table(table) for table in self._tables()]
-        return "\n\n".join([textwrap.fill(self._title(), WIDTH), *tables, *self._titled_steps()])
+        printed = map(tables.text, self._tables())
+        return "\n\n".join([textwrap.fill(self._title(), WIDTH), *printed, *self._titled_steps()])
 
     __repr__ = __str__
 
@@ -98,14 +99,14 @@ class Trace:
         """The same as tables of Markdown, and the steps as a block of text."""
         steps = "\n\n".join(self._titled_steps())
         return "\n\n".join(
-            [self._title(), *map(_markdown_table, self._tables())] + [f"```text\n{steps}\n```"] * bool(steps)
+            [self._title(), *map(tables.markdown, self._tables())] + [f"```text\n{steps}\n```"] * bool(steps)
         )
 
     _repr_markdown_ = to_markdown  # what a notebook shows
 
     def to_latex(self) -> str:
         """Arrays and, of small nets, an align* environment; for amsmath, MathJax and KaTeX."""
-        arrays = [f"\\[\n{_latex_table(table)}\n\\]" for table in self._tables()]
+        arrays = [f"\\[\n{tables.latex(_latex_cells(table))}\n\\]" for table in self._tables()]
         lines = []
         for title, step in self._steps():
             lines.append(rf"&\textbf{{{title}}}")
@@ -268,17 +269,6 @@ def _text_line(line: Line) -> str:
     return "\n".join(["   " + " = ".join(sides) + " =", *table])
 
 
-def _text_table(table: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in table)
-    return "\n".join(f"  {line}".rstrip() for line in lines)
-
-
-def _markdown_table(table: list[list[str]]) -> str:
-    header, *rows = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([header, "|" + "---|" * len(table[0]), *rows])
-
-
 def _latex(text: str) -> str:
     """Words as operators, superscripts as exponents, letters as commands."""
     text = re.sub(r"[A-Za-z_]{2,}", lambda m: rf"\operatorname{{{m[0]}}}".replace("_", r"\_"), text)
@@ -290,19 +280,15 @@ def _latex_sides(line: Line) -> list[str]:
     sides, rows = [_latex(side) for side in (line.formula, line.numbers) if side], _numbers(line.value)
     if line.value.numel() == 1:
         return sides if rows[0][0] in sides else [*sides, rows[0][0]]
-    body = r" \\ ".join(" & ".join(row) for row in rows)
-    return [*sides, rf"\begin{{pmatrix}} {body} \end{{pmatrix}}"]
+    return [*sides, tables.latex(rows, "pmatrix")]
 
 
-def _latex_table(table: list[list[str]]) -> str:
-    header = " & ".join(
-        _latex(cell).replace("^l", "^{l}") if cell != "saturated" else r"\text{saturated}" for cell in table[0]
-    )
-    rows = [
-        " & ".join(rf"\text{{{cell}}}" if cell and cell[0].isalpha() else cell.replace("%", r"\%") for cell in row)
-        for row in table[1:]
-    ]
-    return f"\\begin{{array}}{{{'l' * len(table[0])}}}\n" + " \\\\\n".join([header, *rows]) + "\n\\end{array}"
+def _latex_cells(table: list[list[str]]) -> Iterator[list[str]]:
+    """Yield the header as formulas, then rows in which words are text."""
+    header, *rows = table
+    yield [r"\text{saturated}" if cell == "saturated" else _latex(cell).replace("^l", "^{l}") for cell in header]
+    for row in rows:
+        yield [rf"\text{{{cell}}}" if cell[:1].isalpha() else cell.replace("%", r"\%") for cell in row]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ class TestRun:
 
     def test_summary_of_extreme_figures_fits(self) -> None:
         for value in (-1.2345e-30, 1.2345e30, -0.00012345, -12345.678):
-            lines = _table(dict.fromkeys(("train_loss", "test_loss", "test_rmse", "test_r2"), value))
+            lines = _table(dict.fromkeys(("train_loss", "test_loss", "test_rmse", "test_r2"), value)).splitlines()
             assert max(map(len, lines)) <= 60
             assert float(lines[0].split()[-1]) == pytest.approx(value, rel=0.03)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import lightning as L
 from torch.optim import Adam
 
+from manual_mlp import tables
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 
 WIDTH = 60
-NUMBER = 8  # columns of a figure
 IMBALANCED = 1.5  # times as many rows of the greatest class as of the smallest are worth a line
 MARGIN = 0.05  # a net that got less of the way from the largest class's share to 100 % has learned nothing
 FILES = (
@@ -32,7 +32,7 @@ FILES = (
 def summary(module: MLPModule, data: DataModule, facts: dict[str, str], figures: dict[str, float], metric: str) -> str:
     """facts: of `run_facts`. figures: by name, such as test_accuracy. metric: the one that the run returns."""
     lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
-    lines += ["", *_table({name: figures[name] for name in module.figure_names() if name in figures})]
+    lines += ["", _table({name: figures[name] for name in module.figure_names() if name in figures})]
     lines += [f"  {'returned':<12}{metric} {figures[metric]:.6g}"] if metric in figures else []
     return "\n".join(["", *lines, *_hint(module, data, figures)])
 
@@ -112,29 +112,18 @@ def _hint(module: MLPModule, data: DataModule, figures: dict[str, float]) -> lis
     return ["", _wrapped("  ", f"hint: {reason}; lower optimizer.lr{now}{other}")]
 
 
-def _table(figures: dict[str, float]) -> list[str]:
-    """One line per part: train loss, train accuracy; accuracies in per cent."""
-    lines = []
-    for part in ("train", "val", "test"):
-        kinds = [name.removeprefix(f"{part}_") for name in figures if name.startswith(f"{part}_")]
-        line = ""
-        for cell in (_cell(part, kind, figures[f"{part}_{kind}"]) for kind in kinds):
-            if len(f"  {line} {cell}".rstrip()) > WIDTH:
-                lines.append(f"  {line}".rstrip())
-                line = ""
-            line += f" {cell}" if line else cell
-        lines += [f"  {line}".rstrip()] if line else []
-    return lines
-
-
-def _cell(part: str, kind: str, value: float) -> str:
-    number = f"{100 * value:.2f} %" if kind == "accuracy" else _short(value)
-    return f"{f'{part} {kind}':<{len(f'train {kind}')}} {number:<{NUMBER}}"
-
-
-def _short(value: float) -> str:
-    """Four digits, fewer where they do not fit."""
-    return min((f"{value:{form}}" for form in (".4g", ".2e", ".1e")), key=lambda text: max(len(text), NUMBER))
+def _table(figures: dict[str, float]) -> str:
+    """Return a line for each part, such as train loss and train accuracy; more lines where 60 columns are too few."""
+    cells: dict[str, list[str]] = {}
+    for name, value in figures.items():
+        cells.setdefault(name.partition("_")[0], []).extend((name.replace("_", " ", 1), tables.figure(name, value)))
+    printed = ""
+    for most in range(max(map(len, cells.values()), default=0), 0, -2):
+        rows = [part[at : at + most] for part in cells.values() for at in range(0, len(part), most)]
+        printed = tables.text([row + [""] * (most - len(row)) for row in rows], gap=" ")
+        if tables.width(printed) <= WIDTH:
+            break
+    return printed
 
 
 def _wrapped(indent: str, text: str) -> str:

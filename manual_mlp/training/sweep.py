@@ -8,7 +8,6 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from manual_mlp import tables
 from manual_mlp.plots import sweep_figure
 from manual_mlp.training.config import explain
 
@@ -137,21 +137,15 @@ def table(runs: Sequence[Run], order: Sequence[Run], width: int = WIDTH) -> str:
     metric = next((run.metric for run in runs if run.metric), "")
     many, best = len(runs) > SHOWN and order, order[0] if order else None
     shown = order[:SHOWN] if many else runs
-    columns = [["  run", *(f"{'*' if run is best else ' '} {run.name}" for run in shown)]]
-    cells = [metric, *("failed" if run.error else number(metric, run.value) for run in shown)]
-    columns += [*_settings(shown, width - _width([*columns, cells])), cells]
-    others = [name for part in ("val", "test", "train") for name in _figures(runs) if name.startswith(part)]
-    for name in others:
-        cells = [name, *(number(name, run.figures[name]) if name in run.figures else "" for run in shown)]
+    first = ["  run", *(f"{'*' if run is best else ' '} {run.name}" for run in shown)]
+    values = [metric, *("failed" if run.error else tables.figure(metric, run.value) for run in shown)]
+    columns = [first, *_settings(shown, width - _width([first, values])), values]
+    for name in (name for part in ("val", "test", "train") for name in _figures(runs) if name.startswith(part)):
+        cells = [name, *(tables.figure(name, run.figures.get(name)) for run in shown)]
         if name != metric and _width([*columns, cells]) <= width:
             columns.append(cells)
     title = f"sweep of {len(runs)} runs" + (f", the best {len(shown)}" if many else "")
-    return "\n".join(["", title + (f" (* best {metric})" if best else ""), "", *_lines(columns)])
-
-
-def number(name: str, value: float) -> str:
-    """Accuracies in per cent, others in four digits."""
-    return f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4g}"
+    return "\n".join(["", title + (f" (* best {metric})" if best else ""), "", _printed(columns)])
 
 
 def _figures(runs: Sequence[Run]) -> dict[str, None]:
@@ -179,13 +173,9 @@ def _digits(value: str) -> str:
 
 
 def _width(columns: Sequence[Sequence[str]]) -> int:
-    return sum(max(len(line) for cell in column for line in cell.split("\n")) + len(GAP) for column in columns)
+    """Return the width of a printed table and of the gap before its next column."""
+    return tables.width(_printed(columns)) + len(GAP)
 
 
-def _lines(columns: Sequence[Sequence[str]]) -> list[str]:
-    widths = [_width([column]) for column in columns]
-    lines = []
-    for row in zip(*columns, strict=True):
-        for parts in zip_longest(*(cell.split("\n") for cell in row), fillvalue=""):
-            lines.append("".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
-    return lines
+def _printed(columns: Sequence[Sequence[str]]) -> str:
+    return tables.text(zip(*columns, strict=True), indent="", gap=GAP)
