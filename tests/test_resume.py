@@ -19,7 +19,6 @@ from manual_mlp.training import run as training
 from manual_mlp.training.backprop import BACKPROP
 from manual_mlp.training.divergence import where_it_began
 from manual_mlp.training.module import MLPModule
-from manual_mlp.training.resume import with_its_own_overrides
 from tests.configs import ROOT, configured
 from tests.killed import at
 
@@ -129,19 +128,6 @@ class TestGoesOn:
     def test_another_way_back(self, run, finished: Path) -> None:
         """The net and its optimizer are the same, whoever differentiates."""
         run("data=iris", "trainer.max_epochs=4", f"ckpt_path={finished}/last.ckpt", "backprop=engine")
-
-    def test_command_line(self, tmp_path: Path) -> None:
-        path = tmp_path / "a 'b'" / ".hydra" / "overrides.yaml"
-        path.parent.mkdir(parents=True)
-        path.write_text("- data=iris\n- optimizer.lr=2\n- ~logger\n- task=train\n- ckpt_path=old.ckpt\n")
-        given = ["-m", r"ckpt_path='" + str(tmp_path) + r"/a \'b\'/last.ckpt'", "optimizer.lr=3"]
-        added = ["data=iris", "~logger"]
-        folder = rf"hydra.run.dir='{tmp_path}/a \'b\''"
-        assert with_its_own_overrides(given) == [*added, folder, *given]
-        assert with_its_own_overrides([*given, "task=test"]) == [*added, *given, "task=test"]
-        assert with_its_own_overrides([*given, "hydra.run.dir=x"]) == [*added, *given, "hydra.run.dir=x"]
-        for alone in (["data=iris"], ["ckpt_path=nowhere/last.ckpt"], ["not an override"], [*given, "task=predict"]):
-            assert with_its_own_overrides(alone) == alone
 
     @pytest.mark.slow
     def test_train_py(self, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from manual_mlp.errors import InputError
+from manual_mlp.training.commands import for_the_shell, override, visible
 
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS[type(None)] = "null"
@@ -46,7 +47,7 @@ def one_sentence() -> Iterator[None]:
         sentence = explain(error)
         if sentence is None:
             raise
-        sys.exit(f"Error: {sentence}")
+        sys.exit(f"Error: {visible(sentence)}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -64,7 +65,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error)
     if isinstance(error, OverrideParseException):
-        return f"expected an override of the form key=value, but got {error.override!r}; mend it or quote it"
+        key, equals, value = str(error.override).partition("=")
+        quoted = f", for Hydra and the shell: {for_the_shell(override(key, value))}" if key and equals else ""
+        return f"expected an override of the form key=value, but got {error.override!r}; mend it or quote it{quoted}"
     if isinstance(error, ConfigCompositionException):
         return _unknown_key(error)
     if isinstance(error, MissingMandatoryValue):

@@ -1,0 +1,42 @@
+"""Command lines that run when pasted: quoted for Hydra, then for the shell, and harmless to look at."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.-]*", re.ASCII | re.IGNORECASE)
+
+
+def override(key: str, text: object) -> str:
+    """The override that gives `key` this text, whatever is in it: Hydra and OmegaConf read nothing else out of it."""
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(text))  # a bare ${ would begin an interpolation
+    return f"{key}={literal if PLAIN.fullmatch(literal) else QuotedString(literal, Quote.single).with_quotes()}"
+
+
+def command(*words: str) -> str:
+    """The shell's line that runs train.py, as it was called, with these arguments."""
+    script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+    return " ".join(for_the_shell(word) for word in ("python", script, *words))
+
+
+def visible(text: str) -> str:
+    """The text with control characters escaped, so that a terminal shows them and does not obey them."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter).strip("'") for letter in text)
+
+
+def for_the_shell(word: str) -> str:
+    """One word for any POSIX shell. printf, which all have, makes the characters that should not be printed as such."""
+    if word.isprintable():
+        return shlex.quote(word)
+    octal = "".join(
+        letter if letter.isprintable() and letter != "\\" else "".join(f"\\0{byte:03o}" for byte in _bytes(letter))
+        for letter in word
+    )
+    return f'"$(printf %b {shlex.quote(octal)})"'
+
+
+def _bytes(letter: str) -> bytes:
+    return letter.encode("utf-8", "surrogateescape")
