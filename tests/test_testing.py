@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,9 @@ def test_report_reads_well(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COLUMNS", str(columns))
         lines = str(report).splitlines()
         assert max(map(len, lines)) <= columns
-        assert sum(" passed" in line or " failed" in line or " n/a" in line for line in lines) >= len(CHECKS)
+        assert lines[0].startswith("halved: Wrong: first derivative")
+        outcomes = (" passed", " wrong", " unsafe", " unsupported", " n/a")
+        assert sum(any(outcome in line for outcome in outcomes) for line in lines) >= len(CHECKS)
         assert "Usual cause:" in str(report)
     with pytest.raises(testing.GradientError, match=r"halved: \d+ checks failed") as caught:
         report.raise_if_failed()
@@ -106,6 +109,8 @@ def test_pytest_helper_fails_and_skips() -> None:
         (torch.argmax, (torch.ones(3),), "returns a floating-point tensor"),
         (lambda x: x.detach(), (torch.ones(3),), "requires no gradient: is it detached"),
         (lambda x: x @ torch.ones(4), (torch.ones(3),), "to run on float64 copies of these inputs"),
+        (torch.log, (torch.tensor([1.0, -1.0]),), "inputs where log is finite"),
+        (torch.rsqrt, (torch.tensor([1.0, 0.0]),), "inputs where rsqrt is finite"),
     ],
 )
 def test_wrong_use(function: object, inputs: tuple[Tensor, ...], message: str) -> None:
@@ -156,9 +161,19 @@ class TestCommandLine:
     def test_on_a_users_function(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["torch:sigmoid", "--inputs", "tests.test_testing:make_inputs", "--reference", "torch:sigmoid"]
         assert main(arguments) == 0
-        assert "0 failed" in capsys.readouterr().out
+        assert capsys.readouterr().out.startswith("sigmoid: The derivative is right.\n")
         assert main(["tests.test_testing:halved", "--inputs", "tests.test_testing:make_inputs"]) == 1
         assert "Usual cause" in capsys.readouterr().out
+
+    def test_what_is_not_supported_fails_a_strict_run_alone(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "100")
+        arguments = ["tests.test_testing:WithoutJvp", "--inputs", "tests.test_testing:make_inputs"]
+        assert main(arguments) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first == "WithoutJvp: The derivative is right. Not supported: forward mode; torch.func.jvp."
+        assert main([*arguments, "--strict"]) == 1
 
     def test_mistakes_are_told(self, capsys: pytest.CaptureFixture[str]) -> None:
         for path in ("torch:sigmoyd", "nowhere:f", "torch"):
@@ -177,6 +192,170 @@ class TestCommandLine:
         command = [sys.executable, "-m", "manual_mlp.testing", "torch:sigmoid", "--inputs", f"{__name__}:make_inputs"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
+
+
+class WithoutJvp(torch.autograd.Function):
+    """Right, and without forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return g * x.cos().conj()
+
+
+class Cube(torch.autograd.Function):
+    """Right, in the old style, its input kept on ctx."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.x = x
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * g * ctx.x**2
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """Right, and its backward refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * g * (x**2).conj()
+
+
+class Broken(torch.autograd.Function):
+    """Its backward always raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError("not today")
+
+
+class Noisy(torch.autograd.Function):
+    """A random gradient behind a forward that is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 3 * g * x**2 * torch.rand_like(x)
+
+
+class TestLevels:
+    """What is wrong, unsafe or not supported, and what each means to somebody who asserts."""
+
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+
+    def test_a_right_function_in_the_old_style(self) -> None:
+        report = testing.check_gradients(Cube, self.x, lambda x: x**3)
+        right, unsafe, unsupported = report.verdict.removesuffix(".").split(". ")
+        assert right == "The derivative is right"
+        assert unsafe.startswith("Unsafe: saved tensors are guarded; saved tensors can be hooked")
+        assert unsupported == "Not supported: forward mode; torch.func.grad; torch.func.jvp; torch.func.vmap"
+        assert report["batched forward mode"].outcome == "n/a"
+        with pytest.raises(testing.GradientError, match=r"Cube: \d checks failed") as caught:
+            report.raise_if_failed()
+        assert "torch.func" not in str(caught.value)
+
+    def test_what_is_not_supported_is_no_failure(self) -> None:
+        report = testing.check_gradients(WithoutJvp, self.x, torch.sin)
+        assert report.verdict == "The derivative is right. Not supported: forward mode; torch.func.jvp."
+        report.raise_if_failed()
+        with pytest.raises(testing.GradientError, match="2 checks failed"):
+            report.raise_if_failed(strict=True)
+        assert {row.level for row in report.failed} == {"unsupported"}
+
+    def test_no_second_derivative(self) -> None:
+        report = testing.check_gradients(OnceDifferentiable, self.x, lambda x: x**3)
+        assert report["second derivative"].level == "unsupported"
+        assert report["second derivative, strided"].outcome == "n/a"
+        report.raise_if_failed()
+
+    def test_what_builds_on_a_wrong_derivative_is_not_asked(self) -> None:
+        """A second derivative that belongs to a wrong first one says nothing: NEWCOMER saw three rows pass."""
+        report = testing.check_gradients(lambda x: x.sin() - (x / 1000).sin().detach(), self.x)
+        assert report.verdict.startswith("Wrong: first derivative.")
+        built = [name for name, check in CHECKS.items() if check.needs]
+        assert {report[name].outcome for name in built} == {"n/a"}
+        assert report["torch.func.grad"].outcome == "passed"
+
+    def test_a_backward_that_raises(self) -> None:
+        report = testing.check_gradients(Broken, self.x)
+        assert report["first derivative"].level == "wrong"
+        assert "not today" in report["first derivative"].seen
+        assert {row.outcome for row in report.rows[1:]} == {"n/a"}
+        assert "the backward raises RuntimeError: not today" in report["float32"].seen
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: torch_functional.dropout(x, 0.5),
+            lambda x: x + torch.randn_like(x),
+            lambda x: x * torch.rand(()),
+            lambda x: torch_functional.rrelu(x - 5, training=True),
+            lambda x: x.sin() if torch.rand(()) < 0.5 else -x.sin(),
+            lambda x: x + x.sin() * (torch.rand(len(x), 1) < 0.9),  # stochastic depth
+            nn.Dropout(),
+            nn.Sequential(nn.Linear(2, 3), mm.Dropout(0.4), mm.Affine(3, 2)),
+            Noisy,
+        ],
+    )
+    def test_a_random_function(self, function: Any) -> None:
+        """Its rows blame no sign."""
+        torch.manual_seed(3)
+        report = testing.check_gradients(function, self.x)
+        text = "The derivative is not judged: the function is random: two runs on the same inputs differ."
+        assert report.verdict == f"{text} Unsafe: deterministic."
+        assert {row.outcome for row in report.rows if row.check != "deterministic"} == {"n/a"}
+        with pytest.raises(testing.GradientError, match="fix their seed"):
+            report.raise_if_failed()
+
+    def test_a_fixed_seed_is_not_random(self) -> None:
+        def dropout(x: Tensor) -> Tensor:
+            mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+            return mm.functional.dropout(x, 0.0) * mask.to(x.dtype) * 2
+
+        testing.check_gradients(dropout, self.x).raise_if_failed()
+
+    def test_the_pytest_helper(self) -> None:
+        lenient, strict = (
+            testing.gradient_tests(WithoutJvp, lambda: self.x, strict=strict) for strict in (False, True)
+        )
+        with pytest.raises(pytest.skip.Exception, match="unsupported: NotImplementedError"):
+            lenient("forward mode")
+        with pytest.raises(testing.GradientError, match="no jvp"):
+            strict("forward mode")
+        random = testing.gradient_tests(lambda x: x * torch.rand(()), lambda: self.x)
+        with pytest.raises(pytest.skip.Exception, match="the function is random"):
+            random("first derivative")
+        with pytest.raises(testing.GradientError):
+            random("deterministic")
 
 
 def make_inputs() -> tuple[Tensor, ...]:

@@ -307,6 +307,140 @@ def test_fault_is_caught(fault: str) -> None:
     assert row.outcome == "failed", f"{fault}: {check} {row.outcome}: {row.seen}"
     assert row.seen
     assert row.cause
+    assert row.level == LEVELS.get(fault, "wrong")
+
+
+# The level of each fault that is not wrong.
+LEVELS = {
+    **dict.fromkeys(
+        ["no jvp", "no vmap rule", "old style", "python branch", "no rows", "autocast"], "unsupported"
+    ),
+    **dict.fromkeys(
+        ["undefined gradient", "writes into g", "writes into its input", "tensors on ctx", "output on ctx",
+         "tensors on ctx, overwritten", "complex without conjugates",
+         "needs_input_grad ignored", "different each time", "bound to a thread", "float32 inside"],
+        "unsafe",
+    ),
+}  # fmt: skip
+
+
+def componentwise(G: Callable[..., Tensor], slope: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """G with a derivative of its own, as a Function."""
+    rules = {
+        "forward": lambda x: G(x),
+        "setup_context": lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        "backward": lambda ctx, g: g * slope(ctx.saved_tensors[0]),
+    }
+    members = {name: staticmethod(rule) for name, rule in rules.items()} | {"generate_vmap_rule": True}
+    return FunctionMeta("Componentwise", (Function,), members).apply  # type: ignore[attr-defined, no-any-return]
+
+
+def guarded_log(x: Tensor) -> Tensor:
+    if bool((x <= 0).any()):
+        raise ValueError("expected x > 0")
+    return x.log()
+
+
+def reciprocal_at(c: float) -> Callable[[Tensor], Tensor]:
+    """Its pole lies on, or beside, a point that is asked."""
+    return lambda x: 1 / (x - c)
+
+
+# Right functions that have no derivative somewhere from −30 to 30, and inputs where they have one.
+LIMITED: dict[str, tuple[Callable[..., Tensor], list[float]]] = {
+    **{name: (getattr(torch, name), [0.3, 0.7]) for name in
+       ("log", "log2", "log10", "log1p", "sqrt", "rsqrt", "asin", "acos", "atanh", "logit", "reciprocal", "lgamma",
+        "digamma", "erfinv", "tan", "abs", "floor", "frac", "sinc")},
+    **{name: (getattr(torch.special, name), [0.3, 0.7]) for name in ("entr", "ndtri", "log_ndtr")},
+    "acosh": (torch.acosh, [1.3, 2.7]),
+    "1/x²": (lambda x: x**-2, [0.3, 0.7]),
+    "√|x|": (lambda x: x.abs().sqrt(), [0.3, 0.7]),
+    "x log x": (lambda x: torch.special.xlogy(x, x), [0.3, 0.7]),
+    "log |x|": (lambda x: x.abs().log(), [0.3, 0.7]),
+    "√(1 − x²)": (lambda x: (1 - x * x).sqrt(), [0.3, 0.7]),
+    "exp x²": (lambda x: (x * x).exp(), [0.3, 0.7]),
+    "exp exp x": (lambda x: x.exp().exp(), [0.3, 0.7]),
+    "pole on a point": (reciprocal_at(0.51), [0.3, 0.7]),
+    "pole beside a point": (reciprocal_at(0.51 + 1e-4), [0.3, 0.7]),
+    "pole near a point": (reciprocal_at(0.51 + 3e-3), [0.3, 0.7]),
+    "kink on a point": (lambda x: torch.relu(x - 0.51), [0.3, 0.7]),
+    "kink beside a point": (lambda x: torch.relu(x - 0.51 - 3e-4), [0.3, 0.7]),
+    "jump beside a point": (lambda x: x + (x - 0.51 - 3e-4).sign(), [0.3, 0.7]),
+    "hardshrink": (torch.nn.functional.hardshrink, [0.3, 0.7]),
+    "hardswish": (torch.nn.functional.hardswish, [0.3, 0.7]),
+    "softplus, threshold 2": (lambda x: torch.nn.functional.softplus(x, 1.0, 2.01), [0.3, 0.7]),
+    "refuses": (guarded_log, [0.3, 0.7]),
+    "far away": (lambda x: (x - 100).sqrt(), [100.3, 100.7]),
+    "of this shape only": (lambda x: x.sin() * torch.tensor([1.0, 2.0], dtype=x.dtype), [0.3, 0.7]),
+    "wild": (lambda x: (1e5 * x * x).sin(), [1e-3, 2e-3]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIMITED)
+@pytest.mark.parametrize("reference", [False, True])
+def test_tails_of_a_limited_domain(name: str, reference: bool) -> None:
+    """A right function isn't blamed where it has no derivative (pytorch#76780)."""
+    function, x = LIMITED[name]
+    subject = testing.checks.Subject(name, function, (torch.tensor(x),), function if reference else None)
+    row = testing.checks.run("tails", subject)
+    assert row.outcome in ("passed", "n/a"), f"{row.seen} at {row.where}"
+    assert row.outcome == ("n/a" if name in ("refuses", "far away", "wild") else "passed")
+
+
+@pytest.mark.parametrize("name", ["log", "sqrt", "asin", "acosh", "logit", "reciprocal", "lgamma"])
+def test_a_limited_domain_passes_the_whole_battery(name: str) -> None:
+    function = getattr(torch, name)
+    x = torch.tensor([[1.3, 1.7], [2.2, 3.1]] if name == "acosh" else [[0.3, 0.7], [0.2, 0.4]])
+    report = testing.check_gradients(function, x, function)
+    report.raise_if_failed(strict=True)
+    assert report["tails"].outcome == "passed"
+
+
+@pytest.mark.parametrize(
+    ("G", "slope", "x"),
+    [
+        (torch.log, lambda x: 1 / x.clamp(min=0.1), [0.3, 0.7]),
+        (torch.log, lambda x: torch.where(x > 20, 0.05, 1 / x), [0.3, 0.7]),
+        (torch.sqrt, lambda x: 0.5 / (x + 1e-3 * (x > 25)).sqrt(), [0.3, 0.7]),
+        (torch.sqrt, lambda x: 0.5 / x.clamp(min=0.02).sqrt(), [0.3, 0.7]),
+        (torch.asin, lambda x: (1 - x * x).clamp(min=0.2).rsqrt(), [0.3, 0.7]),
+        (torch.acosh, lambda x: (x * x - 1).clamp(min=0.1).rsqrt(), [1.3, 2.7]),
+        (torch.logit, lambda x: 1 / (x * (1 - x)).clamp(min=0.02), [0.3, 0.7]),
+        (torch.reciprocal, lambda x: -1 / (x * x).clamp(max=400), [0.3, 0.7]),
+        (torch.reciprocal, lambda x: torch.where(x < -9, 1 / x**2, -1 / x**2), [0.3, 0.7]),
+        (torch.lgamma, lambda x: torch.where(x > 12, x.log(), x.digamma()), [0.3, 0.7]),
+        (torch.tan, lambda x: 1 + x.tan().clamp(-30, 30) ** 2, [0.3, 0.7]),
+        (torch.exp, lambda x: x.exp() * (1 + 1e-5 * (x > 5)), [0.3, 0.7]),
+        (torch.tanh, lambda x: 1 - x.tanh().clamp(-1 + 1e-6, 1 - 1e-6) ** 2, [0.3, 0.7]),
+        (torch.relu, lambda x: (x > 0) * (x < 6.0), [0.3, 0.7]),
+        (lambda x: torch.where(x > 0, x.sqrt(), 0), lambda x: 0.5 / x.sqrt(), [0.3, 0.7]),  # NaN where it is 0
+    ],
+)
+def test_a_wrong_tail_is_caught_in_a_limited_domain(
+    G: Callable[..., Tensor], slope: Callable[..., Tensor], x: list[float]
+) -> None:
+    subject = testing.checks.Subject("wrong", componentwise(G, slope), (torch.tensor(x),))
+    assert testing.checks.run("first derivative", subject).outcome == "passed"
+    row = testing.checks.run("tails", subject)
+    assert (row.outcome, row.level) == ("failed", "wrong")
+    assert row.where.startswith("z = ")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x - x.mean(),
+        lambda x: x.flip(0).cumsum(0).flip(0),
+        lambda x: x.cumsum(0),
+        lambda x: x + x[[1, 0, 3, 2]],
+        lambda x: x.sort().values,
+        lambda x: x / x.norm(),
+        lambda x: x * x[2],
+    ],
+)
+def test_tails_ask_componentwise_functions_alone(function: Callable[..., Tensor]) -> None:
+    x = torch.tensor([0.4, 0.1, 0.9, 0.2])
+    assert testing.checks.run("tails", testing.checks.Subject("mixes", function, (x,))).outcome == "n/a"
 
 
 def test_tail_is_caught() -> None:

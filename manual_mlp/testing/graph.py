@@ -1,4 +1,4 @@
-"""Whose nodes are in the graph of a model."""
+"""The nodes in the graph of a model, and the check that all are this package's."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -23,7 +23,7 @@ def _operation(name: str) -> str:
 
 
 def assert_manual_backward(model: Callable[..., Any], x: Any, allow: Collection[str] = ()) -> None:
-    """Fails if any node of the graph of model(x) is not one of this package's.
+    """Fail if any node of the graph of model(x) is not one of this package's.
 
     x: the input, or a tuple of inputs. Accumulation, views, copies and casts are allowed, and the nodes named in
     `allow`, such as "AddBackward0" for a residual connection. Raises AssertionError, listing the others.

@@ -1,22 +1,30 @@
-"""What a battery returns: one row a check, printed as a table."""
+"""The report of a battery: a verdict in one line, then one row a check, printed as a table."""
 
 import shutil
 import textwrap
 from dataclasses import dataclass
+from typing import Literal
 
-PASSED, FAILED, NOT_APPLICABLE = "passed", "failed", "n/a"
+FIRST, DETERMINISTIC = "first derivative", "deterministic"
+Level = Literal["", "wrong", "unsafe", "unsupported"]
+LEVELS: dict[Level, str] = {"wrong": "Wrong", "unsafe": "Unsafe", "unsupported": "Not supported"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One check: its outcome, what was seen, the worst error and where, and what usually causes a failure."""
+    """One check: its outcome, what was seen, the worst error and where, and what usually causes a failure.
+
+    level   the weight of a failure: "wrong", a wrong number comes out; "unsafe", something around it is written, kept,
+            wasted or fails; "unsupported", what torch's own layers can do and this function refuses, such as a jvp
+    """
 
     check: str
-    outcome: str
+    outcome: Literal["passed", "failed", "n/a"]
     seen: str = ""
     error: float | None = None
     where: str = ""
     cause: str = ""
+    level: Level = ""
 
 
 class GradientError(AssertionError):
@@ -25,40 +33,53 @@ class GradientError(AssertionError):
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one battery. Prints as a table; `raise_if_failed` makes it a test."""
+    """The rows of one battery. Prints as a verdict and a table; `raise_if_failed` makes it a test."""
 
     name: str
     rows: tuple[Row, ...]
 
     @property
     def failed(self) -> tuple[Row, ...]:
-        return tuple(row for row in self.rows if row.outcome == FAILED)
+        return tuple(row for row in self.rows if row.outcome == "failed")
 
     def __getitem__(self, check: str) -> Row:
         return next(row for row in self.rows if row.check == check)
 
-    def raise_if_failed(self) -> None:
-        """Raises GradientError with the rows that failed."""
-        if self.failed:
-            text = [line for row in self.failed for line in lines(row, 100)]
-            raise GradientError("\n".join([f"{self.name}: {len(self.failed)} checks failed", *text]))
+    def counted(self, strict: bool = False) -> tuple[Row, ...]:
+        """The failures that count: those at level "wrong" or "unsafe", with strict also "unsupported"."""
+        return tuple(row for row in self.failed if strict or row.level != "unsupported")
+
+    def raise_if_failed(self, strict: bool = False) -> None:
+        """Raise GradientError with the failures that count."""
+        if failed := self.counted(strict):
+            text = [line for row in failed for line in lines(row, 100)]
+            raise GradientError("\n".join([f"{self.name}: {len(failed)} checks failed", *text]))
+
+    @property
+    def verdict(self) -> str:
+        """The derivative is right, wrong or not judged; then what is unsafe, and what is not supported."""
+        levels = {level: "; ".join(row.check for row in self.failed if row.level == level) for level in LEVELS}
+        first, said = self[FIRST], [] if levels["wrong"] else ["The derivative is right."]
+        if first.outcome == "n/a":
+            said = [f"The derivative is not judged: {first.seen}."]
+        return " ".join([*said, *(f"{LEVELS[level]}: {checks}." for level, checks in levels.items() if checks)])
 
     def __str__(self) -> str:
         width = min(shutil.get_terminal_size().columns, 100)
-        return "\n".join([self.name, *(line for row in self.rows for line in lines(row, width)), self.totals()])
+        verdict = textwrap.wrap(f"{self.name}: {self.verdict}", width, subsequent_indent="  ")
+        return "\n".join([*verdict, *(line for row in self.rows for line in lines(row, width)), self.totals()])
 
     def totals(self) -> str:
-        count = {
-            outcome: sum(row.outcome == outcome for row in self.rows) for outcome in (PASSED, FAILED, NOT_APPLICABLE)
-        }
-        return f"{count[PASSED]} passed, {count[FAILED]} failed, {count[NOT_APPLICABLE]} not applicable"
+        found: list[str] = [row.level or row.outcome for row in self.rows]
+        counts = {name: found.count(name) for name in ("passed", *LEVELS, "n/a")}
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
 def lines(row: Row, width: int) -> list[str]:
     """A row as text; what a failure means goes below it."""
     error = "" if row.error is None else f"{row.error:.1e}"
-    text = [f"  {row.check:<32} {row.outcome:<6} {error:>8}".rstrip()]
-    if row.outcome != PASSED:
+    text = [f"  {row.check:<32} {row.level or row.outcome:<11} {error:>8}".rstrip()]
+    if row.outcome != "passed":
         for more in (row.seen, row.where and f"at {row.where}", row.cause and f"Usual cause: {row.cause}"):
             text += textwrap.wrap(more, width, initial_indent="      ", subsequent_indent="      ")
     return text
