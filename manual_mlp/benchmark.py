@@ -1,6 +1,6 @@
 """`python -m manual_mlp.benchmark`: µs per training step of the engine, the whole-net Function and the layers.
 
-Honest by construction: all contenders of a case run interleaved in one process, on the same batch, one thread and one
+Honest by construction: all contenders of a case run in turns in one process, on the same batch, one thread and one
 core, after a warm-up; medians stand beside their 20th and 80th percentiles, and the conditions above the table. A ratio
 is the median of the ratios within a round. A step is zero_grad, prediction, cost, gradients and update by SGD.
 "products" is the floor: the step's matrix products alone. An epoch's time is divided by its batches.
@@ -8,64 +8,63 @@ is the median of the ratios within a round. A step is zero_grad, prediction, cos
 
 import argparse
 import csv
-import importlib
 import importlib.util
 import math
 import operator
 import os
 import platform
+import re
 import statistics
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # scikit-learn's own
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
 
-from manual_mlp import functional, modules
+from manual_mlp import functional, modules, tables
 from manual_mlp.conversion import convert
 from manual_mlp.engine import BackpropEngine
 from manual_mlp.errors import InputError
 from manual_mlp.network import network_loss
 
 Step = Callable[[], Any]
+Times = dict[str, list[float]]
 
 
-@dataclass(frozen=True)
-class Net:
-    """Sizes of a sigmoid net with quadratic cost, and the rows of a batch."""
+class Case(NamedTuple):
+    """A sigmoid net with quadratic cost, by its sizes, and the rows of a batch."""
 
     name: str
     sizes: tuple[int, ...]
-    rows: int
+    batch: int
     device: str = "cpu"
 
 
-NETS = [
-    Net("784-30-10, 10", (784, 30, 10), 10),
-    Net("64-128-10, 64", (64, 128, 10), 64),
-    Net("784-256-128-10, 64", (784, 256, 128, 10), 64),
-    Net("784-512-512-10, 256", (784, 512, 512, 10), 256),
-    Net("1024-1024-1024-1024-10, 512", (1024, 1024, 1024, 1024, 10), 512),
-    Net("20 x 256-10, 128", (*[256] * 20, 10), 128),
+CASES = [
+    Case("784-30-10, 10", (784, 30, 10), 10),
+    Case("64-128-10, 64", (64, 128, 10), 64),
+    Case("784-256-128-10, 64", (784, 256, 128, 10), 64),
+    Case("784-512-512-10, 256", (784, 512, 512, 10), 256),
+    Case("1024-1024-1024-1024-10, 512", (1024, 1024, 1024, 1024, 10), 512),
+    Case("20 x 256-10, 128", (*[256] * 20, 10), 128),
 ]
 LAYERS = [(16, 64, 64), (64, 128, 128), (64, 256, 256), (256, 512, 512), (512, 1024, 1024)]
 WIDTHS = [64, 128, 256, 512, 1024, 2048, 4096]
-EPOCH_BATCHES = 32  # of train_epoch, whose time is divided by them
+EPOCH = 32  # batches; its time is divided by them
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of the results: times in µs; bytes of a step's new tensors, as `memory`."""
 
     case: str
@@ -75,8 +74,8 @@ class Row:
     high: float
     to_eager: float
     to_products: float
-    kept: int | None
-    peak: int | None
+    kept: int | None = None
+    peak: int | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,111 +83,74 @@ class Row:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plain_net(net: Net) -> nn.Sequential:
+def torch_net(case: Case) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [module for i, o in pairwise(net.sizes) for module in (nn.Linear(i, o), nn.Sigmoid())]
-    return nn.Sequential(*layers).to(net.device)
+    layers = [module for i, o in pairwise(case.sizes) for module in (nn.Linear(i, o), nn.Sigmoid())]
+    return nn.Sequential(*layers).to(case.device)
 
 
-def batch_of(net: Net, batches: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    rows = net.rows * batches
-    x, y = (
-        make(rows, n, generator=generator) for make, n in ((torch.randn, net.sizes[0]), (torch.rand, net.sizes[-1]))
-    )
-    return x.to(net.device), y.to(net.device)
+def batch_of(case: Case, batches: int = 1) -> tuple[Tensor, Tensor]:
+    generator, rows = torch.Generator().manual_seed(1), case.batch * batches
+    x, y = torch.randn(rows, case.sizes[0], generator=generator), torch.rand(rows, case.sizes[-1], generator=generator)
+    return x.to(case.device), y.to(case.device)
 
 
-def autograd_step(model: nn.Module, cost: Callable[[Tensor, Tensor], Tensor], net: Net) -> Step:
-    """cost(x, y) and the fused SGD of torch."""
+def autograd_step(model: nn.Module, cost: Callable[[Tensor, Tensor], Tensor], case: Case) -> Step:
+    """Return a step with cost(x, y) and torch's fused SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
-    x, y = batch_of(net)
+    x, y = batch_of(case)
 
-    def step() -> Tensor:
+    def step() -> None:
         optimizer.zero_grad()
-        loss = cost(x, y)
-        loss.backward()
+        cost(x, y).backward()
         optimizer.step()
-        return loss
 
     return step
 
 
-def eager(net: Net, bfloat16: bool = False, compiled: bool = False) -> Step:
-    """The cost of nn.Linear and nn.Sigmoid; bfloat16: products by autocast."""
-    model, loss = plain_net(net), nn.MSELoss()
+def eager(case: Case, bfloat16: bool = False, compiled: bool = False) -> Step:
+    """Return a step of nn.Linear and nn.Sigmoid. bfloat16: products by autocast."""
+    model, loss = torch_net(case), nn.MSELoss()
 
     def cost(x: Tensor, y: Tensor) -> Tensor:
         if not bfloat16:
             return loss(model(x), y)
-        with torch.autocast(net.device, torch.bfloat16):
+        with torch.autocast(case.device, torch.bfloat16):
             return loss(model(x).float(), y)
 
-    return autograd_step(model, torch.compile(cost) if compiled else cost, net)
+    return autograd_step(model, torch.compile(cost) if compiled else cost, case)
 
 
-def two_functions(net: Net) -> Step:
-    model = convert(plain_net(net), fuse=False)
-    return autograd_step(model, lambda x, y: functional.quadratic_loss(model(x), y), net)
+def layers(case: Case, fuse: bool) -> Step:
+    model = modules.MLP(case.sizes, device=case.device) if fuse else convert(torch_net(case), fuse=False)
+    return autograd_step(model, lambda x, y: functional.quadratic_loss(model(x), y), case)
 
 
-def fused_layers(net: Net) -> Step:
-    model = modules.MLP(net.sizes, device=net.device)
-    return autograd_step(model, lambda x, y: functional.quadratic_loss(model(x), y), net)
+def network(case: Case) -> Step:
+    model = torch_net(case)
+    return autograd_step(model, partial(network_loss, model), case)
 
 
-def network(net: Net) -> Step:
-    model = plain_net(net)
-    return autograd_step(model, partial(network_loss, model), net)
+def engine(case: Case, method: str = "step", **options: Any) -> Step:
+    """Return a call of an engine's method."""
+    model = torch_net(case)
+    call = getattr(BackpropEngine(model, torch.optim.SGD(model.parameters(), lr=0.01), **options), method)
+    return partial(call, *batch_of(case)) if method == "step" else partial(call, *batch_of(case, EPOCH), case.batch)
 
 
-def engine_of(net: Net, **arguments: Any) -> BackpropEngine:
-    model = plain_net(net)
-    return BackpropEngine(model, torch.optim.SGD(model.parameters(), lr=0.01), **arguments)
-
-
-def engine_step(net: Net) -> Step:
-    engine, (x, y) = engine_of(net), batch_of(net)
-    return lambda: engine.step(x, y)
-
-
-def engine_bfloat16(net: Net) -> Step:
-    engine, (x, y) = engine_of(net, compute_dtype=torch.bfloat16), batch_of(net)
-    return lambda: engine.step(x, y)
-
-
-def engine_epoch(net: Net) -> Step:
-    """A whole epoch of EPOCH_BATCHES batches, the gathering of their rows included."""
-    engine, (x, y) = engine_of(net), batch_of(net, EPOCH_BATCHES)
-    return lambda: engine.train_epoch(x, y, net.rows)
-
-
-def engine_batches(net: Net) -> Step:
-    """train_epoch's own loop over as many batches, their rows gathered before."""
-    engine, (x, y) = engine_of(net), batch_of(net)
-    rates = engine._rates()
-    plan = engine._planned(x, y, rates)
-    for data, chunk in zip((x, y), plan.chunk, strict=True):
-        chunk.copy_(data.repeat(len(plan.batches), 1))
-    batches = [plan.batches[index % len(plan.batches)] for index in range(EPOCH_BATCHES)]
-    steps = list(zip(batches, torch.empty(EPOCH_BATCHES, device=net.device).split(1), strict=True))
-    return lambda: engine._train(plan, steps, rates)
-
-
-def products(net: Net) -> Step:
-    """z = a Wᵀ + b, δ W and W := W + α δᵀ a of every layer, into tensors that are there, without an autograd."""
-    with torch.inference_mode():
-        on: Any = {"device": net.device}
-        weights = [torch.randn(o, i, **on) / math.sqrt(i) for i, o in pairwise(net.sizes)]
-        biases = [torch.zeros(o, **on) for o in net.sizes[1:]]
-        a = [batch_of(net)[0]] + [torch.randn(net.rows, n, **on) for n in net.sizes[1:]]
-        z, delta = ([torch.randn(net.rows, n, **on) for n in net.sizes] for _ in range(2))
-        turned, delta_t = [weight.t() for weight in weights], [d.t() for d in delta]
+def products(case: Case) -> Step:
+    """Return z = a Wᵀ + b, δ W and W := W + α δᵀ a for every layer, into tensors that are there, without autograd."""
+    with torch.inference_mode(), torch.device(case.device):
+        weights = [torch.randn(o, i) / math.sqrt(i) for i, o in pairwise(case.sizes)]
+        biases = [torch.zeros(o) for o in case.sizes[1:]]
+        a = [batch_of(case)[0]] + [torch.randn(case.batch, n) for n in case.sizes[1:]]
+        z, delta = ([torch.randn(case.batch, n) for n in case.sizes] for _ in range(2))
+        weights_t, delta_t = [weight.t() for weight in weights], [d.t() for d in delta]
 
     def step() -> None:
         with torch.inference_mode():
             for i in range(len(weights)):
-                torch.addmm(biases[i], a[i], turned[i], out=z[i + 1])
+                torch.addmm(biases[i], a[i], weights_t[i], out=z[i + 1])
             for i in range(len(weights) - 1, -1, -1):
                 if i:
                     torch.mm(delta[i + 1], weights[i], out=z[i])
@@ -197,16 +159,13 @@ def products(net: Net) -> Step:
     return step
 
 
-def jax_jit(net: Net) -> Step:
+def jax_jit(case: Case) -> Step:
     jax = importlib.import_module("jax")
-    jnp = importlib.import_module("jax.numpy")
-
-    weights = [layer.weight.detach().numpy() for layer in plain_net(net).children() if isinstance(layer, nn.Linear)]
-    parameters = [(jnp.asarray(weight), jnp.zeros(len(weight))) for weight in weights]
-    x, y = (jnp.asarray(data.numpy()) for data in batch_of(net))
+    parameters: Any = [jax.numpy.asarray(parameter.detach().numpy()) for parameter in torch_net(case).parameters()]
+    x, y = (jax.numpy.asarray(data.numpy()) for data in batch_of(case))
 
     def cost(parameters: Any, x: Any, y: Any) -> Any:
-        for weight, bias in parameters:
+        for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
             x = jax.nn.sigmoid(x @ weight.T + bias)
         return ((x - y) ** 2).sum() / (2 * len(x))
 
@@ -217,39 +176,44 @@ def jax_jit(net: Net) -> Step:
 
     def step() -> None:
         nonlocal parameters
-        loss, parameters = update(parameters, x, y)
-        jax.block_until_ready((loss, parameters))
+        parameters = jax.block_until_ready(update(parameters, x, y))[1]
 
     return step
 
 
-def sklearn_step(net: Net) -> Step:
+def sklearn_step(case: Case) -> Step:
     from sklearn.neural_network import MLPRegressor  # type: ignore[import-untyped]
 
-    x, y = (data.numpy() for data in batch_of(net))
-    plain = {"solver": "sgd", "momentum": 0, "alpha": 0, "batch_size": net.rows}
-    model = MLPRegressor(hidden_layer_sizes=net.sizes[1:-1], activation="logistic", **plain)
-    return lambda: model.partial_fit(x, y)
+    options: Any = {"activation": "logistic", "solver": "sgd", "momentum": 0, "alpha": 0, "batch_size": case.batch}
+    model = MLPRegressor(hidden_layer_sizes=case.sizes[1:-1], **options)
+    return partial(model.partial_fit, *(data.numpy() for data in batch_of(case)))
 
 
-CONTENDERS: dict[str, Callable[[Net], Step]] = {
-    "eager torch": eager,
-    "torch.compile": partial(eager, compiled=True),
-    "two Functions a layer": two_functions,
-    "fused layers": fused_layers,
-    "network Function": network,
-    "engine.step": engine_step,
-    "engine.train_epoch": engine_epoch,
-    "train_epoch, rows gathered": engine_batches,
-    "eager torch, bfloat16": partial(eager, bfloat16=True),
-    "torch.compile, bfloat16": partial(eager, bfloat16=True, compiled=True),
-    "engine.step, bfloat16": engine_bfloat16,
-    "JAX jit": jax_jit,
-    "scikit-learn": sklearn_step,
-    "products": products,
+class Contender(NamedTuple):
+    """Makes a step. short: its name in the README's table, where it has a column. batches: of a step."""
+
+    make: Callable[[Case], Step]
+    short: str = ""
+    batches: int = 1
+
+
+CONTENDERS = {
+    "eager torch": Contender(eager),
+    "torch.compile": Contender(partial(eager, compiled=True), "compile"),
+    "two Functions a layer": Contender(partial(layers, fuse=False), "2 Functions"),
+    "fused layers": Contender(partial(layers, fuse=True), "fused"),
+    "network Function": Contender(network, "network"),
+    "engine.step": Contender(engine, "step"),
+    "engine.train_epoch": Contender(partial(engine, method="train_epoch"), "", EPOCH),
+    "train_epoch, rows gathered": Contender(partial(engine, method="train_batches"), "epoch", EPOCH),
+    "eager torch, bfloat16": Contender(partial(eager, bfloat16=True)),
+    "torch.compile, bfloat16": Contender(partial(eager, bfloat16=True, compiled=True)),
+    "engine.step, bfloat16": Contender(partial(engine, compute_dtype=torch.bfloat16), "bf16"),
+    "JAX jit": Contender(jax_jit, "JAX"),
+    "scikit-learn": Contender(sklearn_step, "sklearn"),
+    "products": Contender(products),
 }
 EXTRAS = {"JAX jit": "jax", "scikit-learn": "sklearn"}  # on the CPU, where installed
-EPOCHS = ("engine.train_epoch", "train_epoch, rows gathered")
 MEMORY = ("eager torch", "two Functions a layer", "fused layers", "network Function", "engine.step")
 
 
@@ -258,51 +222,24 @@ MEMORY = ("eager torch", "two Functions a layer", "fused layers", "network Funct
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def interleaved(steps: dict[str, Step], seconds: float, device: str = "cpu") -> dict[str, list[float]]:
-    """µs per call of each, measured in turns for about so many seconds in all; ten rounds at least."""
-    wait = torch.cuda.synchronize if device == "cuda" else _nothing
-    repeats = {name: _repeats(step, wait) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def interleaved(steps: dict[str, Step], seconds: float) -> Times:
+    """Return µs per call of each, measured in turns for about so many seconds in all; ten rounds at least."""
+    options: Any = {"num_threads": torch.get_num_threads()}
+    timers = {name: Timer("step()", globals={"step": step}, **options) for name, step in steps.items()}
+    # as many calls as take a few milliseconds; each timeit begins with calls that bring its own data into the cache
+    repeats = {name: max(1, math.ceil(2e-3 / max(timer.timeit(3).mean, 1e-6))) for name, timer in timers.items()}
+    times: Times = {name: [] for name in steps}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 10:
-        for name, step in steps.items():
-            step()  # brings its own data back into the cache
-            wait()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                step()
-            wait()
-            times[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(repeats[name]).mean * 1e6)
     return times
 
 
-def _nothing() -> None:
-    """A CPU has done what it was called for."""
-
-
-def _repeats(step: Step, wait: Step) -> int:
-    """Calls that take a few milliseconds together; the first ones are the warm-up."""
-    for _ in range(3):
-        step()
-    wait()
-    start = time.perf_counter()
-    step()
-    wait()
-    return max(1, math.ceil(2e-3 / max(time.perf_counter() - start, 1e-6)))
-
-
-def percentiles(times: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
-    cuts = statistics.quantiles(times, n=5)
-    return statistics.median(times), cuts[0], cuts[-1]
-
-
 class _Allocated(TorchDispatchMode):
-    """Bytes of the tensors made under it that live at once: `peak`."""
+    """Counts the bytes of the tensors made under it that live now, the most at once, and when backward began."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = self.peak = 0
+    held = peak = begun = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -323,63 +260,45 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def memory(step: Step) -> tuple[int, int]:
-    """Bytes of a step's new tensors: what lives when the backward pass begins, and the most that lives at once.
+    """Return bytes of a step's new tensors: those that live when the backward pass begins, and the most at once.
 
     Buffers that were made once, and stay, are not among them.
     """
     step()
-    begun: list[int] = []
 
     def unpack(tensor: Tensor) -> Tensor:
-        begun.append(allocated.held)
+        allocated.begun = allocated.begun or allocated.held
         return tensor
 
     with _Allocated() as allocated, torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
         step()
-    return begun[0] if begun else 0, allocated.peak
+    return allocated.begun, allocated.peak
 
 
-def measure(net: Net, names: Iterable[str], seconds: float) -> list[Row]:
-    """One case: every contender that can be made here."""
+def results(case: str, times: Times, steps: dict[str, Step]) -> list[Row]:
+    """Return a row for each contender. A ratio is the median of those within a round, which no slow minute changes."""
+    rows = []
+    for name, values in times.items():
+        median, cuts = statistics.median, statistics.quantiles(values, n=5)
+        bases = (times.get(base) for base in ("eager torch", "products"))
+        ratios = [median(map(operator.truediv, values, base)) if base else math.nan for base in bases]
+        kept, peak = memory(steps[name]) if name in MEMORY and name in steps else (None, None)
+        rows.append(Row(case, name, median(values), cuts[0], cuts[-1], ratios[0], ratios[1], kept, peak))
+    return rows
+
+
+def measure(case: Case, names: Iterable[str], seconds: float) -> list[Row]:
+    """Measure every contender that can be made here."""
     torch.compiler.reset()  # after eight nets torch.compile would give up, and run them as they are
-    steps = {name: CONTENDERS[name](net) for name in names if _possible(name, net.device)}
-    bytes_of = {name: memory(step) for name, step in steps.items() if name in MEMORY}
-    times = interleaved(steps, seconds, net.device)
-    for name in times.keys() & set(EPOCHS):
-        times[name] = [t / EPOCH_BATCHES for t in times[name]]
-    return [
-        Row(
-            net.name,
-            name,
-            *percentiles(values),
-            ratio(values, times.get("eager torch")),
-            ratio(values, times.get("products")),
-            *bytes_of.get(name, (None, None)),
-        )
-        for name, values in times.items()
-    ]
-
-
-def ratio(times: list[float], to: list[float] | None) -> float:
-    """The median of the ratios within a round, which a machine that slows down for a while leaves alone."""
-    return math.nan if to is None else statistics.median(map(operator.truediv, times, to))
-
-
-def _possible(name: str, device: str) -> bool:
-    if name not in EXTRAS:
-        return True
-    return device == "cpu" and importlib.util.find_spec(EXTRAS[name]) is not None
+    here = {name for name, module in EXTRAS.items() if case.device == "cpu" and importlib.util.find_spec(module)}
+    steps = {name: CONTENDERS[name].make(case) for name in names if name not in EXTRAS.keys() - here}
+    times = interleaved(steps, seconds)
+    return results(case.name, {name: [t / CONTENDERS[name].batches for t in times[name]] for name in times}, steps)
 
 
 def measure_layer(sizes: tuple[int, int, int], seconds: float) -> list[Row]:
-    """One layer forward and backward, input gradient included: fused and as two Functions, beside nn's two."""
+    """Measure one layer forward and backward, with its input gradient: fused and as two Functions, beside nn's two."""
     rows, n_in, n_out = sizes
-    plain = nn.Sequential(nn.Linear(n_in, n_out), nn.Sigmoid())
-    contenders = {
-        "eager torch": plain,
-        "fused layers": modules.AffineActivation(n_in, n_out),
-        "two Functions a layer": nn.Sequential(modules.Affine(n_in, n_out), modules.Sigmoid()),
-    }
 
     def step_of(layer: nn.Module) -> Step:
         x, g = torch.randn(rows, n_in, requires_grad=True), torch.randn(rows, n_out)
@@ -391,32 +310,19 @@ def measure_layer(sizes: tuple[int, int, int], seconds: float) -> list[Row]:
 
         return step
 
-    steps = {name: step_of(layer) for name, layer in contenders.items()}
-    bytes_of = {name: memory(step) for name, step in steps.items()}
-    times = interleaved(steps, seconds)
-    case = f"layer {rows} x {n_in} x {n_out}"
-    return [
-        Row(case, name, *percentiles(values), ratio(values, times["eager torch"]), math.nan, *bytes_of[name])
-        for name, values in times.items()
-    ]
+    steps = {
+        "eager torch": step_of(nn.Sequential(nn.Linear(n_in, n_out), nn.Sigmoid())),
+        "fused layers": step_of(modules.AffineActivation(n_in, n_out)),
+        "two Functions a layer": step_of(nn.Sequential(modules.Affine(n_in, n_out), modules.Sigmoid())),
+    }
+    return results(f"layer {rows} x {n_in} x {n_out}", interleaved(steps, seconds), steps)
 
 
-def measure_training(seconds: float, *overrides: str) -> list[Row]:
-    """`train.py` beside a plain loop, whole trainings in turns, three of each at least; µs per step."""
+def measure_training(seconds: float) -> list[Row]:
+    """Measure `train.py` beside a plain loop: whole trainings in turns."""
     from manual_mlp.training import end_to_end  # which brings Lightning and Hydra
 
-    overrides = overrides or end_to_end.EXPERIMENT
-    steps, trainings = end_to_end.trainings(*overrides)
-    times: dict[str, list[float]] = {name: [] for name in trainings}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[end_to_end.PLAIN]) < 3:
-        for name, train in trainings.items():
-            times[name].append(train() / steps * 1e6)
-    case, plain = " ".join(overrides), times[end_to_end.PLAIN]
-    return [
-        Row(case, name, *percentiles(values), ratio(values, plain), math.nan, None, None)
-        for name, values in times.items()
-    ]
+    return results(" ".join(end_to_end.EXPERIMENT), end_to_end.interleaved(seconds, *end_to_end.EXPERIMENT), {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +332,7 @@ def measure_training(seconds: float, *overrides: str) -> list[Row]:
 
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """So many threads for torch and for NumPy's BLAS, and with one thread one core, which binds JAX's threads too."""
+    """Give torch and NumPy's BLAS so many threads, and a single thread one core, which binds JAX's threads too."""
     before = torch.get_num_threads()
     cores: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     torch.set_num_threads(threads)
@@ -442,34 +348,31 @@ def pinned(threads: int) -> Iterator[None]:
 
 
 def conditions(cuda: bool) -> str:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    card = f"{torch.cuda.get_device_name()}, " if cuda else ""
-    return (
-        f"{card}torch {torch.__version__}, Python {platform.python_version()}, {_processor()}, "
-        f"threads: {torch.get_num_threads()}, cores: {os.cpu_count()}, load {load}; float32, sigmoid, plain SGD"
-    )
+    card, cpuinfo = f"{torch.cuda.get_device_name()}, " if cuda else "", Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    processor = named[1].strip() if named else platform.processor() or platform.machine()
+    versions = f"{card}torch {torch.__version__}, Python {platform.python_version()}, {processor}"
+    threads = f"threads: {torch.get_num_threads()}, cores: {os.cpu_count()}, load {load}"
+    return f"{versions}, {threads}; float32, sigmoid, plain SGD"
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (named or [platform.processor() or platform.machine()])[0]
+def by_case(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """Return the rows by case and contender."""
+    cases = dict.fromkeys(row.case for row in rows)
+    return {case: {row.contender: row for row in rows if row.case == case} for case in cases}
 
 
 def table(rows: list[Row]) -> str:
-    """All that was measured, a line for each contender of each case."""
-    head = ("contender", "µs", "20 %", "80 %", "/ eager", "/ products", "kept", "peak")
-    lines = []
-    for case in dict.fromkeys(row.case for row in rows):
-        lines += ["", f"{case:26}" + "".join(f"{name:>11}" for name in head[1:])]
-        for row in rows:
-            if row.case == case:
-                times = [f"{value:.1f}" for value in (row.median, row.low, row.high)]
-                cells = [*times, _digits(row.to_eager), _digits(row.to_products), _size(row.kept), _size(row.peak)]
-                lines.append(f"{row.contender:26}" + "".join(f"{cell:>11}" for cell in cells))
-    return "\n".join(lines[1:])
+    """Return all that was measured, a line for each contender of each case."""
+    lines: list[list[str]] = []
+    for case, of in by_case(rows).items():
+        lines += [[""] * 8] * bool(lines) + [[case, "µs", "20 %", "80 %", "/ eager", "/ products", "kept", "peak"]]
+        for row in of.values():
+            times = [f"{value:.1f}" for value in row[2:5]]
+            lines.append([row.contender, *times, *map(_digits, row[5:7]), *map(_size, row[7:])])
+    return tables.text(lines, align="lrrrrrrr", indent="", gap="   ")
 
 
 def _digits(number: float) -> str:
@@ -480,79 +383,40 @@ def _size(size: int | None) -> str:
     return "" if size is None else f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} B"
 
 
-SHORT = {
-    "torch.compile": "compile",
-    "two Functions a layer": "2 Functions",
-    "fused layers": "fused",
-    "network Function": "network",
-    "engine.step": "step",
-    "train_epoch, rows gathered": "epoch",
-    "engine.step, bfloat16": "bf16",
-    "JAX jit": "JAX",
-    "scikit-learn": "sklearn",
-}
-
-
 def markdown(rows: list[Row]) -> str:
-    """A line for each case: eager torch in µs, the others relative to it, the engine also to the bare products."""
-    short = SHORT | {row.contender: row.contender for row in rows if row.contender not in CONTENDERS}  # of trainings
-    names = [name for name in short if any(row.contender == name for row in rows)]
-    floor = [name for name in ("engine.step", "train_epoch, rows gathered") if name in names]
-    head = ["net, batch", "eager, µs", *(short[name] for name in names), *(f"{short[n]}/products" for n in floor)]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for case in dict.fromkeys(row.case for row in rows):
-        of = {row.contender: row for row in rows if row.case == case}
+    """Return a line for each case: eager torch in µs, the others relative to it, the engine also to the products."""
+    measured = {row.contender for row in rows}
+    short = {name: contender.short for name, contender in CONTENDERS.items() if contender.short and name in measured}
+    short |= {row.contender: row.contender for row in rows if row.contender not in CONTENDERS}  # whole trainings
+    floor = [name for name in ("engine.step", "train_epoch, rows gathered") if name in short]
+    lines = [["net, batch", "eager, µs", *short.values(), *(f"{short[name]}/products" for name in floor)]]
+    for case, of in by_case(rows).items():
         eager_time = f"{of['eager torch'].median:.0f}" if "eager torch" in of else ""
-        cells = [_digits(of[name].to_eager) if name in of else "" for name in names]
+        cells = [_digits(of[name].to_eager) if name in of else "" for name in short]
         lines.append([case, eager_time, *cells, *(_digits(of[name].to_products) for name in floor)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tables.markdown(lines, align="l" + "r" * (len(lines[0]) - 1))
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def write_plot(rows: list[Row], path: Path) -> None:
-    """Bars of time relative to eager torch, a group for each case."""
+def write_plot(rows: list[Row], path: Path, widths: bool) -> None:
+    """Draw times relative to eager torch, case by case; of --widths µs of a step, a line for each device."""
     from matplotlib.figure import Figure
 
-    cases, contenders = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("case", "contender"))
-    figure = Figure(figsize=(2 + 1.6 * len(cases), 4), layout="constrained")
+    lines: dict[str, list[tuple[str, float]]] = {}
+    for row in rows:
+        case, _, device = row.case.partition(" on ")
+        lines.setdefault(f"{row.contender} {device}", []).append((case, row.median if widths else row.to_eager))
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(contenders)
-    for index, contender in enumerate(contenders):
-        of = {row.case: row.to_eager for row in rows if row.contender == contender}
-        places = [place + (index - len(contenders) / 2 + 0.5) * width for place, case in enumerate(cases) if case in of]
-        axes.bar(places, [of[case] for case in cases if case in of], width, label=contender)
-    axes.axhline(1, color="black", linewidth=0.5)
-    axes.set_ylabel("time / eager torch")
-    axes.set_xticks(range(len(cases)), cases, rotation=20, fontsize=7)
-    axes.legend(fontsize=7)
-    figure.savefig(path)
-
-
-def write_sweep(rows: list[Row], path: Path) -> None:
-    """µs of a step over the width of the net, a line for each contender and device."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for device in dict.fromkeys(row.case.split()[-1] for row in rows):
-        of = [row for row in rows if row.case.endswith(device)]
-        for contender in dict.fromkeys(row.contender for row in of):
-            points = [(int(row.case.split()[1]), row.median) for row in of if row.contender == contender]
-            axes.loglog(*zip(*points, strict=True), marker="o", label=f"{contender}, {device}")
-    axes.set_xlabel("neurons of each hidden layer")
-    axes.set_ylabel("µs for a step")
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), "o-" if widths else "o", label=label)
+    axes.set(ylabel="µs for a step", yscale="log") if widths else axes.set(ylabel="time / eager torch")
+    axes.tick_params("x", rotation=20, labelsize=7)
     axes.legend(fontsize=7)
     figure.savefig(path)
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
-    """Measures what the arguments choose, prints the table, and returns its rows."""
+    """Measure what the arguments choose, print the table, and return its rows."""
     options = _options(arguments)
     rows: list[Row] = []
     with pinned(options.threads):
@@ -563,9 +427,10 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             print(f"{rows[-1].case} done", file=sys.stderr)
     print(f"{stated}.\n\n{markdown(rows) if options.markdown else table(rows)}")
     if options.csv:
-        write_csv(rows, options.csv)
+        with options.csv.open("w", newline="") as file:
+            csv.writer(file).writerows([Row._fields, *rows])
     if options.plot:
-        (write_sweep if options.widths else write_plot)(rows, options.plot)
+        write_plot(rows, options.plot, options.widths)
     return rows
 
 
@@ -587,24 +452,23 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         raise InputError(f"expected contenders among {'; '.join(CONTENDERS)}. Got {'; '.join(sorted(unknown))}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("expected a CUDA device for --device cuda; torch finds none: leave --device out")
-    if not any(options.nets in net.name for net in NETS):
-        raise InputError(f"expected --nets in one of {'; '.join(net.name for net in NETS)}; got {options.nets!r}")
+    if not any(options.nets in case.name for case in CASES):
+        raise InputError(f"expected --nets in one of {'; '.join(case.name for case in CASES)}; got {options.nets!r}")
     if options.threads < 1:
         raise InputError(f"expected at least one of --threads; got {options.threads}")
     return options
 
 
 def _cases(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
-    seconds, names = options.seconds, options.contenders or list(CONTENDERS)
     if options.end_to_end:
-        return [partial(measure_training, seconds)]
+        return [partial(measure_training, options.seconds)]
     if options.layers:
-        return [partial(measure_layer, sizes, seconds) for sizes in LAYERS]
-    nets = [replace(net, device=options.device) for net in NETS if options.nets in net.name]
+        return [partial(measure_layer, sizes, options.seconds) for sizes in LAYERS]
+    cases = [case._replace(device=options.device) for case in CASES if options.nets in case.name]
     if options.widths:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-        nets = [Net(f"width {n} on {device}", (n, n, n, 10), 256, device) for device in devices for n in WIDTHS]
-    return [partial(measure, net, names, seconds) for net in nets]
+        cases = [Case(f"width {n} on {device}", (n, n, n, 10), 256, device) for device in devices for n in WIDTHS]
+    return [partial(measure, case, options.contenders or CONTENDERS, options.seconds) for case in cases]
 
 
 if __name__ == "__main__":

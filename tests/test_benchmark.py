@@ -12,13 +12,13 @@ import torch
 from manual_mlp import benchmark
 from manual_mlp.errors import InputError
 
-TINY = benchmark.Net("3-4-2, 5", (3, 4, 2), 5)
+TINY = benchmark.Case("3-4-2, 5", (3, 4, 2), 5)
 QUICK = [name for name in benchmark.CONTENDERS if "torch.compile" not in name and name != "JAX jit"]
 
 
 def test_every_contender_takes_a_step() -> None:
     for name in QUICK:
-        step = benchmark.CONTENDERS[name](TINY)
+        step = benchmark.CONTENDERS[name].make(TINY)
         step()
         step()
 
@@ -26,7 +26,7 @@ def test_every_contender_takes_a_step() -> None:
 def test_table_csv_and_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "NETS", [TINY])
+    monkeypatch.setattr(benchmark, "CASES", [TINY])
     chosen = ["eager torch", "network Function", "engine.step", "engine.train_epoch", "products"]
     files = [f"--csv={tmp_path / 'a.csv'}", f"--plot={tmp_path / 'a.png'}"]
     rows = benchmark.main(["--seconds=0", *files, "--contenders", *chosen])
@@ -69,14 +69,14 @@ def test_memory_is_what_it_is_said_to_be() -> None:
 def test_memory_of_the_whole_net() -> None:
     """It holds its gradients between the passes; what it keeps from step to step is not a step's."""
     kept, peak = benchmark.memory(benchmark.network(TINY))
-    gradients = sum(4 * p.numel() for p in benchmark.plain_net(TINY).parameters())
+    gradients = sum(4 * p.numel() for p in benchmark.torch_net(TINY).parameters())
     assert (kept, peak) == (gradients + 4 + 4, gradients + 4 + 4)
 
 
 def test_readme_table_and_widths(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "NETS", [TINY])
+    monkeypatch.setattr(benchmark, "CASES", [TINY])
     monkeypatch.setattr(benchmark, "WIDTHS", [4, 8])
     chosen = ["eager torch", "engine.step", "train_epoch, rows gathered", "products"]
     benchmark.main(["--seconds=0", "--markdown", "--contenders", *chosen])
