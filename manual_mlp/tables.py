@@ -16,7 +16,7 @@ def text(rows: Rows, align: str = "", indent: str = "  ", gap: str = "  ") -> st
     columns = list(zip(*lines, strict=True))
     padded = [
         [cell.rjust(width) if side == "r" else cell.ljust(width) for cell in column]
-        for column, side in zip(columns, align.ljust(len(columns), "l"), strict=True)
+        for column, side in zip(columns, align.ljust(len(columns), "l"), strict=False)  # no rows have no columns
         for width in [max(map(len, column))]
     ]
     return "\n".join((indent + gap.join(line)).rstrip() for line in zip(*padded, strict=True))

@@ -22,7 +22,9 @@ def test_text() -> None:
     ]
     assert tables.text(ROWS[:2], indent="", gap=" ") == "run lr      val_loss\n* 0 0.01235 0.5"
     assert tables.width(tables.text(ROWS)) == 24
-    assert tables.text([]) == ""
+    assert tables.text([], align="lr") == ""
+    with pytest.raises(ValueError, match="shorter"):
+        tables.text([["a", "b"], ["c"]])
 
 
 def test_markdown() -> None:

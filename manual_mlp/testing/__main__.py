@@ -88,8 +88,8 @@ def _whole_package(compile: bool) -> int:
         subject = dataclasses.replace(subject, compile=compile)
         reports.append(Report(subject.name, tuple(run(name, subject) for name in CHECKS)))
         print(f"{subject.name:<34} {reports[-1].totals()}", flush=True)
-        for row in reports[-1].failed:
-            print("\n".join(lines(row, 80)))
+        for line in lines(reports[-1].failed, 80):
+            print(line)
     failed = sum(bool(report.failed) for report in reports)
     print(f"{len(reports)} Functions, {len(CHECKS)} checks each: {failed or 'none'} failed")
     return int(failed > 0)

@@ -2,8 +2,11 @@
 
 import shutil
 import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from manual_mlp import tables
 
 FIRST, DETERMINISTIC = "first derivative", "deterministic"
 Level = Literal["", "wrong", "unsafe", "unsupported"]
@@ -52,8 +55,7 @@ class Report:
     def raise_if_failed(self, strict: bool = False) -> None:
         """Raise GradientError with the failures that count."""
         if failed := self.counted(strict):
-            text = [line for row in failed for line in lines(row, 100)]
-            raise GradientError("\n".join([f"{self.name}: {len(failed)} checks failed", *text]))
+            raise GradientError("\n".join([f"{self.name}: {len(failed)} checks failed", *lines(failed, 100)]))
 
     @property
     def verdict(self) -> str:
@@ -67,7 +69,7 @@ class Report:
     def __str__(self) -> str:
         width = min(shutil.get_terminal_size().columns, 100)
         verdict = textwrap.wrap(f"{self.name}: {self.verdict}", width, subsequent_indent="  ")
-        return "\n".join([*verdict, *(line for row in self.rows for line in lines(row, width)), self.totals()])
+        return "\n".join([*verdict, *lines(self.rows, width), self.totals()])
 
     def totals(self) -> str:
         found: list[str] = [row.level or row.outcome for row in self.rows]
@@ -75,11 +77,11 @@ class Report:
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
-def lines(row: Row, width: int) -> list[str]:
-    """A row as text; what a failure means goes below it."""
-    error = "" if row.error is None else f"{row.error:.1e}"
-    text = [f"  {row.check:<32} {row.level or row.outcome:<11} {error:>8}".rstrip()]
-    if row.outcome != "passed":
-        for more in (row.seen, row.where and f"at {row.where}", row.cause and f"Usual cause: {row.cause}"):
-            text += textwrap.wrap(more, width, initial_indent="      ", subsequent_indent="      ")
-    return text
+def lines(rows: Sequence[Row], width: int) -> Iterator[str]:
+    """Yield the rows as a table; what a failure means goes below it."""
+    cells = [[row.check, row.level or row.outcome, "" if row.error is None else f"{row.error:.1e}"] for row in rows]
+    for row, line in zip(rows, tables.text(cells, align="llr", gap=" ").split("\n"), strict=False):
+        yield line
+        if row.outcome != "passed":
+            for more in (row.seen, row.where and f"at {row.where}", row.cause and f"Usual cause: {row.cause}"):
+                yield from textwrap.wrap(more, width, initial_indent="      ", subsequent_indent="      ")
