@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each layer imports only from the ones before it.
 LAYERS = [
     ["errors", "cuda_graph", "tables"],
-    ["formulas", "checkpoint"],
-    ["functions"],
+    ["formulas"],
+    ["checkpoint", "functions"],
     ["functional"],
     ["modules"],
     ["conversion", "layers", "perceptron"],

@@ -2,44 +2,72 @@
 
 import csv
 import io
+import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from textwrap import shorten
+from traceback import walk_tb
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.optim import Optimizer
 
-from manual_mlp.checkpoint import read_values, write_whole
+from manual_mlp.checkpoint import join, read_checkpoint, read_values, shown, write_whole
 from manual_mlp.errors import InputError
 from manual_mlp.training.data import Batches, DataModule
 from manual_mlp.training.module import MLPModule
 
+log = logging.getLogger(__name__)
+
 FREE = ("backprop", "initialisation")  # what may differ when a run goes on: the same net, trained another way
+NEEDED = {"continuation", "optimizer_states", "lr_schedulers", "callbacks", "loops"}  # to go on
+LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
+HANDED_BACK = ".temp.ckpt"  # the parameters alone, by a process of ddp_spawn
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes files by `write_whole`, reads them by `read_values`: never half of one, never anyone's code.
+    """Writes files by `write_whole`, reads them by `read_checkpoint`, and removes no other than its own.
 
-    Not checkpoints alone: the processes of ddp_spawn hand their parameters back in a file.
+    So there is never half of a file, and what stands in one can run, fetch and delete nothing.
     """
 
+    def __init__(self) -> None:
+        self.folders: set[Path] = set()  # that this process has saved to
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folders.add(folder.resolve())
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_whole(path, buffer.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        return read_values(path, "cpu")
+        return read_values(path) if Path(path).name == HANDED_BACK else read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove one file right in a folder that this process has saved to. (Lightning's own removes any folder.)"""
+        path = Path(path)
+        if path.name != HANDED_BACK and path.parent.resolve() not in self.folders:
+            log.info("%s is left alone: it is not a file of this run", path)
+        elif is_plain_file(path):
+            path.unlink()
+
+
+def is_plain_file(path: str | Path) -> bool:
+    """Return True for a file, but not for a link to one."""
+    return os.path.isfile(path) and not os.path.islink(path)
 
 
 class EpochCheckpoint(ModelCheckpoint):
@@ -78,18 +106,92 @@ class EpochCheckpoint(ModelCheckpoint):
     def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
         return True
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Paths follow a run folder that has been moved or copied to where this run has its own."""
-        old, new = str(state_dict["dirpath"]), str(self.dirpath)
 
-        def here(path: str) -> str:
-            moved = path.replace(old, new, 1)
-            return moved if os.path.exists(moved) else path
+def in_own_folder(state: dict[str, Any], callback: ModelCheckpoint, checkpoint: Any) -> dict[str, Any]:
+    """Return the state of a ModelCheckpoint with no path but of files in the run's own folder.
 
-        names = ("best_model_path", "kth_best_model_path", "last_model_path")
-        state = {**state_dict, **{name: here(state_dict[name]) for name in names}, "dirpath": self.dirpath}
-        state["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(state)
+    Of each path in the state the last name counts, and only if the callback's folder has such a file, or the folder of
+    the checkpoint does, which is another where the run goes on in a new folder. So a run folder may be moved.
+    """
+    folders = [Path(folder) for folder in (callback.dirpath, checkpoint and Path(checkpoint).parent) if folder]
+
+    def own(path: str) -> str:
+        places = [str(folder / os.path.basename(path)) for folder in folders]
+        return next(filter(is_plain_file, places), "")
+
+    models = {own(path): score for path, score in state["best_k_models"].items() if own(path)}
+    ranked = sorted(models, key=models.__getitem__, reverse=callback.mode == "max")
+    best = ranked[0] if ranked else own(state["best_model_path"])
+    return {
+        **state,
+        "dirpath": callback.dirpath,
+        "best_k_models": models,
+        "best_model_path": best,
+        "best_model_score": models.get(best),
+        "kth_best_model_path": ranked[-1] if ranked else "",
+        "kth_value": models[ranked[-1]] if ranked else state["kth_value"],
+        "last_model_path": own(state["last_model_path"]),
+    }
+
+
+def of_same_form(given: Any, own: Any, where: str) -> Any:
+    """Return what of a state has a place in this run's own state, as it is before any training.
+
+    Where the run's own is null or empty, any plain value has one. Raises InputError for another type, length or shape.
+    """
+    if own is None or (isinstance(own, dict | list) and not own):
+        return given
+    if isinstance(own, dict) and not isinstance(own, Counter) and isinstance(given, dict):
+        return {key: of_same_form(given[key], own[key], join(where, key)) for key in own if key in given}
+    if isinstance(own, list | tuple) and type(given) is type(own) and len(given) == len(own):
+        return type(own)(of_same_form(*pair, f"{where}[{i}]") for i, pair in enumerate(zip(given, own, strict=True)))
+    tensors = isinstance(own, torch.Tensor) and isinstance(given, torch.Tensor) and own.shape == given.shape
+    numbers = {type(given), type(own)} <= {int, float}
+    others = type(given) is type(own) and not isinstance(own, list | tuple | torch.Tensor)
+    if tensors or numbers or others:
+        return given
+    raise InputError(
+        f"expected {where} in the checkpoint to be as this run's own, {shown(own)}, but got {shown(given)}; take a "
+        "checkpoint of the same optimizer, scheduler and callbacks"
+    )
+
+
+def _check_step(make: Any, parameters: list[torch.Tensor], state: dict[str, Any]) -> None:
+    """Raise InputError if an optimizer can't take a step from a state: tried on copies, with gradients of zero."""
+    copies = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in parameters]
+    twin: Optimizer = make(copies)
+    for parameter in copies:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        twin.load_state_dict(deepcopy(state))
+        twin.step(lambda: 0.0)
+    except Exception as error:  # of any kind: each optimizer trips in its own way
+        raise InputError(
+            f"expected optimizer_states in the checkpoint to fit the parameters, but {type(twin).__name__} can't take "
+            f"a step from them ({_reason(error)}); take another checkpoint"
+        ) from error
+
+
+@contextmanager
+def restoring(path: str | None) -> Iterator[None]:
+    """Say in a sentence that a checkpoint does not fit, where a state of it is not taken; its traceback is logged."""
+    try:
+        yield
+    except (InputError, OSError, MemoryError, MisconfigurationException):
+        raise
+    except Exception as error:
+        modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
+        if path is None or "lightning.pytorch.trainer.connectors.checkpoint_connector" not in modules:
+            raise
+        log.info("The checkpoint was not taken.", exc_info=True)
+        raise InputError(
+            f"expected a checkpoint whose states fit this run, but {path} can't be restored ({_reason(error)}); take "
+            "another, such as best.ckpt or last.ckpt"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {shown(str(error))}"
 
 
 @contextmanager
@@ -112,6 +214,7 @@ class Continuation(Callback):
 
     def __init__(self) -> None:
         self.loaded: dict[str, Any] = {}
+        self.content: dict[str, Any] = {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         rows = [Path(writer.metrics_file_path) for writer in _csv_writers(trainer)]
@@ -122,14 +225,47 @@ class Continuation(Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The rows come from the checkpoint: the logger has deleted the file, and later rows will be logged again."""
+        """Believe of the states only what has a place in this run; the paths, only in its own folder.
+
+        The rows come from the checkpoint: the logger has deleted the file, and later rows will be logged again.
+        """
+        self._check_callbacks(trainer, pl_module, checkpoint["callbacks"])
+        loops = {name: getattr(trainer, name).state_dict() for name in LOOPS}
+        checkpoint["loops"] = of_same_form(checkpoint.get("loops", {}), loops, "loops")
         if trainer.state.fn != "fit":
             return
+        self.content = checkpoint
         self.loaded = checkpoint["continuation"]
         for writer, rows in zip(_csv_writers(trainer), self.loaded["rows"], strict=False):
             if rows:
                 write_whole(writer.metrics_file_path, rows.encode())
                 writer.metrics_keys = next(csv.reader(io.StringIO(rows)))
+
+    def _check_callbacks(self, trainer: L.Trainer, pl_module: Any, states: dict[str, Any]) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined] # Lightning sets it
+            key = callback.state_key
+            if key not in states:
+                continue
+            if isinstance(callback, ModelCheckpoint):
+                states[key] = in_own_folder(states[key], callback, trainer.ckpt_path)
+                best = states[key]["best_model_path"]
+                if best and trainer.state.fn == "fit":  # it may be what the run is measured by at its end
+                    check_same_net(read_checkpoint(best), best, pl_module)
+            if trainer.state.fn == "fit":
+                states[key] = of_same_form(states[key], callback.state_dict(), join("callbacks", key))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Lightning has made the optimizers and schedules, and now gives them their states."""
+        content, self.content = self.content, {}
+        if not content:
+            return
+        own = [{**optimizer.state_dict(), "state": {}} for optimizer in trainer.optimizers]
+        content["optimizer_states"] = of_same_form(content["optimizer_states"], own, "optimizer_states")
+        for state in content["optimizer_states"]:
+            _check_step(pl_module.optimizer, list(pl_module.parameters()), state)
+        schedules = content["lr_schedulers"]
+        for index, (config, state) in enumerate(zip(trainer.lr_scheduler_configs, schedules, strict=False)):
+            schedules[index] = of_same_form(state, config.scheduler.state_dict(), f"lr_schedulers[{index}]")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Just before the first step, after all that might draw a number."""
@@ -194,17 +330,25 @@ def check_same_rows(content: dict[str, Any], path: str, data: DataModule) -> Non
 
 def check_same_training(content: dict[str, Any], path: str, module: MLPModule) -> None:
     """Raise InputError if a checkpoint has another net, cost or optimizer than `module`, or can't be continued."""
-    then, now = content["hyper_parameters"], dict(module.hparams)
-    facts = {name: (then.get(name), now[name]) for name in now if name not in FREE}
-    facts["the optimizer"] = (content.get("optimizer"), module.optimizer_in_words())
-    for name, (before, after) in facts.items():
-        if before != after:
-            raise InputError(
-                f"expected {name} to be {_short(before)}, as in {path}, but it is {_short(after)}; "
-                "leave out what differs, or start a new run without ckpt_path"
-            )
-    if not content.keys() >= {"continuation", "optimizer_states", "loops"}:
+    check_same_net(content, path, module)
+    _check_same("the optimizer", content["optimizer"], module.optimizer_in_words(), path)
+    if not content.keys() >= NEEDED:
         raise InputError(f"expected all that a run needs to go on, but {path} holds parameters alone; use last.ckpt")
+
+
+def check_same_net(content: dict[str, Any], path: str, module: MLPModule) -> None:
+    """Raise InputError if a checkpoint has another net or cost than `module`."""
+    then, now = content["hyper_parameters"], dict(module.hparams)
+    for name in now.keys() - {*FREE}:
+        _check_same(name, then.get(name), now[name], path)
+
+
+def _check_same(name: str, before: object, after: object, path: str) -> None:
+    if before != after:
+        raise InputError(
+            f"expected {name} to be {_short(before)}, as in {path}, but it is {_short(after)}; "
+            "leave out what differs, or start a new run without ckpt_path"
+        )
 
 
 def _short(value: object) -> str:

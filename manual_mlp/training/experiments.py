@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.plots import delta_by_layer, flow
 from manual_mlp.tracing import trace
 from manual_mlp.training.flow import DeltaFlow
@@ -38,7 +38,7 @@ class DeltaByLayer(Callback):
         folder = Path(config.hydra.sweep.dir)
         norms = {}
         for run in read_runs(folder):
-            content = torch.load(folder / run.name / "last.ckpt", map_location="cpu", weights_only=True)
+            content = read_checkpoint(folder / run.name / "last.ckpt")
             recorded = content["callbacks"][DeltaFlow.__qualname__]["norms"]
             norms[", ".join(run.settings.values())] = {layer: values[0] for layer, values in recorded.items()}
         delta_by_layer(norms).savefig(folder / "deltas.png")

@@ -1,5 +1,6 @@
 """The Lightning module: a net, a cost, and figures that are summed as tensors and logged once an epoch."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanSquaredError, Metric, MetricCollection, R2Score
 
 from manual_mlp import formulas
+from manual_mlp.checkpoint import FORMAT, read_checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.training.backprop import BACKPROP
 from manual_mlp.training.divergence import EVERY, EXPLODED, diverged
@@ -38,7 +40,7 @@ class MLPModule(L.LightningModule):
     in the units of the target, val_rmse, test_rmse, and val_r2, test_r2.
     """
 
-    one_hot: Tensor
+    classes: Tensor
     target_mean: Tensor
     target_scale: Tensor
 
@@ -83,7 +85,7 @@ class MLPModule(L.LightningModule):
             bias=bias,
             dropout=dropout,
         )
-        self.register_buffer("one_hot", torch.eye(output_size), persistent=False)
+        self.register_buffer("classes", torch.arange(output_size), persistent=False)
         self.register_buffer("target_mean", torch.tensor(target_mean), persistent=False)
         self.register_buffer("target_scale", torch.tensor(target_scale), persistent=False)
         self.figures_before: dict[str, float] = {}  # of the run that this one goes on from
@@ -102,7 +104,7 @@ class MLPModule(L.LightningModule):
         features, target, *weight = batch
         wanted = self._as_cost_wants(target)
         if weight and self.loss == "cross_entropy":  # −Σ t log softmax(z) with t = w ŷ is w times the row's cost
-            wanted, weight = self.one_hot[target] * weight.pop().unsqueeze(-1), []
+            wanted, weight = self._one_hot(target) * weight.pop().unsqueeze(-1), []
         train = self.backprop.train_weighted if weight else self.backprop.train
         loss, prediction = train(self, features, wanted, *weight)
         self._add("train", loss, prediction, target)
@@ -126,6 +128,10 @@ class MLPModule(L.LightningModule):
         """How many mini-batches of so many rows a training step takes at once."""
         return self.backprop.batches_per_step(self, batch_size)
 
+    def setup(self, stage: str) -> None:
+        """Take on the trainer's precision before a checkpoint is restored: float64 must not pass through float32."""
+        self.trainer.precision_plugin.convert_module(self)
+
     def teardown(self, stage: str) -> None:
         self.backprop.end()
 
@@ -140,10 +146,26 @@ class MLPModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """A checkpoint tells its own figures."""
+        checkpoint["format"] = FORMAT
         measured = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         checkpoint["figures"] = self.figures_before | measured
         checkpoint["optimizer"] = self.optimizer_in_words()
         checkpoint["sums"] = vars(self.sums["train"])  # not empty in the middle of an epoch
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **arguments: Any) -> "MLPModule":  # type: ignore[override]
+        """Make the module of a checkpoint that `read_checkpoint` has checked. arguments: of the class, beside its own.
+
+        Raises InputError as `read_checkpoint`.
+        """
+        arguments.pop("weights_only", None)  # always
+        content = read_checkpoint(checkpoint_path, map_location)
+        known = inspect.signature(cls.__init__).parameters
+        own = {name: value for name, value in content["hyper_parameters"].items() if name in known}
+        module = cls(**{**own, **arguments})
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"])
+        return module
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.figures_before = checkpoint["figures"]
@@ -217,7 +239,11 @@ class MLPModule(L.LightningModule):
 
     def _as_cost_wants(self, target: Tensor) -> Tensor:
         """Class indices become rows of 0 and 1, except for cross-entropy, which takes indices."""
-        return self.one_hot[target] if self.class_names and self.loss != "cross_entropy" else target
+        return self._one_hot(target) if self.class_names and self.loss != "cross_entropy" else target
+
+    def _one_hot(self, target: Tensor) -> Tensor:
+        """(N,) class indices → (N, classes) of 0 and 1."""
+        return (target.unsqueeze(-1) == self.classes).to(self.target_mean.dtype)
 
     def _as_metrics_want(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self.class_names:

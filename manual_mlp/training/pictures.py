@@ -20,6 +20,7 @@ from torch.optim import SGD, Optimizer
 
 import manual_mlp as mm
 from manual_mlp import plots, report
+from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.report import Picture
 from manual_mlp.tracing import Trace
@@ -61,7 +62,7 @@ def leave_report(
     checkpoint: the one that is kept, of `epoch`, or None where the module is as it is. facts, figures: the summary's.
     """
     if checkpoint:  # after a test in other processes (ddp_spawn) this one's module is another epoch's
-        module.load_state_dict(torch.load(checkpoint, map_location=module.device, weights_only=True)["state_dict"])
+        module.load_state_dict(read_checkpoint(checkpoint, module.device)["state_dict"])
     module.eval()  # no dropout in its answers; Lightning has left the mode of training
     flow = next((callback for callback in trainer.callbacks if isinstance(callback, DeltaFlow)), None)  # type: ignore[attr-defined]
     trace = _trace(module, data, flow.rows if flow else ROWS)

@@ -98,7 +98,7 @@ def predict_file(checkpoint: str, source: str, destination: str) -> int:
         values = predictor.interpreted(prediction).numpy()
     arrays = {"prediction": values}
     if predictor.class_names:
-        names = np.array(predictor.class_names)
+        names = np.array(predictor.class_names, dtype=object if destination.lower().endswith(".csv") else None)
         arrays = {"class": names[prediction.argmax(1).numpy()], "probability": values, "class_names": names}
     content = _npz(arrays) if destination.lower().endswith(".npz") else _csv(arrays)
     try:

@@ -28,7 +28,13 @@ from torchmetrics import Metric
 
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
-from manual_mlp.training.checkpoints import Continuation, WholeFiles, check_same_rows, check_same_training
+from manual_mlp.training.checkpoints import (
+    Continuation,
+    WholeFiles,
+    check_same_rows,
+    check_same_training,
+    restoring,
+)
 from manual_mlp.training.config import SCHEDULE, build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
@@ -53,9 +59,8 @@ IRRELEVANT_ADVICE = (
 
 
 # What a full disk, a quota, a lost folder or a lost right says.
-NOT_WRITTEN = {
-    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOENT", "ENOTDIR", "EACCES", "EROFS")
-}
+NAMES = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "EACCES", "EROFS")
+NOT_WRITTEN = {getattr(errno, name) for name in NAMES}
 
 
 TORCHS_THREADS = torch.get_num_threads()
@@ -133,7 +138,8 @@ def _train(cfg: DictConfig) -> float:
     module.backprop.check(trainer)
 
     started = time.perf_counter()
-    interrupted = _interrupted(trainer, module, data, cfg.ckpt_path)
+    with restoring(cfg.ckpt_path):
+        interrupted = _interrupted(trainer, module, data, cfg.ckpt_path)
     seconds = time.perf_counter() - started
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     if interrupted and best is None:
@@ -145,7 +151,8 @@ def _train(cfg: DictConfig) -> float:
     if _part(cfg) == "val" and cfg.optimized_metric not in figures:  # no epoch was completed
         trainer.validate(module, data, verbose=False)
         figures |= _numbers(trainer)
-    trainer.test(module, data, ckpt_path=best, verbose=False)
+    with restoring(best):
+        trainer.test(module, data, ckpt_path=best, verbose=False)
     figures |= _numbers(trainer)
     if trainer.is_global_zero:
         content = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
@@ -168,12 +175,11 @@ def _test(cfg: DictConfig) -> float | None:
     data = _data(cfg)
     check_same_rows(content, cfg.ckpt_path, data)
     kind = PerceptronModule if content["hyper_parameters"]["output_activation"] == "threshold" else MLPModule
-    module = kind.load_from_checkpoint(
-        cfg.ckpt_path, map_location="cpu", weights_only=True, metrics=_metrics(cfg, data)
-    )
+    module = kind.load_from_checkpoint(cfg.ckpt_path, metrics=_metrics(cfg, data))
     _set_threads(cfg.threads, module, data)
     trainer = _trainer(cfg)
-    trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False)
+    with restoring(cfg.ckpt_path):
+        trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False)
     figures = content["figures"] | _numbers(trainer)
     if trainer.is_global_zero:
         facts = run_facts(module, data, trainer, content["epoch"], None)
