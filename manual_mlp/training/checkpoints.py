@@ -339,8 +339,9 @@ def check_same_training(content: dict[str, Any], path: str, module: MLPModule) -
 def check_same_net(content: dict[str, Any], path: str, module: MLPModule) -> None:
     """Raise InputError if a checkpoint has another net or cost than `module`."""
     then, now = content["hyper_parameters"], dict(module.hparams)
-    for name in now.keys() - {*FREE}:
-        _check_same(name, then.get(name), now[name], path)
+    for name in now:
+        if name not in FREE:
+            _check_same(name, then.get(name), now[name], path)
 
 
 def _check_same(name: str, before: object, after: object, path: str) -> None:
