@@ -15,7 +15,7 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, instead o
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    with nullcontext() if in_sweep() else one_sentence():  # a sweep goes on; its Comparison tells the sentence
+    with nullcontext() if in_sweep() else one_sentence():  # a sweep goes on; its Comparison prints the sentence
         from manual_mlp.training.run import run  # Lightning takes seconds to import; --help need not wait for it
 
         return run(cfg)

@@ -190,8 +190,8 @@ class TestWeights:
             return _imbalance(data_of(Samples(np.arange(100.0)[:, None], target, ("many", "few")), **options))
 
         assert told(45) == ""
-        assert told(20) == "80.0 % many, 20.0 % few, data.class_weight=balanced weighs them alike"
-        assert told(20, class_weight="balanced").endswith("20.0 % few, weighed by data.class_weight")
+        assert told(20) == "80.0 % many, 20.0 % few, data.class_weight=balanced weights them equally"
+        assert told(20, class_weight="balanced").endswith("20.0 % few, weighted by data.class_weight")
 
 
 class TestMetrics:

@@ -1,4 +1,4 @@
-"""A run that is killed, interrupted, starved of room, or led astray; and what goes on from its checkpoints."""
+"""A run that is killed, interrupted, starved of room, or misled; and what goes on from its checkpoints."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The Lightning module and a whole run: what is trained, logged, kept, and told at the end."""
+"""The Lightning module and a whole run: what is trained, logged, kept, and printed at the end."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""Whole trainings for the benchmark: `train.py` in its ways beside a plain loop of torch and beside Lightning alone."""
+"""Time whole trainings for the benchmark: each backprop of `train.py`, a plain loop of torch, Lightning alone."""
 
 import json
 import time
@@ -28,9 +28,9 @@ PLAIN = "eager torch"
 
 
 def trainings(*overrides: str) -> tuple[int, dict[str, Callable[[], float]]]:
-    """The number of steps of each, and by name a call that trains anew and returns the seconds of the training alone.
+    """Return the number of steps, and by name a call that trains anew and returns the seconds of the training alone.
 
-    overrides: of train.py's config, whose net must be of sigmoids under the quadratic cost, with plain SGD.
+    overrides: for train.py's config, with sigmoids, the quadratic cost and plain SGD.
     """
     if not CONF.is_dir():
         raise InputError(
@@ -65,7 +65,7 @@ def _config(*overrides: str) -> DictConfig:
 
 
 def _train_py(*overrides: str) -> float:
-    """All that a run does: progress bar, figures, validation, checkpoints, CSV. Reading the data is left out."""
+    """Train with all that a run does: progress bar, figures, validation, checkpoints, CSV; time no reading of data."""
     with TemporaryDirectory() as folder, (Path(folder) / "terminal").open("w") as terminal:
         with redirect_stdout(terminal):
             run(_config(*overrides, f"run_dir='{folder}'"))
@@ -73,13 +73,13 @@ def _train_py(*overrides: str) -> float:
 
 
 def _plain_loop(cfg: DictConfig, data: DataModule) -> float:
-    """The same steps and nothing else: no figures, no validation, no files."""
+    """Take the same steps and nothing else: no figures, no validation, no files."""
     torch.set_num_threads(cfg.threads)
     net = torch_mlp([data.input_size, *cfg.model.hidden, data.output_size], "sigmoid", "sigmoid")
     for parameter in net.parameters():
         nn.init.normal_(parameter)
     features, target = data.splits["train"].features, torch.eye(data.output_size)[data.splits["train"].target]
-    # nn.MSELoss is 2/m of the quadratic cost, so m/2 times the step is the same one.
+    # nn.MSELoss is 2/m times the quadratic cost, so m/2 times the learning rate gives the same step
     loss = nn.MSELoss()
     optimizer = torch.optim.SGD(net.parameters(), lr=cfg.optimizer.lr * data.output_size / 2, fused=True)
     started = time.perf_counter()
@@ -92,7 +92,7 @@ def _plain_loop(cfg: DictConfig, data: DataModule) -> float:
 
 
 class _Alone(L.LightningModule):
-    """The layers and the quadratic cost: what `train.py layers` would be without figures, validation and files."""
+    """The layers and the quadratic cost: `backprop=layers` without figures, validation and files."""
 
     def __init__(self, net: nn.Module, targets: Tensor, lr: float) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _Alone(L.LightningModule):
 
 
 def _lightning_alone(cfg: DictConfig, data: DataModule) -> float:
-    """The same steps by a Trainer with everything off."""
+    """Take the same steps with a Trainer that has everything off."""
     quieten()
     torch.set_num_threads(cfg.threads)
     net = MLP([data.input_size, *cfg.model.hidden, data.output_size])

@@ -1,4 +1,4 @@
-"""The few lines that end a run: what was trained, how well, where the files lie. At most 60 columns."""
+"""Write the few lines that end a run: what was trained, how well, where the files lie. At most 60 columns."""
 
 import os
 import textwrap
@@ -12,7 +12,7 @@ from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 
 WIDTH = 60
-IMBALANCED = 1.5  # times as many rows of the greatest class as of the smallest are worth a line
+IMBALANCED = 1.5  # times as many rows in the largest class as in the smallest are worth a line
 MARGIN = 0.05  # a net that got less of the way from the largest class's share to 100 % has learned nothing
 FILES = (
     "best.ckpt",
@@ -30,7 +30,7 @@ FILES = (
 
 
 def summary(module: MLPModule, data: DataModule, facts: dict[str, str], figures: dict[str, float], metric: str) -> str:
-    """facts: of `run_facts`. figures: by name, such as test_accuracy. metric: the one that the run returns."""
+    """Return the lines. facts: from `run_facts`. figures: by name, such as test_accuracy. metric: the returned one."""
     lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
     lines += ["", _table({name: figures[name] for name in module.figure_names() if name in figures})]
     lines += [f"  {'returned':<12}{metric} {figures[metric]:.6g}"] if metric in figures else []
@@ -40,9 +40,9 @@ def summary(module: MLPModule, data: DataModule, facts: dict[str, str], figures:
 def run_facts(
     module: MLPModule, data: DataModule, trainer: L.Trainer, epoch: int, seconds: float | None
 ) -> dict[str, str]:
-    """What was trained on what, by name. epoch: the one whose parameters are kept, counted from 0.
+    """Return what was trained on what, by name. epoch: the one whose parameters are kept, counted from 0.
 
-    seconds: of the training; None where there was none.
+    seconds: of the training; None if there was none.
     """
     rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
     facts = {
@@ -60,7 +60,7 @@ def run_facts(
 
 
 def files(folder: Path) -> str:
-    """Where the run has left what; nothing if it left nothing."""
+    """List the files in the run's folder; nothing if there are none."""
     names = [name for name in FILES if (folder / name).exists()]
     where = os.path.relpath(folder)
     heading = f"files in {folder if where.startswith('..') else where}"
@@ -76,7 +76,7 @@ def _epochs(epoch: int, last: int, seconds: float | None) -> str:
 
 
 def _imbalance(data: DataModule) -> str:
-    """The greatest and the smallest class of the training part; empty where they are of about the same size."""
+    """Return the shares of the largest and the smallest training class; nothing if they are about equal."""
     counts = data.splits["train"].target.bincount(minlength=len(data.class_names))
     (most, greatest), (least, smallest) = (getattr(counts, end)(0) for end in ("max", "min"))
     if most < IMBALANCED * least:
@@ -84,8 +84,8 @@ def _imbalance(data: DataModule) -> str:
     text = " ".join(
         f"{100 * n / counts.sum():.1f} % {data.class_names[i]}," for n, i in ((most, greatest), (least, smallest))
     )
-    weighed = "weighed by data.class_weight" if data.class_weight else "data.class_weight=balanced weighs them alike"
-    return f"{text} {weighed}"
+    weight = "weighted by data.class_weight" if data.class_weight else "data.class_weight=balanced weights them equally"
+    return f"{text} {weight}"
 
 
 def _activations(module: MLPModule) -> str:
@@ -95,7 +95,7 @@ def _activations(module: MLPModule) -> str:
 
 
 def _hint(module: MLPModule, data: DataModule, figures: dict[str, float]) -> list[str]:
-    """What to try where the training evidently failed; nothing where it did not."""
+    """Return what to try if the training failed; nothing if it did not."""
     if data.class_names:
         share = data.splits["train"].target.bincount().max().item() / len(data.splits["train"])
         failed = figures.get("train_accuracy", 1.0) < share + MARGIN * (1 - share)

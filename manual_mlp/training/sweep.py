@@ -1,4 +1,4 @@
-"""What the runs of a sweep (`train.py -m …`) have in common and in what they differ: a table, a CSV and a figure."""
+"""Compare the runs of a sweep (`train.py -m …`): a table, a CSV and a figure."""
 
 import csv
 import json
@@ -26,12 +26,12 @@ WIDTH = 80
 GAP = "  "
 SHOWN = 30  # rows of a printed table
 NARROWEST = 15  # columns in which settings are worth wrapping
-ERRORS = ("loss", "rmse")  # the less the better
+ERRORS = ("loss", "rmse")  # less is better
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep. settings: what it was given, as written. error: one sentence where it failed, else empty."""
+    """One run of a sweep. settings: its overrides, as written. error: one sentence if it failed, else empty."""
 
     name: str
     settings: dict[str, str]
@@ -47,8 +47,8 @@ class Run:
 class Comparison(Callback):
     """Compares the runs at the end of a sweep: prints a table, writes sweep.csv and sweep.png into the sweep's folder.
 
-    What a run found is read from its folder, since launchers may run it in another process or on another machine.
-    A run that fails by a mistake of the user's tells its sentence and counts as failed; the others go on.
+    A run's figures are read from its folder, because launchers may run it in another process or on another machine.
+    A run that fails on a user error prints its message and is marked failed; the sweep continues.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -63,7 +63,7 @@ class Comparison(Callback):
             print(f"Error: {sentence}", file=sys.stderr)
             path = Path(config.hydra.runtime.output_dir, FIGURES)
             path.write_text(json.dumps({"metric": config.optimized_metric, "figures": {}, "error": sentence}))
-            job_return.return_value, job_return.status = None, JobStatus.COMPLETED  # no number: Optuna then drops it
+            job_return.return_value, job_return.status = None, JobStatus.COMPLETED  # Optuna drops a run without a value
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
@@ -87,7 +87,7 @@ class Comparison(Callback):
 
 
 def read_runs(folder: Path, started: float = 0.0) -> list[Run]:
-    """The runs under `folder` that began after `started` (seconds since 1970), numbered ones in their order.
+    """Return the runs under `folder` that began after `started` (seconds since 1970), numbered ones in their order.
 
     Settings that all runs share are left out.
     """
@@ -114,7 +114,7 @@ def _setting(override: str) -> tuple[str, str]:
 
 
 def ranked(runs: Sequence[Run], minimize: bool | None = None) -> list[Run]:
-    """The runs that have a figure, the best first. minimize: by default, as the metric's name says."""
+    """Return the runs that have a figure, the best first. minimize: by default, as the metric's name says."""
     finite = [run for run in runs if isfinite(run.value)]
     if minimize is None:
         minimize = any(run.metric.endswith(ERRORS) for run in finite)
@@ -122,7 +122,7 @@ def ranked(runs: Sequence[Run], minimize: bool | None = None) -> list[Run]:
 
 
 def write_csv(path: Path, runs: Sequence[Run], settings: Sequence[str]) -> None:
-    """One row a run: its name, its settings, all its figures, its error."""
+    """Write one row for each run: its name, its settings, all its figures, its error."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["run", *settings, *_figures(runs), "error"], restval="")
         writer.writeheader()
@@ -130,9 +130,10 @@ def write_csv(path: Path, runs: Sequence[Run], settings: Sequence[str]) -> None:
 
 
 def table(runs: Sequence[Run], order: Sequence[Run], width: int = WIDTH) -> str:
-    """One line a run: settings, the metric, then as many other figures as fit in `width` columns; `*` marks the best.
+    """Return a line for each run: settings, the metric, then as many other figures as fit in `width` columns.
 
-    order: the runs as `ranked`; of very many only the best are shown. Settings too wide for a column each share one.
+    `*` marks the best. order: the runs as `ranked`; if there are very many, only the best are shown. Settings that are
+    too wide for a column each share one.
     """
     metric = next((run.metric for run in runs if run.metric), "")
     many, best = len(runs) > SHOWN and order, order[0] if order else None
@@ -153,7 +154,7 @@ def _figures(runs: Sequence[Run]) -> dict[str, None]:
 
 
 def _settings(runs: Sequence[Run], width: int) -> list[list[str]]:
-    """A column for each setting, or where that is too wide one for all, wrapped."""
+    """Return a column for each setting; if that is too wide, one column for all of them, wrapped."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     last = [name.rpartition(".")[2] for name in names]
     short = {name: name if last.count(end) > 1 else end for name, end in zip(names, last, strict=True)}
@@ -165,7 +166,7 @@ def _settings(runs: Sequence[Run], width: int) -> list[list[str]]:
 
 
 def _digits(value: str) -> str:
-    """What Optuna draws has 17 digits; four are enough to compare."""
+    """Return a number in four digits, which are enough to compare: Optuna draws 17."""
     try:
         return min(value, f"{float(value):.4g}", key=len)
     except ValueError:
