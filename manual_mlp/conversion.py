@@ -140,8 +140,8 @@ class FusedSequential(nn.Sequential):
             if fused:  # this layer is the activation of the pair before
                 fused = False
             elif fused := _is_pair(layer, following) and _bare(layer) and _bare(following):
-                row, values = modules.activation_row(following)
-                function = functions.AFFINE_ACTIVATION[row.name]
+                name, values = modules.name_and_values(following)
+                function = functions.fused(name, values)
                 input = functional.apply_affine(function, input, layer.weight, layer.bias, *values)
             else:
                 input = layer(input)

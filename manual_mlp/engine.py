@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manual_mlp import formulas as sheet
+from manual_mlp import kernels
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
@@ -66,7 +66,7 @@ class _Plan(Plan):
         self.fixed, layers = engine._fixed, engine._layers
         outputs = layers[-1].weight.shape[0]
         _, self.total_weight, _ = weigh(engine._cost, n, outputs, input.dtype)
-        self.delta_weight = engine._cost.delta_weight(n, outputs)
+        _, self.delta_weight = kernels.weights(engine._cost, n, outputs)
         with torch.inference_mode():
             super().__init__(layers, engine._cost, input, engine.compute_dtype)
             self.input = self.ones.new_empty(input.shape) if mixed or self.fixed else None
@@ -110,7 +110,7 @@ class _Plan(Plan):
             call(input)
         for call in self.forward:
             call()
-        self.cost_(self.prediction, target, self.delta, self.flat, self.work, self.column, out)
+        self.cost_(self.prediction, target, out)
         for call in self.backward:
             call()
         for call in self.last:
@@ -120,7 +120,7 @@ class _Plan(Plan):
         """The same on input, target and cost that stay where they are."""
         for call in self.forward:
             call()
-        self.cost_(self.prediction, self.target, self.delta, self.flat, self.work, self.column, self.out)
+        self.cost_(self.prediction, self.target, self.out)  # type: ignore[arg-type]
         for call in self.backward:
             call()
 
@@ -172,19 +172,19 @@ class _Plan(Plan):
         """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}) → a^{l+1}. None as a^l is the input."""
         product: Call = torch.mm
         if bias is not None:  # expanded here, not by addmm at each call; but a GPU's addmm adds a vector as it goes
-            rows = bias if self.fixed and not stage.turned else bias.expand(stage.z.shape)
-            product = partial(torch.addmm, rows.t() if stage.turned else rows)
+            rows = bias if self.fixed and not stage.by_columns else bias.expand(stage.z.shape)
+            product = partial(torch.addmm, rows.t() if stage.by_columns else rows)
         affine: Call
-        if stage.turned:
+        if stage.by_columns:
             affine = partial(product, weight, out=stage.z.t())
             self.first.append(lambda a: affine(a.t())) if a is None else self.forward.append(partial(affine, a.t()))
         else:
             affine = partial(product, mat2=weight.t(), out=stage.z)
             self.first.append(affine) if a is None else self.forward.append(partial(affine, a))
         if stage.row.name != "identity":
-            G_, _ = sheet.in_place(stage.row)
+            G_, _ = kernels.in_place(stage.row)
             out = {} if stage.saved_z is None else {"out": stage.a}
-            self.forward.append(partial(G_, stage.z, *stage.parameters, **out))
+            self.forward.append(partial(G_, stage.z, *stage.row.values, **out))
         if drop:
             self.forward += [stage.draw, partial(torch.mul, stage.a, stage.scale, out=stage.dropped)]
         return stage.dropped if drop else stage.a
@@ -195,11 +195,9 @@ class _Plan(Plan):
         if drop:
             self.backward.append(partial(stage.delta.mul_, stage.scale))
         if stage.row.name != "identity":
-            _, delta_ = sheet.in_place(stage.row)
-            work = stage.a if stage.saved_z is None else stage.work
-            self.backward.append(
-                partial(delta_, stage.delta, stage.a, stage.saved_z, work, stage.mask, *stage.parameters)
-            )
+            _, delta_ = kernels.in_place(stage.row)
+            scratch = stage.work, stage.mask
+            self.backward.append(partial(delta_, stage.delta, stage.a, stage.saved_z, *scratch, *stage.row.values))
         if weight is not None:
             self.backward.append(partial(torch.mm, stage.delta, weight, out=self.stages[layer - 1].delta))
 
@@ -347,7 +345,7 @@ class BackpropEngine:
                 else:
                     batches = plan.gathered(input, target, order[of])
                 self._train(plan, zip(batches, out, strict=False), rates)
-        return costs.sum() * self._cost.total_weight(len(input), self._layers[-1].weight.shape[0])
+        return costs.sum() * kernels.weights(self._cost, len(input), self._layers[-1].weight.shape[0])[0]
 
     def _train(self, plan: _Plan, batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]], rates: Rates) -> None:
         """A step for each (input, target), out; out := the cost, undivided."""
@@ -483,7 +481,7 @@ class BackpropEngine:
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         if type(optimizer) is not torch.optim.SGD or self.max_grad_norm is not None or hooks:
             return ()
-        if self._fixed and self._owned[0].dtype in sheet.ROUNDED:  # a rate in a tensor would be rounded too
+        if self._fixed and self._owned[0].dtype in kernels.ROUNDED:  # a rate in a tensor would be rounded too
             return ()
         rates = []
         for group in optimizer.param_groups:

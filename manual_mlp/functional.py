@@ -4,6 +4,7 @@ What a wrapper adds to its Function: the casts of autocast, and a sentence for a
 that torch makes anyway are left to it, and put in words only once it has refused.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from manual_mlp import formulas as sheet
-from manual_mlp import functions
+from manual_mlp import functions, kernels
 from manual_mlp.errors import InputError
+from manual_mlp.formulas import Row
 from manual_mlp.functions import ManualFunction, apply
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,8 +38,8 @@ def affine_activation(
 
     activation: a name of the activation table; parameters: its parameters, such as negative_slope=0.2.
     """
-    row, values = sheet.activation(activation, **parameters)
-    return apply_affine(functions.AFFINE_ACTIVATION[row.name], input, weight, bias, *values)
+    name, values = name_and_values(activation, parameters)
+    return apply_affine(functions.fused(name, values), input, weight, bias, *values)
 
 
 def apply_affine(
@@ -130,15 +132,48 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(_device_type(tensor)))
 
 
-def _activation(name: str, input: Tensor, *parameters: float, inplace: bool = False) -> Tensor:
+@functools.lru_cache(maxsize=1024)
+def bound_row(name: str, values: tuple[float, ...]) -> Row:
+    """Return the row of this name with these values."""
+    return sheet.ACTIVATIONS[name].bind(*values)
+
+
+def name_and_values(name: str, given: dict[str, float | str]) -> tuple[str, tuple[float, ...]]:
+    """Return the name of a row and the values of its parameters, from torch's names for both.
+
+    Raises InputError for an unknown name, parameter or option.
+    """
+    if name not in sheet.ACTIVATIONS:
+        known = ", ".join(sheet.ACTIVATIONS)
+        raise InputError(f"expected the name of an activation, one of {known}; got {name!r}")
+    row, parameters = sheet.ACTIVATIONS[name], dict(given)
+    for option, _ in row.options:
+        if option in parameters:
+            row = _with_option(row, option, parameters.pop(option))
+    if unknown := parameters.keys() - dict(row.parameters).keys():
+        takes = ", ".join(dict(row.parameters)) or "no parameters"
+        raise InputError(f"activation {name!r} takes {takes}; got {', '.join(sorted(unknown))}")
+    return row.name, tuple(float(parameters.get(parameter, default)) for parameter, default in row.parameters)
+
+
+def _with_option(row: Row, option: str, value: Any) -> Row:
+    """Return the row that computes what row.module computes with this option."""
+    rows = {dict(other.options)[option]: other for other in sheet.ACTIVATIONS.values() if other.module is row.module}
+    if value not in rows:
+        raise InputError(f"expected {row.name}'s {option} to be {' or '.join(map(repr, rows))}; got {value!r}")
+    return rows[value]
+
+
+def _activation(name: str, input: Tensor, *values: float, inplace: bool = False) -> Tensor:
     """One componentwise Function; refuses what torch would promote or differentiate without conjugates."""
     _check_real("input of an activation", input)
+    form = name, sheet.ACTIVATIONS[name].saves_with(*values)
     if not inplace:
-        return apply(functions.ACTIVATION[name], input, *parameters)
-    if name in functions.INPLACE and not torch.compiler.is_compiling() and not sheet.transforming():
-        return apply(functions.INPLACE[name], input, *parameters)
+        return apply(functions.ACTIVATION[form], input, *values)
+    if form in functions.INPLACE and not torch.compiler.is_compiling() and not kernels.transforming():
+        return apply(functions.INPLACE[form], input, *values)
     # A row in z keeps a copy of it, as torch does. And under transforms copy_ is the way to write that composes.
-    return input.copy_(apply(functions.ACTIVATION[name], input.clone(), *parameters))
+    return input.copy_(apply(functions.ACTIVATION[form], input.clone(), *values))
 
 
 def identity(input: Tensor) -> Tensor:
@@ -163,14 +198,12 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """a = z where z > 0, else negative_slope · z, componentwise, any shape."""
-    row, values = sheet.activation("leaky_relu", negative_slope=negative_slope)
-    return _activation(row.name, input, *values, inplace=inplace)
+    return _activation("leaky_relu", input, float(negative_slope), inplace=inplace)
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """a = log(1 + e^βz)/β, and z where βz > threshold, componentwise, any shape."""
-    row, values = sheet.activation("softplus", beta=beta, threshold=threshold)
-    return _activation(row.name, input, *values)
+    return _activation("softplus", input, float(beta), float(threshold))
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -180,8 +213,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """a = z Φ(z), or its tanh form for approximate="tanh", componentwise, any shape."""
-    row, _ = sheet.activation("gelu", approximate=approximate)
-    return _activation(row.name, input)
+    name, _ = name_and_values("gelu", {"approximate": approximate})
+    return _activation(name, input)
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -219,7 +252,7 @@ def quadratic_loss(input: Tensor, target: Tensor, weight: Tensor | None = None) 
             "whose 1/N would be lost: call .unsqueeze(-1) for one output, .unsqueeze(0) for one sample"
         )
     input, target = _pair(input, target)
-    return apply(functions.Quadratic, input, target, _factor("weight", weight, input), 1.0, "samples")
+    return apply(functions.Quadratic, input, target, _factor("weight", weight, input), "samples")
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -229,7 +262,7 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """
     _check_reduction(reduction)
     input, target = _pair(input, target)
-    return apply(functions.Quadratic, input, target, None, 2.0, reduction)
+    return apply(functions.MeanSquares, input, target, None, reduction)
 
 
 def binary_cross_entropy_with_logits(
@@ -248,7 +281,9 @@ def binary_cross_entropy_with_logits(
     _check_reduction(reduction)
     input, target = _pair(input, target)
     weight, pos_weight = _factor("weight", weight, input), _factor("pos_weight", pos_weight, input)
-    return apply(functions.BinaryCrossEntropy, input, target, weight, pos_weight, reduction)
+    if pos_weight is None:
+        return apply(functions.BinaryCrossEntropy, input, target, weight, reduction)
+    return apply(functions.WeightedBinaryCrossEntropy, input, target, weight, reduction, pos_weight)
 
 
 def cross_entropy(

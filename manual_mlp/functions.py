@@ -1,7 +1,8 @@
 """torch.autograd.Functions: each binds formulas of the sheet to autograd, and says what is saved and what is returned.
 
 `Affine`, `Sigmoid` and `AffineSigmoid` are written out, since they are the lesson. The other activations come from
-their rows: `ACTIVATION[name]` alone, `AFFINE_ACTIVATION[name]` fused with the affine map. All costs follow.
+their rows: `ACTIVATION[name, saves]` alone, `AFFINE_ACTIVATION[name, saves]` fused with the affine map. Quadratic and
+binary cross-entropy costs come from theirs.
 
 Call a Function by `apply(Function, *arguments)`. In every backward g = ∂C/∂(output), and may be None (undefined),
 expanded or strided: it is read, never written. Tensors are saved only for a gradient that somebody needs.
@@ -21,8 +22,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function, FunctionMeta
 
 from manual_mlp import formulas as sheet
+from manual_mlp import kernels
 from manual_mlp.errors import InputError
-from manual_mlp.formulas import ACTIVATIONS, Activation
+from manual_mlp.formulas import Cost, Row
+from manual_mlp.kernels import sigmoid_delta
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -71,7 +74,7 @@ def apply(function: type[ManualFunction], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return function.apply(*args) if _differentiated(args) else function.forward(*args)
-    if sheet.transforming():
+    if kernels.transforming():
         return function.dual.apply(*args)
     if not torch.is_grad_enabled():
         return function.forward(*args)
@@ -189,12 +192,12 @@ class Sigmoid(ManualFunction):
         if g is None:
             return None
         (a,) = ctx.saved_tensors
-        return sheet.sigmoid_delta(g, a)
+        return sigmoid_delta(g, a)
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor) -> Tensor:
         (a,) = _primals(ctx)
-        return sheet.sigmoid_delta(z_t, a)
+        return sigmoid_delta(z_t, a)
 
 
 class AffineSigmoid(ManualFunction):
@@ -215,14 +218,14 @@ class AffineSigmoid(ManualFunction):
         if g is None:
             return None, None, None
         a, weight, activation = ctx.saved_tensors
-        delta = sheet.sigmoid_delta(g, activation)
+        delta = sigmoid_delta(g, activation)
         return _affine_gradients(ctx, delta, a, weight)
 
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         a, weight, activation = _primals(ctx)
         z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
-        return sheet.sigmoid_delta(z_t, activation)
+        return sigmoid_delta(z_t, activation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,104 +246,105 @@ def _plus(delta: Tensor | None, g_z: Tensor | None) -> Tensor | None:
     return delta + g_z
 
 
-def _parts(row: Activation) -> tuple[Callable[..., Tensor], Callable[..., Tensor], bool]:
-    """G, delta and whether z is kept: plain functions, since torch.compile can't look into a row from a closure."""
-    return row.G, row.delta, row.saves == "z"
-
-
-def _activation_function(row: Activation) -> type[ManualFunction]:
+def _activation_function(row: Row) -> type[ManualFunction]:
     """a = G(z), componentwise."""
-    G, delta_of, keeps_z = _parts(row)
+    G, delta_of, keeps_z = kernels.G(row), kernels.delta(row), row.saves == "z"
 
-    def forward(z: Tensor, *parameters: float) -> Tensor:
-        return G(z, *parameters)
+    def forward(z: Tensor, *values: float) -> Tensor:
+        return G(z, *values)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, *ctx.parameters = inputs
+        z, *ctx.values = inputs
         saved = z if keeps_z else output
         _save_all(ctx, saved)
 
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         (saved,) = ctx.saved_tensors
-        delta = None if g is None else delta_of(g, saved, *ctx.parameters)
-        return delta, *(None for _ in ctx.parameters)
+        delta = None if g is None else delta_of(g, saved, *ctx.values)
+        return delta, *(None for _ in ctx.values)
 
     def tangent(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
         (saved,) = _primals(ctx)
-        return delta_of(z_t, saved, *ctx.parameters)
+        return delta_of(z_t, saved, *ctx.values)
 
-    doc = f"a = {row.G_text}, componentwise.  Saves {row.saves}."
+    doc = f"a = G(z) of the row {row.name!r}, componentwise.  Saves {row.saves}."
     return _define(_title(row), doc, forward=forward, setup_context=setup_context, backward=backward, tangent=tangent)
 
 
-def _inplace_function(row: Activation) -> type[ManualFunction]:
+def _inplace_function(row: Row) -> type[ManualFunction]:
     """z := G(z) for a row in a, outside transforms. (A row in z has to keep a copy: `functional` makes it.)"""
-    G, delta_of, _ = _parts(row)
+    G, delta_of = kernels.G(row), kernels.delta(row)
 
-    def forward(z: Tensor, *parameters: float) -> Tensor:
-        return z.copy_(G(z, *parameters))
+    def forward(z: Tensor, *values: float) -> Tensor:
+        return z.copy_(G(z, *values))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, *ctx.parameters = inputs
+        z, *ctx.values = inputs
         ctx.mark_dirty(z)
         _save_all(ctx, output)
 
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         (a,) = ctx.saved_tensors
-        delta = None if g is None else delta_of(g, a, *ctx.parameters)
-        return delta, *(None for _ in ctx.parameters)
+        delta = None if g is None else delta_of(g, a, *ctx.values)
+        return delta, *(None for _ in ctx.values)
 
-    doc = f"z := {row.G_text}, componentwise, in place.  Saves a."
+    doc = f"z := G(z) of the row {row.name!r}, componentwise, in place.  Saves a."
     return _define(_title(row) + "_", doc, forward=forward, setup_context=setup_context, backward=backward)
 
 
-def _affine_activation_function(row: Activation) -> type[ManualFunction]:
+def _affine_activation_function(row: Row) -> type[ManualFunction]:
     """a^{l+1} = G(a Wᵀ + b) as one node. Saves a, W and what the row says.
 
     A row in z returns z as a second output: only so does a second derivative flow through the z it saves.
     """
-    G, delta_of, keeps_z = _parts(row)
+    G, delta_of, keeps_z = kernels.G(row), kernels.delta(row), row.saves == "z"
 
-    def forward(a: Tensor, weight: Tensor, bias: Tensor | None, *parameters: float) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(a: Tensor, weight: Tensor, bias: Tensor | None, *values: float) -> Tensor | tuple[Tensor, Tensor]:
         z = sheet.affine(a, weight, bias)
-        activation = G(z, *parameters)
+        activation = G(z, *values)
         return (activation, _own(z)) if keeps_z else activation
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        a, weight, _, *ctx.parameters = inputs
+        a, weight, _, *ctx.values = inputs
         saved = output[1] if keeps_z else output
         _save_affine(ctx, a, weight, saved)
         ctx.save_for_forward(a, weight, saved)
 
     def backward(ctx: Any, g: Tensor | None, g_z: Tensor | None = None) -> Gradients:
         a, weight, saved = ctx.saved_tensors
-        delta = _plus(None if g is None else delta_of(g, saved, *ctx.parameters), g_z)
+        delta = _plus(None if g is None else delta_of(g, saved, *ctx.values), g_z)
         gradients = (None, None, None) if delta is None else _affine_gradients(ctx, delta, a, weight)
-        return *gradients, *(None for _ in ctx.parameters)
+        return *gradients, *(None for _ in ctx.values)
 
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
         a, weight, saved = _primals(ctx)
         z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
-        activation_t = delta_of(z_t, saved, *ctx.parameters)
+        activation_t = delta_of(z_t, saved, *ctx.values)
         return (activation_t, z_t) if keeps_z else activation_t
 
-    doc = f"a^{{l+1}} = {row.G_text}, z = a Wᵀ + b.  Saves a, W and {'z' if keeps_z else 'a^{l+1}'}."
+    doc = f"a^{{l+1}} = G(a Wᵀ + b) of the row {row.name!r}.  Saves a, W and {'z' if keeps_z else 'a^{l+1}'}."
     rules = {"forward": forward, "setup_context": setup_context, "backward": backward, "tangent": tangent}
     return _define(f"Affine{_title(row)}", doc, **rules)
 
 
-def _title(row: Activation) -> str:
-    return "".join(word.capitalize() for word in row.name.split("_"))
+def _title(row: Row) -> str:
+    name = row.name if row.saves == sheet.ACTIVATIONS[row.name].saves else f"{row.name}_in_z"
+    return "".join(word.capitalize() for word in name.split("_"))
 
 
-# The identity alone needs no node, and fused it is the affine map.
-_NONLINEAR = {name: row for name, row in ACTIVATIONS.items() if name != "identity"}
-ACTIVATION = {name: _activation_function(row) for name, row in _NONLINEAR.items()} | {"sigmoid": Sigmoid}
-INPLACE = {name: _inplace_function(row) for name, row in _NONLINEAR.items() if row.saves == "a"}
-AFFINE_ACTIVATION = {name: _affine_activation_function(row) for name, row in _NONLINEAR.items()} | {
-    "identity": Affine,
-    "sigmoid": AffineSigmoid,
+# Each row in each letter that it can save. The identity alone needs no node, and fused it is the affine map.
+_FORMS = {(row.name, row.saves): row for of in sheet.ACTIVATIONS.values() for row in of.forms if row.name != "identity"}
+ACTIVATION = {form: _activation_function(row) for form, row in _FORMS.items()} | {("sigmoid", "a"): Sigmoid}
+INPLACE = {form: _inplace_function(row) for form, row in _FORMS.items() if row.saves == "a"}
+AFFINE_ACTIVATION = {form: _affine_activation_function(row) for form, row in _FORMS.items()} | {
+    ("identity", "a"): Affine,
+    ("sigmoid", "a"): AffineSigmoid,
 }
+
+
+def fused(name: str, values: tuple[float, ...]) -> type[ManualFunction]:
+    """Return the Function of an affine map and this activation."""
+    return AFFINE_ACTIVATION[name, sheet.ACTIVATIONS[name].saves_with(*values)]
 
 
 class Dropout(ManualFunction):
@@ -377,78 +381,53 @@ def _sum_of(*terms: Tensor | None) -> Tensor:
     return sum(more, first)
 
 
-class Quadratic(ManualFunction):
-    """C = Σ w scale · ½ (a − ŷ)² / divisor.  prediction, target (…, n_L), weight broadcastable to it.  Saves all.
+def _cost_function(title: str, cost: Cost, C: Callable[..., Tensor]) -> type[ManualFunction]:
+    """C = Σ w C(a, ŷ) / divisor. prediction, target (…), weight broadcastable to it, *constants. Saves the tensors."""
+    delta_of, target_delta_of = cost.delta, cost.delta_target
 
-    scale 1 and divisor N: the lecture's cost. scale 2: torch.nn.MSELoss.
-    """
+    def forward(
+        prediction: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *constants: Tensor
+    ) -> Tensor:
+        return sheet.reduce(_weighted(C(prediction, target, *constants), weight), reduction)
 
-    @staticmethod
-    def forward(prediction: Tensor, target: Tensor, weight: Tensor | None, scale: float, reduction: str) -> Tensor:
-        elements = sheet.quadratic(prediction, target)
-        return sheet.reduce(_weighted(elements if scale == 1 else scale * elements, weight), reduction)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.scale, ctx.reduction = inputs
-        _save_all(ctx, *tensors)
+        prediction, target, weight, ctx.reduction, *constants = inputs
+        _save_all(ctx, prediction, target, weight, *constants)
 
-    @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        prediction, target, weight, *constants = ctx.saved_tensors
+        nothing = (None,) * (2 + len(constants))
         if g is None:
-            return (None,) * 5
-        prediction, target, weight = ctx.saved_tensors
-        g = g if ctx.scale == 1 else g * ctx.scale
+            return None, None, *nothing
         share = _weighted(sheet.share(g, prediction.shape, ctx.reduction), weight)
-        delta = sheet.quadratic_delta(prediction, target) * share
         needs_prediction, needs_target, *_ = ctx.needs_input_grad
-        return delta if needs_prediction else None, -delta if needs_target else None, None, None, None
-
-    @staticmethod
-    def tangent(ctx: Any, prediction_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        prediction, target, weight = _primals(ctx)
-        difference_t = _sum_of(prediction_t, None if target_t is None else -target_t)
-        elements_t = ctx.scale * sheet.quadratic_delta(prediction, target) * difference_t
-        return sheet.reduce(_weighted(elements_t, weight), ctx.reduction)
-
-
-class BinaryCrossEntropy(ManualFunction):
-    """C = Σ w (softplus(z) − ŷ z) / divisor.  z, target (…), weight and pos_weight broadcastable to it.  Saves all."""
-
-    @staticmethod
-    def forward(z: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str) -> Tensor:
-        return sheet.reduce(_weighted(sheet.binary_cross_entropy(z, target, pos_weight), weight), reduction)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.reduction = inputs
-        _save_all(ctx, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        if g is None:
-            return None, None, None, None, None
-        z, target, weight, pos_weight = ctx.saved_tensors
-        share = _weighted(sheet.share(g, z.shape, ctx.reduction), weight)
-        needs_z, needs_target, *_ = ctx.needs_input_grad
         return (
-            sheet.binary_cross_entropy_delta(z, target, pos_weight) * share if needs_z else None,
-            sheet.binary_cross_entropy_delta_target(z, pos_weight) * share if needs_target else None,
-            *(None, None, None),
+            delta_of(prediction, target, *constants) * share if needs_prediction else None,
+            target_delta_of(prediction, target, *constants) * share if needs_target else None,
+            *nothing,
         )
 
-    @staticmethod
-    def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        z, target, weight, pos_weight = _primals(ctx)
+    def tangent(ctx: Any, prediction_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
+        prediction, target, weight, *constants = _primals(ctx)
         elements_t = _sum_of(
-            None if z_t is None else sheet.binary_cross_entropy_delta(z, target, pos_weight) * z_t,
-            None if target_t is None else sheet.binary_cross_entropy_delta_target(z, pos_weight) * target_t,
+            None if prediction_t is None else delta_of(prediction, target, *constants) * prediction_t,
+            None if target_t is None else target_delta_of(prediction, target, *constants) * target_t,
         )
         return sheet.reduce(_weighted(elements_t, weight), ctx.reduction)
+
+    doc = f"C of the cost {cost.name!r}, reduced.  Saves prediction, target and weights."
+    return _define(title, doc, forward=forward, setup_context=setup_context, backward=backward, tangent=tangent)
 
 
 def _weighted(elements: Tensor, weight: Tensor | None) -> Tensor:
     return elements if weight is None else elements * weight
+
+
+Quadratic = _cost_function("Quadratic", sheet.COSTS["quadratic"], kernels.COST_KERNELS["quadratic"].C)
+MeanSquares = _cost_function("MeanSquares", sheet.COSTS["mse"], sheet.COSTS["mse"].C)
+BinaryCrossEntropy = _cost_function("BinaryCrossEntropy", sheet.COSTS["bce"], sheet.COSTS["bce"].C)
+WeightedBinaryCrossEntropy = _cost_function("WeightedBinaryCrossEntropy", sheet.WEIGHTED_BCE, sheet.WEIGHTED_BCE.C)
+_entropy = sheet.COSTS["cross_entropy"]
 
 
 class CrossEntropyOfClass(ManualFunction):
@@ -466,7 +445,7 @@ class CrossEntropyOfClass(ManualFunction):
         if smoothing == 0:
             costs = sheet.cross_entropy_of_class(z, target) * counts
         else:
-            costs = sheet.cross_entropy(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing))
+            costs = _entropy.C(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing)).sum(-1)
         # 0 for a sample that is ignored, even where its own cost is infinite
         return sheet.reduce(torch.where(kept, costs, 0), reduction, counts)
 
@@ -508,7 +487,7 @@ def _delta_of_class(
     """δ of each sample, and the weight of the sample where δ does not hold it already."""
     if smoothing == 0:
         return sheet.cross_entropy_delta_of_class(z, target), counts
-    return sheet.cross_entropy_delta(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing)), None
+    return _entropy.delta(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing)), None
 
 
 class CrossEntropy(ManualFunction):
@@ -520,7 +499,7 @@ class CrossEntropy(ManualFunction):
 
     @staticmethod
     def forward(z: Tensor, target: Tensor, class_weight: Tensor | None, smoothing: float, reduction: str) -> Tensor:
-        return sheet.reduce(sheet.cross_entropy(z, sheet.class_shares(target, class_weight, smoothing)), reduction)
+        return sheet.reduce(_entropy.C(z, sheet.class_shares(target, class_weight, smoothing)).sum(-1), reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -536,8 +515,8 @@ class CrossEntropy(ManualFunction):
         needs_z, needs_target, *_ = ctx.needs_input_grad
         shares = sheet.class_shares(target, class_weight, ctx.smoothing)
         return (
-            sheet.cross_entropy_delta(z, shares) * share if needs_z else None,
-            sheet.cross_entropy_delta_target(z, class_weight, ctx.smoothing) * share if needs_target else None,
+            _entropy.delta(z, shares) * share if needs_z else None,
+            _target_delta(z, target, class_weight, ctx.smoothing) * share if needs_target else None,
             *(None, None, None),
         )
 
@@ -546,9 +525,13 @@ class CrossEntropy(ManualFunction):
         z, target, class_weight = _primals(ctx)
         shares = sheet.class_shares(target, class_weight, ctx.smoothing)
         costs_t = _sum_of(
-            None if z_t is None else (sheet.cross_entropy_delta(z, shares) * z_t).sum(-1),
-            None
-            if target_t is None
-            else (sheet.cross_entropy_delta_target(z, class_weight, ctx.smoothing) * target_t).sum(-1),
+            None if z_t is None else (_entropy.delta(z, shares) * z_t).sum(-1),
+            None if target_t is None else (_target_delta(z, target, class_weight, ctx.smoothing) * target_t).sum(-1),
         )
         return sheet.reduce(costs_t, ctx.reduction)
+
+
+def _target_delta(z: Tensor, target: Tensor, class_weight: Tensor | None, smoothing: float) -> Tensor:
+    """∂C/∂ŷ_c = −w_c (1 − ε) log softmax(z)_c."""
+    delta = _entropy.delta_target(z, target) * (1 - smoothing)
+    return delta if class_weight is None else delta * class_weight

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from manual_mlp import formulas as sheet
-from manual_mlp import modules
+from manual_mlp import kernels, modules
 from manual_mlp.errors import InputError
-from manual_mlp.formulas import COSTS, Activation, Cost
+from manual_mlp.formulas import COSTS, Cost, Row
 
 
 @dataclass
@@ -19,12 +19,11 @@ class Layer:
     """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}), and the dropout that follows it, if any.
 
     affine      the module that owns W^l (n_{l+1}, n_l) and b^l (n_{l+1},) or None
-    row, parameters   the activation's row of the sheet and the values of its parameters
+    row         the activation's row of the sheet, with the values of its parameters
     """
 
     affine: Any
-    row: Activation = sheet.ACTIVATIONS["identity"]
-    parameters: tuple[float, ...] = ()
+    row: Row = sheet.ACTIVATIONS["identity"]
     dropout: nn.Dropout | None = None
     activated: bool = field(default=False, repr=False)
 
@@ -90,12 +89,11 @@ def _read(layers: list[Layer], name: str, module: nn.Module) -> None:
     if kind in _AFFINE:
         layers.append(Layer(module))
     elif isinstance(module, modules.AffineActivation) and kind is modules.AffineActivation:
-        row = sheet.ACTIVATIONS[module.activation]
-        layers.append(Layer(module, row, module.parameter_values, activated=True))
+        layers.append(Layer(module, module.row, activated=True))
     elif kind in (nn.Identity, modules.Identity):
         pass
     elif kind in modules.ACTIVATION_MODULES and last is not None and not last.activated and last.dropout is None:
-        last.row, last.parameters = modules.activation_row(module)
+        last.row = modules.activation_row(module)
         last.activated = True
     elif isinstance(module, nn.Dropout) and kind in _DROPOUT and last is not None and last.dropout is None:
         last.dropout = module
@@ -124,8 +122,8 @@ Weighed = tuple[Cost, Tensor | float, Tensor | float]
 
 def weigh(cost: Cost, n: int, outputs: int, dtype: torch.dtype) -> Weighed:
     """Beside a tensor of less than 32 bits a number keeps its digits, and beside others a tensor is quicker."""
-    weights = cost.total_weight(n, outputs), cost.delta_weight(n, outputs)
-    if dtype in sheet.ROUNDED:
+    weights = kernels.weights(cost, n, outputs)
+    if dtype in kernels.ROUNDED:
         return cost, *weights
     with torch.inference_mode(False):  # it may come from a validation, and is kept for the training
         total, delta = torch.tensor(weights, dtype=dtype, device="cpu").unbind()

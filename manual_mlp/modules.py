@@ -114,36 +114,37 @@ class Dropout(nn.Dropout):
         return functional.dropout(input, self.p, self.training, self.inplace)
 
 
-_KINDS = (
-    ("identity", nn.Identity, Identity),
-    ("sigmoid", nn.Sigmoid, Sigmoid),
-    ("tanh", nn.Tanh, Tanh),
-    ("relu", nn.ReLU, ReLU),
-    ("leaky_relu", nn.LeakyReLU, LeakyReLU),
-    ("softplus", nn.Softplus, Softplus),
-    ("silu", nn.SiLU, SiLU),
-    ("gelu", nn.GELU, GELU),
-)
-# torch's activation classes to ours, and both to their names; a subclass may compute something else.
-OURS: dict[type[nn.Module], type[nn.Module]] = {theirs: ours for _, theirs, ours in _KINDS}
-ACTIVATION_MODULES: dict[type[nn.Module], str] = {kind: name for name, *kinds in _KINDS for kind in kinds}
+# torch's activation classes to ours, and both to the names of their rows; a subclass may compute something else.
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    kind.__mro__[1]: kind for kind in (Identity, Sigmoid, Tanh, ReLU, LeakyReLU, Softplus, SiLU, GELU)
+}
+_ROWS = {row.module: row.name for row in reversed(sheet.ACTIVATIONS.values())}
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    kind: _ROWS[theirs] for theirs, ours in OURS.items() for kind in (theirs, ours)
+}
 
 
-def activation_row(activation: str | nn.Module) -> tuple[sheet.Activation, tuple[float, ...]]:
-    """The row and parameters of an activation given by name, or by a module of torch's or ours with its arguments.
+def activation_row(activation: str | nn.Module) -> sheet.Row:
+    """Return the row of an activation, with its values, from what `name_and_values` takes."""
+    return functional.bound_row(*name_and_values(activation))
+
+
+def name_and_values(activation: str | nn.Module) -> tuple[str, tuple[float, ...]]:
+    """Return a row's name and values, from its name, or from a module of torch's or ours with its arguments.
 
     Raises InputError for anything else.
     """
     if isinstance(activation, str):
-        return sheet.activation(activation)
+        return functional.name_and_values(activation, {})
     kind = type(activation)
     if kind not in ACTIVATION_MODULES:
         raise InputError(
-            f"expected the name of an activation or an activation module, one of {', '.join(sheet.NAMES)}; "
+            "expected the name of an activation or an activation module, one of "
+            f"{', '.join(sheet.ACTIVATIONS)}; "
             f"got {activation!r}" + (": call it, as in nn.ReLU()" if isinstance(activation, type) else "")
         )
     names = set(getattr(kind, "__constants__", ())) - {"inplace"}
-    return sheet.activation(ACTIVATION_MODULES[kind], **{key: getattr(activation, key) for key in names})
+    return functional.name_and_values(ACTIVATION_MODULES[kind], {key: getattr(activation, key) for key in names})
 
 
 class AffineActivation(nn.Module):
@@ -155,6 +156,8 @@ class AffineActivation(nn.Module):
     """
 
     bias: Tensor | None
+    activation: str
+    parameter_values: tuple[float, ...]
 
     def __init__(
         self,
@@ -167,25 +170,34 @@ class AffineActivation(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = _size("in_features", in_features), _size("out_features", out_features)
-        row, self.parameter_values = activation_row(activation)
-        self.activation = row.name
+        self.activation = activation  # type: ignore[assignment]
         self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         )
         self.reset_parameters()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take another activation, by name or module, with the values of its parameters."""
+        if name == "activation":
+            value, self.parameter_values = name_and_values(value)
+        super().__setattr__(name, value)
+
+    @property
+    def row(self) -> sheet.Row:
+        """The activation's row of the sheet, with the values of its parameters."""
+        return functional.bound_row(self.activation, self.parameter_values)
+
     def reset_parameters(self) -> None:
         """nn.Linear's own initialisation."""
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
-        function = functions.AFFINE_ACTIVATION[self.activation]
+        function = functions.fused(self.activation, self.parameter_values)
         return functional.apply_affine(function, input, *_weight_and_bias(self), *self.parameter_values)
 
     def extra_repr(self) -> str:
-        values = zip(sheet.ACTIVATIONS[self.activation].parameters, self.parameter_values, strict=True)
-        parameters = "".join(f", {name}={value:g}" for (name, _), value in values)
+        parameters = "".join(f", {name}={value:g}" for name, value in self.row.parameters)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation!r}"
             f"{parameters}, bias={self.bias is not None}"
@@ -310,12 +322,7 @@ class MLP(nn.Sequential):
 def _in_torch(layer: AffineActivation) -> tuple[nn.Linear, nn.Module]:
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
-    name = layer.activation.removesuffix("_in_z")
-    if name == "gelu_tanh":
-        return linear, nn.GELU("tanh")
-    kind: Any = next(theirs for known, theirs, _ in _KINDS if known == name)
-    names = (parameter for parameter, _ in sheet.ACTIVATIONS[layer.activation].parameters)
-    return linear, kind(**dict(zip(names, layer.parameter_values, strict=True)))
+    return linear, layer.row.twin()
 
 
 def _checked_sizes(sizes: Sequence[int]) -> list[int]:

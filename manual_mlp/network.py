@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from manual_mlp import formulas as sheet
-from manual_mlp import functional, functions, modules
+from manual_mlp import functional, functions, kernels, modules
 from manual_mlp.errors import InputError
-from manual_mlp.formulas import Activation
+from manual_mlp.formulas import Row
 from manual_mlp.layers import Layer, Weighed, cost_of, hooks_of, layers_of, weigh
 from manual_mlp.plan import SHAPE, Plan
 
@@ -47,7 +47,7 @@ class Net:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = layers_of(model)
-        self.steps = [_step(layer.row, layer.parameters) for layer in self.layers]
+        self.steps = [_step(layer.row) for layer in self.layers]
         self.owners = [layer.affine._parameters for layer in self.layers]
         # The kind of the last batch that was checked, its weights, and whether it has a plan.
         self.accepted: tuple[object, Any, bool] = None, None, False
@@ -131,7 +131,7 @@ class Net:
         Each δ^l goes to `deltas`, from right to left.
         """
         n = len(self.steps)
-        in_place = not torch.is_grad_enabled() and delta.dtype not in sheet.ROUNDED
+        in_place = not torch.is_grad_enabled() and delta.dtype not in kernels.ROUNDED and kernels.plain(delta)
         gradients: list[Tensor | None] = [None] * len(needs)
         lowest = _lowest(needs, n)
         for layer in range(n - 1, lowest - 1, -1):
@@ -139,7 +139,8 @@ class Net:
                 delta = _dropped(delta, masks[layer])
             _, _, delta_of, delta_, _ = self.steps[layer]
             if in_place and delta_ is not None:
-                delta_(delta, saved[layer], None, None, None)
+                work, mask = torch.empty_like(delta), torch.empty_like(delta, dtype=torch.bool)
+                delta_(delta, saved[layer], None, work, mask)
             else:
                 delta = delta_of(delta, saved[layer])
             if deltas is not None:
@@ -159,12 +160,15 @@ def _lowest(needs: Sequence[bool], n: int) -> int:
     return 0 if needs[0] else min((i - 1) % n for i, needed in enumerate(needs) if needed)
 
 
-def _step(row: Activation, parameters: tuple[float, ...]) -> tuple[Any, ...]:
-    def bound(formula: Callable[..., Any]) -> Callable[..., Any]:
-        return (lambda *args, **out: formula(*args, *parameters, **out)) if parameters else formula
+def _step(row: Row) -> tuple[Any, ...]:
+    values = row.values
 
-    G_, delta_ = map(bound, sheet.in_place(row))
-    return bound(row.G), G_, bound(row.delta), delta_ if row.saves == "a" else None, row.saves == "z"
+    def bound(formula: Callable[..., Any]) -> Callable[..., Any]:
+        return (lambda *args, **out: formula(*args, *values, **out)) if values else formula
+
+    G_, delta_ = map(bound, kernels.in_place(row))
+    G, delta = bound(kernels.G(row)), bound(kernels.delta(row))
+    return G, G_, delta, delta_ if row.saves == "a" else None, row.saves == "z"
 
 
 _NETS: WeakKeyDictionary[nn.Module, Net] = WeakKeyDictionary()
@@ -202,11 +206,11 @@ class GradientPlan(Plan):
         for layer, (stage, one_before) in enumerate(zip(self.stages, before, strict=True)):
             activate = step_2 = None
             if stage.row.name != "identity":
-                G_, delta_ = sheet.in_place(stage.row)
-                activate = partial(G_, stage.a, *stage.parameters)
-                step_2 = partial(delta_, stage.delta, stage.a, None, stage.a, stage.mask, *stage.parameters)
+                G_, delta_ = kernels.in_place(stage.row)
+                activate = partial(G_, stage.a, *stage.row.values)
+                step_2 = partial(delta_, stage.delta, stage.a, None, stage.work, stage.mask, *stage.row.values)
             a, into = (None, None) if one_before is None else (one_before.a, one_before.delta)
-            z_t = stage.z.t() if stage.turned else None
+            z_t = stage.z.t() if stage.by_columns else None
             self.up.append((stage.z, z_t, None if a is None else a.t(), activate, stage.a))
             places = (1 + layer) * needs[1 + layer], (1 + n + layer) * needs[1 + n + layer]  # 0 where not needed
             down.append((layer, step_2, stage.delta, stage.delta_t, into if layer > lowest else None, a, *places))
@@ -221,9 +225,9 @@ class GradientPlan(Plan):
         a, ones, gradients = x, self.ones, self.nothing.copy()
         for (z, z_t, a_t, activate, after), weight, bias in zip(self.up, weights, biases, strict=True):
             if z_t is None:
-                sheet.affine_(a, weight, bias, z)
+                kernels.affine_(a, weight, bias, z)
             else:
-                sheet.affine_by_columns_(x.t() if a_t is None else a_t, weight, bias, z_t)
+                kernels.affine_by_columns_(x.t() if a_t is None else a_t, weight, bias, z_t)
             if activate is not None:
                 activate()
             a = after
@@ -231,7 +235,7 @@ class GradientPlan(Plan):
             self.prediction.copy_(a)
         if predictions is not None:  # step 2 overwrites it
             predictions.append(self.prediction.clone(memory_format=torch.contiguous_format))
-        self.cost_(self.prediction, target, self.delta, self.flat, self.work, self.column, self.out)
+        self.cost_(self.prediction, target, self.out)
         self.delta.mul_(self.delta_weight)
         if self.copied:
             self.stages[-1].delta.copy_(self.delta)
@@ -284,13 +288,13 @@ class NetworkCost(functions.ManualFunction):
         if predictions is not None:
             predictions.append(saved[-1])
         row, total_weight, _ = weighed
-        return row.total(saved[-1], target) * total_weight
+        return kernels.cost_kernel(row).total(saved[-1], target) * total_weight
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         net, weighed, keeps, plan = ctx.of
         target, x, *saved = ctx.saved_tensors  # which refuses what has changed since, or is gone
-        if plan is not None and sheet.plain(g):
+        if plan is not None and kernels.plain(g):
             gradients, ctx.gradients = ctx.gradients, None  # given away, they become .grad without a copy
             if gradients is None:  # a second time
                 _, gradients = net.at_once(plan, weighed, target, x, saved, None)
@@ -304,7 +308,7 @@ class NetworkCost(functions.ManualFunction):
         if torch.is_grad_enabled() or not saved:  # create_graph: what was saved has no history
             saved = net.forward(x, weights, biases, masks)
         cost, _, delta_weight = weighed
-        delta = cost.delta(saved[-1], target) * (g * delta_weight)
+        delta = kernels.cost_kernel(cost).delta(saved[-1], target) * (g * delta_weight)
         return *(None,) * 6, *net.recursion(delta, x, weights, saved, masks, ctx.needs_input_grad[6:])
 
 
@@ -351,7 +355,7 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
             *(type(target), target.shape, target.dtype),
             *(type(last), last.shape, loss),
         )
-        special = sheet.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
+        special = kernels.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
     except AttributeError:
         functional.check_tensors(input=input, target=target)
         raise

@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from manual_mlp import formulas as sheet
+from manual_mlp import kernels
 from manual_mlp.formulas import Cost
 from manual_mlp.layers import Layer
 
@@ -19,17 +19,17 @@ SHAPE = attrgetter("shape")
 class Stage:
     """One layer's buffers for N rows: z, a, δ (N, n_{l+1}); δ, work and mask are shared with other layers.
 
-    turned  they lie column by column; not with a dropout, which draws row by row
+    by_columns  they lie column by column; not with a dropout, which draws row by row
     """
 
     def __init__(self, layer: Layer, n: int, like: Tensor, delta: Tensor, scratch: Tensor, bits: Tensor) -> None:
         outputs = layer.weight.shape[0]
-        self.row, self.parameters, self.dropout = layer.row, layer.parameters, layer.dropout
-        self.turned = self.dropout is None and sheet.turned(like, n, outputs)
+        self.row, self.dropout = layer.row, layer.dropout
+        self.by_columns = self.dropout is None and kernels.by_columns(like, n, outputs)
 
         def laid(flat: Tensor) -> Tensor:
             flat = flat[: n * outputs]
-            return flat.view(outputs, n).t() if self.turned else flat.view(n, outputs)
+            return flat.view(outputs, n).t() if self.by_columns else flat.view(n, outputs)
 
         self.a, self.delta = laid(like.new_empty(n * outputs)), laid(delta)
         self.saved_z = laid(like.new_empty(n * outputs)) if layer.row.saves == "z" else None
@@ -56,7 +56,6 @@ class Plan:
 
     def __init__(self, layers: list[Layer], cost: Cost, input: Tensor, dtype: torch.dtype | None = None) -> None:
         n, outputs = len(input), layers[-1].weight.shape[0]
-        self.cost_ = cost.both_
         like = torch.empty(0, dtype=dtype or input.dtype, device=input.device)
         largest = n * max(layer.weight.shape[0] for layer in layers)
         # Of δ^{l+1} and δ^l alone are both read at once, and two buffers stay in the cache where one a layer would not.
@@ -65,13 +64,11 @@ class Plan:
         self.stages = [Stage(layer, n, like, deltas[i % 2], scratch, bits) for i, layer in enumerate(layers)]
         self.ones = like.new_ones(n)
         last = self.stages[-1]
-        self.copied = like.dtype != input.dtype or (last.turned and cost.logits)
+        self.copied = like.dtype != input.dtype or (last.by_columns and cost.logits)
         real = torch.empty(n, outputs, dtype=input.dtype, device=input.device) if self.copied else last.a
         self.prediction, self.delta = last.a, last.delta
         if self.copied:
             self.prediction, self.delta = torch.empty_like(real), torch.empty_like(real)
-        self.work, self.column = torch.empty_like(real), real.new_empty(n, 1)
         self.cost = real.new_empty(())
         self.out = self.cost.view(1)
-        laid = self.delta if self.delta.is_contiguous() else last.delta_t
-        self.flat = laid.view(1, -1), laid.view(-1)
+        self.cost_ = kernels.cost_kernel(cost).both(self.delta)

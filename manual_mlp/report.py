@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from manual_mlp import formulas as sheet
-from manual_mlp import tables
+from manual_mlp import notation, tables
 from manual_mlp.tracing import SUPERSCRIPTS, TITLES, Trace
 
 PACKAGES = ("manual-mlp", "torch", "lightning", "hydra-core", "numpy", "scikit-learn", "matplotlib")
@@ -110,9 +110,10 @@ def _steps(trace: Trace, step: str) -> Iterator[tuple[str, list[tuple[str, str]]
         if rows:
             yield title, [(step, "")] if step and title == TITLES[-1] else rows
     activations = [sheet.ACTIVATIONS[name] for name in dict.fromkeys(trace.activation.values())]
-    used = [(f"{row.name}(z)", row.G_text) for row in activations]
-    used += [(f"g ⊙ {row.name}′(z)", row.delta_text) for row in activations]
-    used += [(name, meaning) for name, meaning in sheet.SYMBOLS.items() if any(name[:2] in text for _, text in used)]
+    used = [(f"{row.name}(z)", notation.text(row.G)) for row in activations]
+    used += [(f"g ⊙ {row.name}′(z)", notation.text(row.delta)) for row in activations]
+    used += notation.meanings(*(formula for row in activations for formula in (row.G, row.delta))).items()
+    used += [(letter, name) for row in activations for name, letter in notation.letters(row).items()]
     yield "activations", [(name, Markup("<code>{}</code>").format(text)) for name, text in used]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manual_mlp import formulas as sheet
-from manual_mlp import tables
+from manual_mlp import kernels, notation, tables
 from manual_mlp.errors import InputError
 from manual_mlp.network import check_batch, cost_of, draw_masks, net_of
 
@@ -174,8 +174,8 @@ class Trace:
             forward.append((f"z{up(layer + 1)}", z, self.z[layer + 1]))
             forward.append((f"a{up(layer + 1)}", self._G(layer + 1) + self._mask(layer + 1), self.a[layer + 1]))
         cost = sheet.COSTS[self.loss]
-        share = "" if chain else f"1/{cost.per} "
-        text, delta_text = (re.sub(r"\ba\b", f"a{up(last)}", text) for text in (cost.text, cost.delta_text))
+        share = "" if chain else f"1/{cost.per if cost.per == 'N' else '(N m)'} "
+        text, delta_text = (notation.written(formula, f"a{up(last)}") for formula in (cost.C, cost.delta))
         yield [*forward, ("C", (f"{share}Σ " if share else "") + text, self.cost)]
 
         yield self._delta_lines(last, share + delta_text)
@@ -314,6 +314,7 @@ def trace(
         raise InputError(f"expected an nn.Module to trace; got {type(model).__name__}: pass the model itself")
     net = net_of(model)
     cost = cost_of(loss, net.layers)
+    of_cost = kernels.cost_kernel(cost)
     weights, biases = [layer.weight for layer in net.layers], [layer.bias for layer in net.layers]
     if len(set(map(id, weights))) < len(weights):
         raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
@@ -325,7 +326,8 @@ def trace(
     masks, zs, deltas = draw_masks(net.layers, x), [], []  # type: ignore[var-annotated]
     saved = net.forward(x, weights, biases, masks, zs)
     prediction = saved[-1]
-    delta = cost.delta(prediction, target) * cost.delta_weight(*prediction.shape)
+    total_weight, delta_weight = kernels.weights(cost, *prediction.shape)
+    delta = of_cost.delta(prediction, target) * delta_weight
     needs = [False, *(True for _ in weights), *(bias is not None for bias in biases)]
     gradients: Any = net.recursion(delta, x, weights, saved, masks, needs, deltas)
 
@@ -333,17 +335,17 @@ def trace(
         sizes=[x.shape[1], *map(len, weights)],
         loss=loss,
         lr=lr,
-        cost=cost.total(prediction, target) * cost.total_weight(*prediction.shape),
+        cost=of_cost.total(prediction, target) * total_weight,
         target=(sheet.onehot(prediction, target) if target.dim() == 1 else target).clone(),
-        activation={index: layer.row.name.removesuffix("_in_z") for index, layer in enumerate(net.layers, 2)},
+        activation={index: layer.row.name for index, layer in enumerate(net.layers, 2)},
         drops={index: layer.drops > 0 for index, layer in enumerate(net.layers, 2)},
     )
     result.a[1] = x.clone()
     for index, (layer, z, delta) in enumerate(zip(net.layers, zs, reversed(deltas), strict=True), 2):
         result.z[index], result.delta[index] = z, delta.clone()
         result.a[index] = net.input_of(index - 1, x, saved, masks).clone()
-        result.slope[index] = layer.row.delta(torch.ones_like(z), saved[index - 2], *layer.parameters)
-        flat = result.slope[index].abs() < SATURATED * steepest(layer.row, layer.parameters)
+        result.slope[index] = kernels.delta(layer.row)(torch.ones_like(z), saved[index - 2], *layer.row.values)
+        flat = result.slope[index].abs() < SATURATED * steepest(layer.row)
         result.saturation[index] = flat.double().mean().item()
     n = len(weights)
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
@@ -366,10 +368,9 @@ def _batch(x: Any, target: Any, like: Tensor, loss: str) -> tuple[Tensor, Tensor
 
 
 @functools.cache
-def steepest(row: sheet.Activation, parameters: tuple[float, ...]) -> float:
+def steepest(row: sheet.Row) -> float:
     """The maximum of |G′(z)| over z, found on a grid that is fine at 0 and reaches a million."""
     positive = torch.logspace(-3, 6, 9001, dtype=torch.float64)
     z = torch.cat([-positive, positive.new_zeros(1), positive])
-    return (
-        row.delta(torch.ones_like(z), z if row.saves == "z" else row.G(z, *parameters), *parameters).abs().max().item()
-    )
+    saved = z if row.saves == "z" else row.G(z, *row.values)
+    return row.delta(torch.ones_like(z), saved, *row.values).abs().max().item()

@@ -1,22 +1,23 @@
 """The one case list: every Function of the package beside its torch twin, with inputs. Everything is tested from here.
 
-Activation rows are read off the sheet, so a new row is a new case; without a twin in TWINS the collection fails.
+Activation rows are read off the sheet, with their twins, so a new row is a new case.
 `cases_of(sizes)` is the same list in other sizes: a new case has them too.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from manual_mlp import functional as F
 from manual_mlp import functions
-from manual_mlp.formulas import ACTIVATIONS, Activation
+from manual_mlp.formulas import ACTIVATIONS, Row
 
 Inputs = tuple[Tensor, ...]
 
@@ -47,26 +48,32 @@ class Sizes:
         return math.prod(self.leading)
 
 
-TWINS: dict[str, Callable[..., Tensor]] = {
-    "identity": lambda z: z.clone(),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "leaky_relu": torch_functional.leaky_relu,
-    "leaky_relu_in_z": torch_functional.leaky_relu,
-    "softplus": torch_functional.softplus,
-    "softplus_in_z": torch_functional.softplus,
-    "silu": torch_functional.silu,
-    "gelu": torch_functional.gelu,
-    "gelu_tanh": lambda z: torch_functional.gelu(z, approximate="tanh"),
+# Beside the default values of a row's parameters, these are tried; for a row that is not here, their doubles.
+TRIED = {
+    "leaky_relu": [(0.2,), (-0.01,), (-0.3,)],
+    "softplus": [(2.0, 25.0), (1.0, 2.0), (0.5, 1.0)],
 }
-# Beside a row's default parameters, these are tried.
-OTHER_PARAMETERS = {
-    "leaky_relu": (0.2,),
-    "leaky_relu_in_z": (-0.3,),
-    "softplus": (2.0, 25.0),
-    "softplus_in_z": (0.5, 1.0),
-}
+
+
+def _rows() -> Iterator[Row]:
+    for row in ACTIVATIONS.values():
+        yield row
+        doubles = [tuple(2 * value for value in row.values)] if row.parameters else []
+        yield from (row.bind(*values) for values in TRIED.get(row.name, doubles))
+
+
+def label(row: Row) -> str:
+    return row.name + "".join(f"{value:+g}" for value in row.values)
+
+
+ROWS = list(_rows())
+"""Every row of the sheet as it is used, in each letter that it saves."""
+rows = pytest.mark.parametrize("row", ROWS, ids=label)
+
+
+def twin_of(row: Row) -> Callable[[Tensor], Tensor]:
+    """torch's own module of a row; a copy for the identity, which would be the input itself."""
+    return torch.clone if row.name == "identity" else row.twin()
 
 
 def random(*shapes: tuple[int, ...], seed: int = 0) -> Callable[[torch.dtype], Inputs]:
@@ -80,42 +87,23 @@ def random(*shapes: tuple[int, ...], seed: int = 0) -> Callable[[torch.dtype], I
     return draw
 
 
-def row_parameters(row: Activation) -> list[tuple[float, ...]]:
-    defaults = tuple(default for _, default in row.parameters)
-    return [defaults, OTHER_PARAMETERS[row.name]] if row.parameters else [()]
-
-
-def _label(name: str, parameters: tuple[float, ...]) -> str:
-    return name + "".join(f"-{parameter:g}" for parameter in parameters)
-
-
 def _activation_cases(sizes: Sizes) -> list[Case]:
     cases, z = [], random((*sizes.leading, sizes.outputs))
-    for name, row in ACTIVATIONS.items():
-        if name == "identity":  # has no node of its own; it is fused below
+    for row in ROWS:
+        if row.name == "identity":  # has no node of its own; it is fused below
             continue
-        for parameters in row_parameters(row):
 
-            def ours(z: Tensor, name: str = name, parameters: tuple[float, ...] = parameters) -> Tensor:
-                return functions.apply(functions.ACTIVATION[name], z, *parameters)
+        def ours(z: Tensor, row: Row = row, values: tuple[float, ...] = row.values) -> Tensor:
+            return functions.apply(functions.ACTIVATION[row.name, row.saves], z, *values)
 
-            def twin(z: Tensor, name: str = name, parameters: tuple[float, ...] = parameters) -> Tensor:
-                return TWINS[name](z, *parameters)
+        def in_place(z: Tensor, row: Row = row, values: tuple[float, ...] = row.values) -> Tensor:
+            """On a copy, since a leaf that requires a gradient can't be written."""
+            return F._activation(row.name, z.clone(), *values, inplace=True)
 
-            cases.append(Case(_label(name, parameters), ours, twin, z))
-            if row.parameters == () or parameters == row_parameters(row)[0]:
-                cases.append(_inplace_case(name, parameters, z))
+        cases.append(Case(label(row), ours, twin_of(row), z))
+        if row == next(other for other in ROWS if (other.name, other.saves) == (row.name, row.saves)):
+            cases.append(Case(f"{label(row)}-inplace", in_place, twin_of(row), z))
     return cases
-
-
-def _inplace_case(name: str, parameters: tuple[float, ...], z: Callable[[torch.dtype], Inputs]) -> Case:
-    """In place on a copy, since a leaf that requires a gradient can't be written."""
-    return Case(
-        f"{name}-inplace",
-        lambda z: F._activation(name, z.clone(), *parameters, inplace=True),
-        lambda z: TWINS[name](z, *parameters),
-        z,
-    )
 
 
 def _affine_cases(sizes: Sizes) -> list[Case]:
@@ -136,33 +124,27 @@ def _affine_cases(sizes: Sizes) -> list[Case]:
 def _fused_cases(sizes: Sizes) -> list[Case]:
     cases: list[Case] = []
     n, m = sizes.inputs, sizes.outputs
-    for name, row in ACTIVATIONS.items():
-        for parameters in row_parameters(row):
-            for label, shapes in {
-                "bias": ((*sizes.leading, n), (m, n), (m,)),
-                "nobias": ((*sizes.leading, n), (m, n)),
-                "three_dimensions": ((2, 3, n), (m, n), (m,)),
-            }.items():
+    for row in ROWS:
+        for form, shapes in {
+            "bias": ((*sizes.leading, n), (m, n), (m,)),
+            "nobias": ((*sizes.leading, n), (m, n)),
+            "three_dimensions": ((2, 3, n), (m, n), (m,)),
+        }.items():
 
-                def ours(
-                    input: Tensor,
-                    weight: Tensor,
-                    bias: Tensor | None = None,
-                    name: str = name,
-                    parameters: tuple[float, ...] = parameters,
-                ) -> Tensor:
-                    return F.apply_affine(functions.AFFINE_ACTIVATION[name], input, weight, bias, *parameters)
+            def ours(
+                input: Tensor,
+                weight: Tensor,
+                bias: Tensor | None = None,
+                row: Row = row,
+                values: tuple[float, ...] = row.values,
+            ) -> Tensor:
+                function = functions.AFFINE_ACTIVATION[row.name, row.saves]
+                return F.apply_affine(function, input, weight, bias, *values)
 
-                def twin(
-                    input: Tensor,
-                    weight: Tensor,
-                    bias: Tensor | None = None,
-                    name: str = name,
-                    parameters: tuple[float, ...] = parameters,
-                ) -> Tensor:
-                    return TWINS[name](torch_functional.linear(input, weight, bias), *parameters)
+            def twin(input: Tensor, weight: Tensor, bias: Tensor | None = None, row: Row = row) -> Tensor:
+                return twin_of(row)(torch_functional.linear(input, weight, bias))
 
-                cases.append(Case(f"affine_{_label(name, parameters)}-{label}", ours, twin, random(*shapes)))
+            cases.append(Case(f"affine_{label(row)}-{form}", ours, twin, random(*shapes)))
     return cases
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from manual_mlp import formulas
 from tests.cases import CASES, Case
 
 torch.set_num_threads(1)
@@ -12,12 +11,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What relu does with many elements is done with the few of the tests; as with few, where a graph is recorded."""
-    monkeypatch.setattr(formulas, "_MANY", 0)
 
 
 @pytest.fixture(params=CASES, ids=str)

@@ -9,7 +9,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import manual_mlp as mm
-from manual_mlp.formulas import ACTIVATIONS, SYMBOLS
+from manual_mlp import notation
+from manual_mlp.formulas import ACTIVATIONS
 from manual_mlp.lecture import PAGE, executed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,18 +18,19 @@ PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sor
 
 
 def formula_table() -> str:
-    """Return one line for each row of the sheet."""
+    """Return one line for each row of the sheet and each letter that it saves, read from the code that runs."""
     lines = ["| name | G(z) | δ = g ⊙ G′ | keeps |", "|---|---|---|---|"]
-    for name, row in ACTIVATIONS.items():
-        parameters = "".join(f" {parameter}={default:g}" for parameter, default in row.parameters)
-        keeps = "–" if name == "identity" else row.saves
-        lines.append(f"| {name}{parameters} | `{row.G_text}` | `{row.delta_text}` | {keeps} |")
-    where = ", ".join(f"`{symbol}` = `{meaning}`" for symbol, meaning in SYMBOLS.items())
-    notes = (
-        f"{where}. A row `…_in_z` replaces the row above it when a alone does not show on which side of the edge z "
-        "was: for a softplus threshold below 20, for a negative slope."
-    )
-    return "\n".join([*lines, "", notes, ""])
+    used = []
+    for row in [form for of in ACTIVATIONS.values() for form in of.forms]:
+        letters = notation.letters(row)
+        parameters = "".join(f", {letters[name]} = {name} = {default:g}" for name, default in row.parameters)
+        if row.saves != ACTIVATIONS[row.name].saves:
+            parameters = f" where {notation.text(ACTIVATIONS[row.name].when_z[0])}"
+        keeps = "–" if row.name == "identity" else row.saves
+        lines.append(f"| {row.name}{parameters} | `{notation.text(row.G)}` | `{notation.text(row.delta)}` | {keeps} |")
+        used += [row.G, row.delta]
+    where = ", ".join(f"`{symbol}` = `{meaning}`" for symbol, meaning in notation.meanings(*used).items())
+    return "\n".join([*lines, "", f"{where}.", ""])
 
 
 def imports(file: Path) -> set[str]:

@@ -1,90 +1,82 @@
-"""Every row of the activation table: proven by SymPy, and its G′ over a wide range of z, tails included."""
+"""Every row of the sheet: proven by SymPy from the code that runs, and G′ over a wide range of z, tails included."""
 
 import mpmath
+import numpy as np
 import pytest
 import sympy
 import torch
-from sympy.parsing.sympy_parser import parse_expr, rationalize, standard_transformations
+from sympy import symbols
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from manual_mlp.formulas import ACTIVATIONS, SYMBOLS, Activation
-from tests.cases import TWINS, row_parameters
+from manual_mlp import formulas as sheet
+from manual_mlp import kernels
+from manual_mlp.formulas import Cost, Row
+from tests.cases import rows, twin_of
+from tests.sympy_sheet import a, exactly, g, names, read, z
 
-ROWS = [(row, parameters) for row in ACTIVATIONS.values() for parameters in row_parameters(row)]
-z, a, g = sympy.symbols("z a g", real=True)
 # Enough for 1 − erf(40) not to cancel.
 DIGITS = 400
 wide = torch.linspace(-40, 40, 1601, dtype=torch.float64)
-
-
-def rows(test):
-    return pytest.mark.parametrize(
-        ("row", "parameters"), ROWS, ids=[f"{row.name}{parameters or ''}" for row, parameters in ROWS]
-    )(test)
-
-
-def expression(text: str, row: Activation, parameters: tuple[float, ...], where: object) -> sympy.Expr:
-    """A formula of the sheet as SymPy reads it."""
-    letters: dict[str, object] = {"z": z, "a": a, "g": g, "where": where}
-    letters |= {name: sympy.nsimplify(value) for (name, _), value in zip(row.parameters, parameters, strict=True)}
-    for symbol, meaning in SYMBOLS.items():
-        of_z = parse_expr(meaning, {"z": z}, (*standard_transformations, rationalize))
-        letters[symbol.removesuffix("(z)")] = sympy.Lambda(z, of_z)
-    return parse_expr(text, letters, (*standard_transformations, rationalize))
-
-
-def piecewise(condition: sympy.Basic, x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
-    return sympy.Piecewise((x, condition), (y, True))
-
-
-@rows
-def test_sympy_proves_the_derivative(row: Activation, parameters: tuple[float, ...]) -> None:
-    """G differentiated by SymPy is the row's δ with g = 1, on either side of its `where`."""
-    for side in (1, 2):
-        chosen = {1: lambda condition, x, y: x, 2: lambda condition, x, y: y}[side]
-        G = expression(row.G_text, row, parameters, chosen)
-        delta = expression(row.delta_text, row, parameters, chosen).subs({a: G, g: 1})
-        difference = (sympy.diff(G, z) - delta).rewrite(sympy.exp)
-        assert sympy.simplify(difference) == 0
-
-
-def evaluated(text: str, row: Activation, parameters: tuple[float, ...], points: Tensor, g_value: int = 1) -> list:
-    """The formula at each point, to DIGITS digits; a is G(z) at the same precision."""
-    with mpmath.workdps(DIGITS):
-        G = sympy.lambdify(z, expression(row.G_text, row, parameters, piecewise), "mpmath")
-        formula = sympy.lambdify((z, a, g), expression(text, row, parameters, piecewise), "mpmath")
-        values = [mpmath.mpf(value) for value in points.tolist()]
-        return [mpmath.mpf(formula(value, G(value), g_value)) for value in values]
-
-
 # Where a row changes its formula, one side of the edge is as right as the other: keep clear of it.
 points = torch.cat([wide[::16] + 0.013, torch.linspace(-6, 6, 49, dtype=torch.float64) + 0.007])
 
 
+def saved_of(row: Row, z: Tensor) -> Tensor:
+    return row.G(z, *row.values) if row.saves == "a" else z
+
+
 @rows
-def test_the_code_is_the_proven_expression(row: Activation, parameters: tuple[float, ...]) -> None:
-    """The texts, evaluated to DIGITS digits, against G and delta."""
-    activation = row.G(points, *parameters)
-    saved = activation if row.saves == "a" else points
+@pytest.mark.parametrize("side", [1, 2])
+def test_sympy_proves_the_derivative(row: Row, side: int) -> None:
+    """G differentiated by SymPy is the row's δ with g = 1, on either side of its `where`."""
+
+    def chosen(condition: object, x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+        return (x, y)[side - 1]
+
+    values = exactly(row.values)
+    G = sympy.sympify(read(row.G, chosen)(z, *values))
+    delta = sympy.sympify(read(row.delta, chosen)(g, a if row.saves == "a" else z, *values)).subs({a: G, g: 1})
+    assert sympy.simplify((sympy.diff(G, z) - delta).rewrite(sympy.exp)) == 0
+
+
+def evaluated(row: Row, g_value: int) -> tuple[list[mpmath.mpf], list[mpmath.mpf]]:
+    """G and delta of the row at each point, to DIGITS digits; a is G(z) at the same precision."""
+    values = exactly(row.values)
+    with mpmath.workdps(DIGITS):
+        G = sympy.lambdify(z, read(row.G)(z, *values), "mpmath")
+        delta = sympy.lambdify((g, a, z), read(row.delta)(g, a if row.saves == "a" else z, *values), "mpmath")
+        at = [mpmath.mpf(value) for value in points.tolist()]
+        activations = [mpmath.mpf(G(value)) for value in at]
+        return activations, [mpmath.mpf(delta(g_value, *both)) for both in zip(activations, at, strict=True)]
+
+
+@rows
+def test_the_code_is_the_proven_expression(row: Row) -> None:
+    """The code object, evaluated by SymPy to DIGITS digits, against what torch computes by it and by its kernels."""
     incoming = torch.full_like(points, 3.0)
-    delta = row.delta(incoming, saved, *parameters)
-    for text, code in ((row.G_text, activation), (row.delta_text, delta)):
-        exact = torch.tensor(
-            [float(value) for value in evaluated(text, row, parameters, points, 3)], dtype=torch.float64
-        )
-        torch.testing.assert_close(code, exact, rtol=1e-12, atol=1e-12)
+    for exact, *found in zip(
+        evaluated(row, 3),
+        (row.G(points, *row.values), row.delta(incoming, saved_of(row, points), *row.values)),
+        (
+            kernels.G(row)(points, *row.values),
+            kernels.delta(row)(incoming, saved_of(row, points), *row.values),
+        ),
+        strict=True,
+    ):
+        expected = torch.tensor([float(value) for value in exact], dtype=torch.float64)
+        for values in found:
+            torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
 
 
 @rows
-def test_derivative_against_high_precision(row: Activation, parameters: tuple[float, ...]) -> None:
+def test_derivative_against_high_precision(row: Row) -> None:
     """G′ to a relative 1e-12 inside the row's tail, and an absolute 4 eps beyond."""
     with mpmath.workdps(DIGITS):
-        G_prime = sympy.diff(expression(row.G_text, row, parameters, piecewise), z)
+        G_prime = sympy.diff(sympy.sympify(read(row.G)(z, *exactly(row.values))), z)
         exact_of = sympy.lambdify(z, G_prime, "mpmath")
         exact = [mpmath.mpf(exact_of(mpmath.mpf(value))) for value in points.tolist()]
-        activation = row.G(points, *parameters)
-        code = row.delta(torch.ones_like(points), activation if row.saves == "a" else points, *parameters)
+        code = kernels.delta(row)(torch.ones_like(points), saved_of(row, points), *row.values)
         low, high = row.tail
         smallest = torch.finfo(torch.float64).tiny  # below it float64 has no digits left
         for at, mine, value in zip(points.tolist(), code.tolist(), exact, strict=True):
@@ -94,29 +86,64 @@ def test_derivative_against_high_precision(row: Activation, parameters: tuple[fl
 
 
 @rows
-def test_derivative_against_the_twin(row: Activation, parameters: tuple[float, ...]) -> None:
+def test_derivative_against_the_twin(row: Row) -> None:
     """G′ from −40 to 40, kinks included, against torch's own; a tail of torch's own is coarser than the sheet's."""
-    mine_in, twin_in = (wide.clone().requires_grad_() for _ in range(2))
-    (twin,) = torch.autograd.grad(TWINS[row.name](twin_in, *parameters).sum(), twin_in)
-    activation = row.G(mine_in.detach(), *parameters)
-    saved = activation if row.saves == "a" else mine_in.detach()
-    mine = row.delta(torch.ones_like(saved), saved, *parameters)
+    twin_in = wide.clone().requires_grad_()
+    (twin,) = torch.autograd.grad(twin_of(row)(twin_in).sum(), twin_in)
+    mine = row.delta(torch.ones_like(wide), saved_of(row, wide), *row.values)
     torch.testing.assert_close(mine, twin, rtol=1e-12, atol=1e-12)
 
 
 @rows
-def test_a_tangent_passes_through_delta(row: Activation, parameters: tuple[float, ...]) -> None:
+def test_a_tangent_passes_through_delta(row: Row) -> None:
     """δ is linear in g, and its tangent δ of g's, where no graph is recorded too."""
-    g, tangent = torch.randn(2, len(wide), dtype=torch.float64)
-    saved = row.G(wide, *parameters) if row.saves == "a" else wide
+    incoming, tangent = torch.randn(2, len(wide), dtype=torch.float64)
+    saved = saved_of(row, wide)
     with torch.no_grad(), forward_ad.dual_level():
-        given = row.delta(forward_ad.make_dual(g, tangent), saved, *parameters)
+        given = kernels.delta(row)(forward_ad.make_dual(incoming, tangent), saved, *row.values)
         through = forward_ad.unpack_dual(given).tangent
-    torch.testing.assert_close(through, row.delta(tangent, saved, *parameters), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(through, row.delta(tangent, saved, *row.values), rtol=1e-12, atol=1e-12)
 
 
-@rows
-def test_nan_passes(row: Activation, parameters: tuple[float, ...]) -> None:
-    nan = torch.full((3,), torch.nan, dtype=torch.float64)
-    assert row.G(nan, *parameters).isnan().all()
-    assert row.delta(nan, nan, *parameters).isnan().all()
+# ---------------------------------------------------------------------------------------------------------------------
+# Costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+ELEMENTWISE = [cost for cost in sheet.COSTS.values() if cost.name != "cross_entropy"] + [sheet.WEIGHTED_BCE]
+
+
+@pytest.mark.parametrize("cost", ELEMENTWISE, ids=lambda cost: f"{cost.name}{cost.C.__code__.co_argcount}")
+def test_sympy_proves_the_cost(cost: Cost) -> None:
+    letters = symbols("a y p", real=True)[: cost.C.__code__.co_argcount]
+    C = read(cost.C)(*letters)
+    for letter, delta in zip(letters, (cost.delta, cost.delta_target), strict=False):
+        difference = sympy.diff(C, letter) - read(delta)(*letters)
+        assert sympy.simplify(sympy.nsimplify(difference).rewrite(sympy.exp)) == 0
+
+
+def test_sympy_proves_cross_entropy() -> None:
+    """For three classes: vectors of symbols in NumPy's arrays, on which the code object does as on tensors."""
+    exp, log = np.frompyfunc(sympy.exp, 1, 1), sympy.log
+    meanings = names() | {
+        "Σ": lambda x: x.sum(),
+        "softmax": lambda x: exp(x) / exp(x).sum(),
+        "log_softmax": lambda x: x - log(exp(x).sum()),
+    }
+    cost = sheet.COSTS["cross_entropy"]
+    logits, target = (np.array(symbols(f"{letter}0:3", real=True), dtype=object) for letter in "zy")
+    C, delta, delta_target = (
+        type(read)(formula.__code__, meanings)(logits, target) for formula in (cost.C, cost.delta, cost.delta_target)
+    )
+    for letters, derivatives in ((logits, delta), (target, delta_target)):
+        for letter, derivative in zip(letters, derivatives, strict=True):
+            assert sympy.simplify(sympy.diff(C.sum(), letter) - derivative) == 0
+
+
+def test_probability_keeps_nan() -> None:
+    """Equal shares are for a row of zeros alone: a row that overflowed is not one that knows nothing."""
+    rows = torch.tensor([[torch.nan, 0.5], [torch.nan, torch.nan], [0.0, 0.0], [0.2, 0.6]])
+    for loss in sheet.COSTS:
+        P = sheet.probability(rows, loss)
+        assert P[:2].isnan().all(), loss
+        torch.testing.assert_close(P[2:].sum(-1), torch.ones(2))
+    torch.testing.assert_close(sheet.probability(rows, "quadratic")[2:], torch.tensor([[0.5, 0.5], [0.25, 0.75]]))

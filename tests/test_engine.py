@@ -14,24 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 import manual_mlp as mm
 from manual_mlp import engine as engine_module
-from manual_mlp import formulas as sheet
 from manual_mlp.engine import BackpropEngine
-from manual_mlp.formulas import ACTIVATIONS, Activation
-from tests.cases import TWINS, row_parameters
+from manual_mlp.formulas import Row
+from tests.cases import ROWS, rows
 
 double = torch.float64
 Optimizer = Callable[[Any], torch.optim.Optimizer]
-
-
-class Twin(nn.Module):
-    """An activation by torch's own function."""
-
-    def __init__(self, name: str, parameters: tuple[float, ...]) -> None:
-        super().__init__()
-        self.name, self.parameter_values = name, parameters
-
-    def forward(self, z: Tensor) -> Tensor:
-        return TWINS[self.name](z, *self.parameter_values)
 
 
 def quadratic(prediction: Tensor, target: Tensor) -> Tensor:
@@ -46,13 +34,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def net(row: str = "sigmoid", parameters: tuple[float, ...] = (), loss: str = "quadratic", bias: bool = True) -> Any:
-    """Ours, 4-5-6-3, the row in every layer but before a logits cost."""
-    last = row if loss in ("quadratic", "mse") else "identity"
+def net(activation: Any = "sigmoid", loss: str = "quadratic", bias: bool = True) -> Any:
+    """Ours, 4-5-6-3, the activation in every layer but before a logits cost."""
+    last = activation if loss in ("quadratic", "mse") else "identity"
     sizes = [4, 5, 6, 3]
     layers = [mm.AffineActivation(i, o, "identity", bias, dtype=double) for i, o in itertools.pairwise(sizes)]
-    for layer, name in zip(layers, (row, row, last), strict=True):
-        layer.activation, layer.parameter_values = name, parameters if name == row else ()
+    for layer, chosen in zip(layers, (activation, activation, last), strict=True):
+        layer.activation = chosen
     return nn.Sequential(*layers)
 
 
@@ -62,7 +50,7 @@ def torch_twin(ours: Any) -> nn.Sequential:
     for layer in ours:
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=double)
         linear.load_state_dict(layer.state_dict())
-        layers += [linear, Twin(layer.activation, layer.parameter_values)]
+        layers += [linear, layer.row.twin()]
     return nn.Sequential(*layers)
 
 
@@ -114,70 +102,6 @@ def compare(ours: Any, make: Optimizer, loss: str = "quadratic", clip: float | N
     torch.testing.assert_close(*states, rtol=1e-11, atol=1e-12)
 
 
-ROWS = [(row, parameters) for row in ACTIVATIONS.values() for parameters in row_parameters(row)]
-rows = pytest.mark.parametrize(("row", "parameters"), ROWS, ids=[f"{row.name}{p or ''}" for row, p in ROWS])
-
-
-@rows
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_in_place_form_is_the_row(row: Activation, parameters: tuple[float, ...], dtype: torch.dtype) -> None:
-    """G_ and delta_ beside G and delta over −40 … 40, where an infinite g passes or stops as it does there."""
-    eps = 1e-12 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
-    z = torch.cat([torch.linspace(-40, 40, 1601, dtype=double), torch.zeros(1, dtype=double)]).to(dtype)
-    g = torch.linspace(-2, 3, len(z), dtype=double).to(dtype)
-    expected_a = row.G(z, *parameters)
-    expected = row.delta(g, expected_a if row.saves == "a" else z, *parameters)
-    G_, delta_ = sheet.in_place(row)
-    z_ = z.clone()
-    a = z_ if row.saves == "a" else torch.full_like(z, torch.nan)
-    G_(z_, *parameters, **({} if a is z_ else {"out": a}))
-    torch.testing.assert_close(a, expected_a, rtol=eps, atol=eps)
-    work, mask = torch.full_like(z, torch.nan), torch.ones_like(z, dtype=torch.bool)
-    delta_(g, a, None if row.saves == "a" else z_, work, mask, *parameters)
-    torch.testing.assert_close(g, expected, rtol=eps, atol=eps)
-
-
-@pytest.mark.parametrize("name", ["relu", "leaky_relu", "identity"])
-def test_in_place_form_at_infinity(name: str) -> None:
-    row = ACTIVATIONS[name]
-    parameters = row_parameters(row)[0]
-    a, g = torch.tensor([-1.0, -0.0, 0.0, 2.0, torch.nan, -torch.nan]), torch.full((6,), torch.inf)
-    expected = row.delta(g, a, *parameters)
-    sheet.in_place(row)[1](g, a, None, torch.empty(6), torch.empty(6, dtype=torch.bool), *parameters)
-    torch.testing.assert_close(g, expected, equal_nan=True)
-
-
-@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_without_a_branch_the_same_bits(name: str, dtype: torch.dtype) -> None:
-    """Of every kind of a and g, strided, expanded, negated by a bit: in place and not, beside what a graph records."""
-    row = ACTIVATIONS[name]
-    parameters = row_parameters(row)[0]
-    smallest = torch.finfo(dtype).smallest_normal
-    kinds = [-torch.inf, -2.0, -smallest, -0.0, 0.0, smallest, 0.3, torch.inf, torch.nan, -torch.nan]
-    a, g = torch.tensor(list(itertools.product(kinds, kinds)), dtype=dtype).t()
-    for a, g in ((a, g), (a, g[80].expand(100)), (a, torch._neg_view(g))):  # noqa: B020
-        expected = row.delta(g, a, *parameters)
-        with torch.no_grad():
-            given, work = row.delta(g, a, *parameters), g.clone()
-            sheet.in_place(row)[1](
-                work, a, None, torch.empty_like(a), torch.empty_like(a, dtype=torch.bool), *parameters
-            )
-        for other in (given, work):
-            torch.testing.assert_close(other, expected, rtol=0, atol=0, equal_nan=True)
-            assert torch.equal(other.signbit() | other.isnan(), expected.signbit() | expected.isnan())
-
-
-def test_a_row_without_forms_of_its_own_is_copied() -> None:
-    row = Activation("cube", lambda z: z**3, lambda g, z: g * (3 * z * z), "z", "z**3", "g*3*z**2")
-    G_, delta_ = sheet.in_place(row)
-    z, a, g = torch.linspace(-1, 1, 5), torch.empty(5), torch.ones(5)
-    G_(z, out=a)
-    delta_(g, a, z, torch.empty(5), torch.empty(5, dtype=torch.bool))
-    torch.testing.assert_close(a, z**3)
-    torch.testing.assert_close(g, 3 * z * z)
-
-
 # Of many rows, with fewer than 16 neurons, the engine keeps its buffers column by column.
 few_and_many = pytest.mark.parametrize("n", [7, 40])
 
@@ -185,8 +109,8 @@ few_and_many = pytest.mark.parametrize("n", [7, 40])
 @rows
 @few_and_many
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_hundred_steps(row: Activation, parameters: tuple[float, ...], loss: str, n: int) -> None:
-    compare(net(row.name, parameters, loss), sgd, loss, data=batches(loss, n))
+def test_a_hundred_steps(row: Row, loss: str, n: int) -> None:
+    compare(net(row.twin(), loss), sgd, loss, data=batches(loss, n))
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -405,9 +329,9 @@ def test_nothing_is_allocated_but_the_cost(n: int) -> None:
                 made.append((str(function), result.numel()))
             return result
 
-    for row, parameters in ROWS:
+    for row in ROWS:
         for loss in LOSSES if row.name == "sigmoid" else ["mse"]:
-            model = net(row.name, parameters, loss)
+            model = net(row.twin(), loss)
             if row.name == "tanh":
                 model.insert(1, nn.Dropout(0.3))
             engine = BackpropEngine(model, sgd(model.parameters()), loss)

@@ -52,7 +52,7 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
     "not an activation": (lambda: mm.AffineActivation(3, 2, nn.Softmax(-1)), r"activation module, one of .*; got Softmax"),
     "activation class": (lambda: mm.MLP([3, 2, 1], nn.ReLU), r"activation module.*: call it, as in nn.ReLU\(\)"),
     "no activation": (lambda: mm.MLP([3, 2], None), "name of an activation or an activation module.*; got None"),
-    "row of the sheet": (lambda: mm.MLP([3, 2], output_activation="leaky_relu_in_z"), "got 'leaky_relu_in_z'"),
+    "no name of a row": (lambda: mm.MLP([3, 2], output_activation="leaky_relu_in_z"), "got 'leaky_relu_in_z'"),
     "gelu's form": (lambda: F.gelu(X, "foo"), "approximate to be 'none' or 'tanh'; got 'foo'"),
     "sizes": (lambda: mm.MLP(3), "at least two sizes.*; got 3"),
     "ignored probabilities": (

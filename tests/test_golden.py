@@ -10,12 +10,6 @@ from tests import golden
 RECORDED, OF_CHECKPOINTS = golden.recorded(), golden.recorded(golden.OF_CHECKPOINTS)
 
 
-@pytest.fixture(autouse=True)
-def _as_in_production(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take back what conftest.py sets for every test: the values were recorded without it."""
-    monkeypatch.undo()
-
-
 def skip_elsewhere(content: dict) -> None:
     if reason := golden.elsewhere(content["machine"]):
         pytest.skip(reason)

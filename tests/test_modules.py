@@ -10,7 +10,7 @@ from torch import nn
 import manual_mlp as mm
 from manual_mlp.formulas import ACTIVATIONS
 
-NAMES = [name for name in ACTIVATIONS if not name.endswith("_in_z")]
+NAMES = list(ACTIVATIONS)
 TORCH = {
     "identity": nn.Identity,
     "sigmoid": nn.Sigmoid,

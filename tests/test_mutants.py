@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import MUTANTS
+from tests.mutants import MUTANTS, proofs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,10 +23,10 @@ def test_no_mutant_survives(part: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["formulas", "network", "engine"])
-def test_without_a_mistake_the_proofs_pass(file: str) -> None:
+@pytest.mark.parametrize("proof", ["activations", "kernels", *proofs_of("formulas"), "network", "engine"])
+def test_without_a_mistake_the_proofs_pass(proof: str, tmp_path: Path) -> None:
     """Where a mutant is tried, too: it is the mistake that they notice. (A minute: all proofs, each to its end.)"""
-    same = (file, "\nimport torch\n", "\nimport torch\n")
-    code = f"from tests.mutants import survivors; print(survivors({{'none': {same}}}))"
+    nothing = f"Mistake(lambda *modules: None, ({proof!r},))"
+    code = f"from tests.mutants import *; print(fails(ROOT, Path({str(tmp_path)!r}), {nothing}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert result.stdout == "['none']\n", result.stdout + result.stderr[-3000:]
+    assert result.stdout == "False\n", result.stdout + result.stderr[-3000:]

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 import manual_mlp as mm
 from manual_mlp import functional as F
 from manual_mlp import network
-from manual_mlp.formulas import ACTIVATIONS, COSTS, Activation
+from manual_mlp.formulas import COSTS, Row
 from manual_mlp.network import NetworkLoss, cost_and_prediction, layers_of, net_of, network_loss
-from tests.cases import row_parameters
+from tests.cases import rows
 
 double = torch.float64
 
@@ -32,16 +33,14 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-ROWS = [(row, parameters) for row in ACTIVATIONS.values() for parameters in row_parameters(row)]
-rows = pytest.mark.parametrize(("row", "parameters"), ROWS, ids=[f"{row.name}{p or ''}" for row, p in ROWS])
 TOLERANCES = {"atol": 1e-8, "rtol": 1e-6}
 
 
-def net(row: str = "sigmoid", parameters: tuple[float, ...] = (), logits: bool = False, bias: bool = True) -> nn.Module:
-    """4-5-3, the row in both layers, or in the first alone."""
+def net(activation: Any = "sigmoid", logits: bool = False, bias: bool = True) -> nn.Module:
+    """4-5-3, the activation in both layers, or in the first alone."""
     model = mm.MLP([4, 5, 3], output_activation="identity", bias=bias, dtype=double)
     for layer in model[:1] if logits else model:
-        layer.activation, layer.parameter_values = row, parameters
+        layer.activation = activation
     return model
 
 
@@ -56,8 +55,8 @@ def gradients(cost: Tensor, model: nn.Module) -> list[Tensor]:
 
 @rows
 @pytest.mark.parametrize("loss", COSTS)
-def test_equal_to_the_layers(row: Activation, parameters: tuple[float, ...], loss: str) -> None:
-    model = net(row.name, parameters, COSTS[loss].logits)
+def test_equal_to_the_layers(row: Row, loss: str) -> None:
+    model = net(row.twin(), COSTS[loss].logits)
     input, target = batch(loss)
     ours, layers = network_loss(model, input, target, loss), F.COSTS[loss](model(input), target)
     torch.testing.assert_close(ours, layers, rtol=1e-12, atol=1e-12)
@@ -84,8 +83,8 @@ def test_first_and_second_derivatives(bias: bool) -> None:
 
 
 @rows
-def test_second_derivatives_of_every_row(row: Activation, parameters: tuple[float, ...]) -> None:
-    model = net(row.name, parameters)
+def test_second_derivatives_of_every_row(row: Row) -> None:
+    model = net(row.twin())
     input, target = batch()
 
     def second(cost: Tensor) -> list[Tensor]:
@@ -98,8 +97,8 @@ def test_second_derivatives_of_every_row(row: Activation, parameters: tuple[floa
 
 
 @rows
-def test_batched_gradients(row: Activation, parameters: tuple[float, ...]) -> None:
-    model, (input, target) = net(row.name, parameters), batch()
+def test_batched_gradients(row: Row) -> None:
+    model, (input, target) = net(row.twin()), batch()
     cost, weights = network_loss(model, input, target), list(model.parameters())
     g = torch.tensor([1.0, 2.0, -3.0], dtype=double)
     batched = torch.autograd.grad(cost, weights, g, retain_graph=True, is_grads_batched=True)

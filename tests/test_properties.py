@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import manual_mlp as mm
 from manual_mlp.engine import BackpropEngine
-from manual_mlp.formulas import ACTIVATIONS, COSTS
+from manual_mlp.formulas import COSTS
 from manual_mlp.network import network_loss
-from tests.cases import CASES, Sizes, cases_of, row_parameters
+from tests.cases import CASES, ROWS, Sizes, cases_of
 from tests.test_engine import LOSSES, assert_same, torch_twin
 
 SHARE = settings(max_examples=8, derandomize=True, deadline=None, database=None)
@@ -105,9 +105,6 @@ def test_function_at_length(name: str, data: st.DataObject) -> None:
     check_case(name, data)
 
 
-ROWS = [(row.name, parameters) for row in ACTIVATIONS.values() for parameters in row_parameters(row)]
-
-
 @st.composite
 def nets(draw: st.DrawFn) -> tuple[nn.Sequential, str]:
     """A net of ours, 1 to 4 layers of 1 to 5 neurons, any rows and frozen parameters, and a cost that it may have."""
@@ -119,7 +116,7 @@ def nets(draw: st.DrawFn) -> tuple[nn.Sequential, str]:
         bias = draw(st.booleans())
         layer = mm.AffineActivation(width, next_width, "identity", bias, dtype=torch.float64)
         if len(layers) < len(widths) - 2 or not COSTS[loss].logits:
-            layer.activation, layer.parameter_values = draw(st.sampled_from(ROWS))
+            layer.activation = draw(st.sampled_from(ROWS)).twin()
         for parameter in layer.parameters():
             parameter.requires_grad_(draw(st.integers(0, 4)) > 0)
         layers.append(layer)

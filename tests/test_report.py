@@ -115,8 +115,8 @@ class TestPage:
             "∂C/∂W 1 = (δ 2 ) T a 1 (5, 3)",
             "m = 2 the number of outputs",
             "tanh(z) tanh(z)",
-            "g ⊙ silu′(z) g*σ(z)*(1 + z*(1 - σ(z)))",
-            "σ(z) 1/(1 + exp(-z))",
+            "g ⊙ silu′(z) g * (σ(z) * (1 + z * (1 - σ(z))))",
+            "σ(z) 1 / (1 + exp(-z))",
         ):
             assert formula in text
         assert "b 1" not in text  # a net without biases

@@ -188,23 +188,24 @@ def test_saturation() -> None:
     net[1] = nn.ReLU()
     assert mm.trace(net, x, torch.zeros_like(x)).saturation == {2: 0.5}
     net[1] = nn.SiLU()
-    assert steepest(*mm.modules.activation_row("silu")) == pytest.approx(1.0998, abs=1e-4)
-    assert steepest(*mm.modules.activation_row("sigmoid")) == 0.25
-    assert steepest(sheet.ACTIVATIONS["softplus"], (0.001, 20.0)) == pytest.approx(1)
-    assert steepest(*sheet.activation("leaky_relu", negative_slope=3.0)) == 3
+    assert steepest(sheet.ACTIVATIONS["silu"]) == pytest.approx(1.0998, abs=1e-4)
+    assert steepest(sheet.ACTIVATIONS["sigmoid"]) == 0.25
+    assert steepest(sheet.ACTIVATIONS["softplus"].bind(0.001, 20.0)) == pytest.approx(1)
+    assert steepest(sheet.ACTIVATIONS["leaky_relu"].bind(3.0)) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is printed
 # ---------------------------------------------------------------------------------------------------------------------
 
-OPERATORS = {"·": "*", "−": "-", "½ ": "0.5*", ")²": ")**2", "σ": "sigmoid", "log softmax": "log_softmax"}
+OPERATORS = {"·": "*", "−": "-", "½ ": "0.5*", ")²": ")**2", "σ": "sigmoid"}
 FUNCTIONS: dict[str, Callable[[float], float]] = {
     "sigmoid": lambda z: 1 / (1 + math.exp(-z)),
     "tanh": math.tanh,
     "softplus": lambda z: math.log(1 + math.exp(z)),
     "softmax": lambda z: 1.0,  # of one class
     "log_softmax": lambda z: 0.0,
+    "Σ": lambda z: z,  # of one class
 }
 
 

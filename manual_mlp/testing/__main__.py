@@ -27,13 +27,14 @@ def package_subjects() -> list[Subject]:
 
     x, weight, bias, prediction, target = draw(5, 3), draw(4, 3), draw(4), draw(5, 4), draw(5, 4)
     subjects = [Subject("affine", functional.affine, (x, weight, bias))]
-    for name, row in formulas.ACTIVATIONS.items():
-        parameters = tuple(default for _, default in row.parameters)
-        if name in functions.ACTIVATION:
-            alone = functools.partial(functions.apply, functions.ACTIVATION[name])
-            subjects.append(Subject(name, alone, (prediction, *parameters)))
-        fused = functools.partial(functional.apply_affine, functions.AFFINE_ACTIVATION[name])
-        subjects.append(Subject(f"affine + {name}", fused, (x, weight, bias, *parameters)))
+    for (name, saves), function in functions.AFFINE_ACTIVATION.items():
+        row = formulas.ACTIVATIONS[name]
+        label = name if saves == row.saves else f"{name} in {saves}"
+        if (name, saves) in functions.ACTIVATION:
+            alone = functools.partial(functions.apply, functions.ACTIVATION[name, saves])
+            subjects.append(Subject(label, alone, (prediction, *row.values)))
+        fused = functools.partial(functional.apply_affine, function)
+        subjects.append(Subject(f"affine + {label}", fused, (x, weight, bias, *row.values)))
     classes = torch.tensor([0, 3, 1, 1, 2])
     return [
         *subjects,

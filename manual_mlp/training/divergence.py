@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from manual_mlp import formulas as sheet
+from manual_mlp import kernels
 from manual_mlp.errors import InputError
 from manual_mlp.network import Layer, layers_of
 from manual_mlp.tracing import up
@@ -44,7 +45,7 @@ def where_it_began(layers: list[Layer], features: Tensor, since: int = 1) -> str
     a, growths = features, []
     for index, layer in enumerate(layers, start=2):
         z, largest = sheet.affine(a, layer.weight, layer.bias), a.abs().max().item()
-        a = layer.row.G(z, *layer.parameters)
+        a = kernels.G(layer.row)(z, *layer.row.values)
         neurons = f"(n = {sizes[index - 1]}, {layer.row.name})"
         if not _finite(z, a):
             return f"{'a' if _finite(z) else 'z'}{up(index)} {neurons}"

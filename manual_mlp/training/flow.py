@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from manual_mlp import kernels
 from manual_mlp.errors import InputError
 from manual_mlp.network import cost_of, net_of
 
@@ -128,9 +129,10 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
     deltas: list[Tensor] = []
     saved = net.forward(features, weights, biases, [], zs)
     prediction, n = saved[-1], len(weights)
-    delta = cost.delta(prediction, target)
+    _, delta_weight = kernels.weights(cost, *prediction.shape)
+    delta = kernels.cost_kernel(cost).delta(prediction, target) * delta_weight
     needs = [False] * (1 + n) + [True] + [False] * (n - 1)  # of the gradients b^1 alone, to which all δ lead
-    net.recursion(delta * cost.delta_weight(*prediction.shape), features, weights, saved, [], needs, deltas)
+    net.recursion(delta, features, weights, saved, [], needs, deltas)
     inputs = [net.input_of(layer, features, saved, []) for layer in range(n)]
     return {
         "z": dict(enumerate(zs, 2)),

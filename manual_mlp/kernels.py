@@ -1,0 +1,460 @@
+"""The quicker forms of the sheet's formulas, and what they know of dtypes, layouts and autograd.
+
+Out of place, G is torch's own operator, and δ has the bits of its row. In place, for executors that keep no graph, both
+equal the row to 1e-12. A row without a form of its own is computed by its formulas.
+
+Half precision: δ is evaluated in float32 and rounded once, as torch's own kernels do.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from manual_mlp import formulas as sheet
+from manual_mlp.formulas import Cost, Formula, Row
+
+_nn: Any = torch._C._nn  # torch.nn.functional's own operators, whose stubs don't know out=
+InPlace = Callable[..., Any]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dtypes, constants, and what follows a tensor
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROUNDED = (torch.bfloat16, torch.float16)
+
+
+def rounded_once(formula: Formula) -> Formula:
+    """Return the formula evaluated in float32 and rounded once, where its first argument has half precision."""
+
+    @functools.wraps(formula)
+    def evaluate(x: Tensor, *more: Any) -> Tensor:
+        if x.dtype in ROUNDED:
+            return formula(x.float(), *(m.float() if isinstance(m, Tensor) else m for m in more)).to(x.dtype)
+        return formula(x, *more)
+
+    return evaluate
+
+
+_CONSTANTS = (
+    *(0.0, 0.5, 1.0, 2.0, -0.5),
+    *(-0.7071067811865476, 0.3989422804014327),  # of gelu: −1/√2 and 1/√(2π)
+    *(0.7978845608028654, 2 * 0.7978845608028654, 0.044715, 3 * 0.044715),  # of gelu_tanh: √(2/π) and the cubic term's
+)
+with torch.inference_mode(False):  # this file may be imported in inference mode
+    _NUMBERS = {
+        (value, dtype): torch.tensor(value, dtype=dtype, device="cpu")
+        for value in _CONSTANTS
+        for dtype in (torch.float32, torch.float64, *ROUNDED)
+        if dtype not in ROUNDED or value in (0, 0.5, 1)  # the others would be rounded, as a number is not
+    }
+
+
+def number(value: float, like: Tensor) -> Any:
+    """Return a constant as a tensor: torch wraps and casts a Python number at every call, 1 µs each.
+
+    A GPU takes the number itself, and so does a tensor that traces, beside which no other tensor may stand.
+    """
+    if type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
+        return value
+    return _NUMBERS.get((value, like.dtype), value)
+
+
+def plain(x: Tensor) -> bool:
+    """Return True if x is an ordinary CPU tensor, and no graph, transform or compiler records what is done with it."""
+    if type(x) is not Tensor or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not transforming() and not is_legacy_batchedtensor(x) and not x.is_neg()  # whose bits are not its values
+
+
+def transforming() -> bool:
+    """Return True if a torch.func transform or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The affine map
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def affine_(a: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> None:
+    """z := a Wᵀ + b, (N, n_in) → (N, n_out)."""
+    _nn.linear(a, weight, bias, out=z)
+
+
+def by_columns(like: Tensor, n: int, outputs: int) -> bool:
+    """Return True if computing z (N, n_out) transposed, as (W aᵀ)ᵀ, is faster.
+
+    For narrow layers MKL is up to 2.5× faster in this order, except for 16 to 20 neurons.
+    """
+    if not like.is_cpu or like.dtype in ROUNDED or not torch.backends.mkl.is_available():
+        return False
+    return n >= 32 and (1 < outputs < 16 or 20 < outputs < 32)
+
+
+def affine_by_columns_(a_t: Tensor, weight: Tensor, bias: Tensor | None, z_t: Tensor) -> None:
+    """zᵀ := W aᵀ + b, (n_in, N) → (n_out, N), for a z that lies by columns."""
+    if bias is None:
+        torch.mm(weight, a_t, out=z_t)
+    else:
+        torch.addmm(bias.unsqueeze(1), weight, a_t, out=z_t)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations out of place
+# ---------------------------------------------------------------------------------------------------------------------
+
+MANY = 1 << 12  # elements from which arithmetic on bits is faster than a branch at each element
+
+
+def sigmoid_delta(g: Tensor, a: Tensor) -> Tensor:
+    """δ = (g · (1 − a)) · a."""
+    # Rounded once, except in float16 on the CPU, where torch's kernel rounds at each operation.
+    if g.dtype == torch.bfloat16 or (g.dtype == torch.float16 and g.is_cuda):
+        return sigmoid_delta(g.float(), a.float()).to(g.dtype)
+    return (g * (number(1, a) - a)) * a
+
+
+@rounded_once
+def _tanh_delta(g: Tensor, a: Tensor) -> Tensor:
+    return g * (number(1, a) - a * a)
+
+
+def _relu_delta(g: Tensor, a: Tensor, many: int = MANY) -> Tensor:
+    if g.numel() >= many and plain(g):
+        passing = _bits_that_pass(a, torch.empty_like(a))
+        return passing.bitwise_and_(g.view(passing.dtype)).view(g.dtype)
+    zero = number(0, a)
+    return torch.where(a <= zero, zero, g)
+
+
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64, **dict.fromkeys(ROUNDED, torch.int16)}
+
+
+def _bits_that_pass(a: Tensor, work: Tensor) -> Tensor:
+    """Return a bit mask in `work`: zero where a ≤ 0, all ones elsewhere and at NaN.
+
+    The sign of an integer is spread over all its bits: of the bits of 0.0, less 1, and of those of 1.0, less 1.
+    """
+    bits = torch.le(a, number(0, a), out=work).view(_INTEGERS[a.dtype])
+    return bits.sub_(1).bitwise_right_shift_(8 * a.element_size() - 1)
+
+
+def _leaky_relu_delta(g: Tensor, a: Tensor, s: float) -> Tensor:
+    if _is_factor(s, a) and plain(g):
+        return torch.sign(a).clamp_min_(s).mul_(g)
+    return torch.where(a > number(0, a), g, g * s)
+
+
+def _is_factor(s: float, a: Tensor) -> bool:
+    """Return True if max(sign a, s) is 1 or s: half precision would round s."""
+    return 0 <= s <= 1 and a.dtype not in ROUNDED
+
+
+@rounded_once
+def _softplus_delta(g: Tensor, a: Tensor, β: float, t: float) -> Tensor:
+    return g * -torch.expm1(F.threshold(a * -β, -sheet.end(t), -math.inf))
+
+
+@rounded_once
+def _silu_delta(g: Tensor, z: Tensor) -> Tensor:
+    s, one = torch.sigmoid(z), number(1, z)
+    return g * (s * (one + z * (one - s)))
+
+
+@rounded_once
+def _gelu_delta(g: Tensor, z: Tensor) -> Tensor:
+    Φ = torch.erfc(z * number(-0.7071067811865476, z)) * number(0.5, z)
+    φ = torch.exp(z * z * number(-0.5, z)) * number(0.3989422804014327, z)
+    return g * (Φ + z * φ)
+
+
+@rounded_once
+def _gelu_tanh_delta(g: Tensor, z: Tensor) -> Tensor:
+    root, cubic = 0.7978845608028654, 0.044715
+    square, one = z * z, number(1, z)
+    s = torch.sigmoid(z * (one + square * number(cubic, z)) * number(2 * root, z))
+    slope = (one + square * number(3 * cubic, z)) * number(root, z)
+    return g * (s + number(2, z) * z * s * (one - s) * slope)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations in place: δ overwrites g
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sigmoid_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor) -> None:
+    """δ = g · (a − a²)."""
+    g.mul_(torch.addcmul(a, a, a, value=-1, out=work))
+
+
+def _tanh_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor) -> None:
+    """δ = g − g a²."""
+    g.addcmul_(g, torch.mul(a, a, out=work), value=-1)
+
+
+def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, many: int = MANY) -> None:
+    """δ = 0 where a ≤ 0, else g; not by a product, in which an infinite g would become NaN."""
+    if g.numel() >= many and g.is_cpu:
+        passing = _bits_that_pass(a, work)
+        g.view(passing.dtype).bitwise_and_(passing)
+    else:
+        g.masked_fill_(torch.le(a, 0, out=mask), 0)
+
+
+def _leaky_relu_delta_(g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, s: float) -> None:
+    """δ = g where a (or z) > 0, else s g."""
+    saved = a if z is None else z
+    if _is_factor(s, a):
+        g.mul_(torch.sign(saved, out=work).clamp_min_(s))
+    else:
+        torch.where(torch.gt(saved, 0, out=mask), g, torch.mul(g, s, out=work), out=g)
+
+
+def _softplus_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, β: float, t: float) -> None:
+    """δ = g · (−expm1(−βa)), and g beyond the end of the curve."""
+    slope = torch.threshold_(torch.mul(a, -β, out=work), -sheet.end(t), -math.inf)
+    g.mul_(slope.expm1_().neg_())
+
+
+def _softplus_delta_in_z_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor, β: float, t: float) -> None:
+    """δ = g σ(βz), and g where βz > t."""
+    torch.gt(z.mul_(β), t, out=mask)
+    g.mul_(z.sigmoid_().masked_fill_(mask, 1))
+
+
+def _silu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
+    """δ = g (s + a (1 − s)), s = σ(z), a = z s."""
+    s = z.sigmoid_()
+    g.mul_(a.addcmul_(a, s, value=-1).add_(s))
+
+
+def _gelu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
+    """δ = g (Φ(z) + z φ(z))."""
+    Φ = torch.mul(z, number(-0.7071067811865476, z), out=a).erfc_().mul_(number(0.5, z))
+    φ = torch.mul(z, z, out=work).mul_(number(-0.5, z)).exp_().mul_(number(0.3989422804014327, z))
+    g.mul_(Φ.addcmul_(z, φ))
+
+
+def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
+    """δ = g (s + 2 z s (1 − s) u′), s = σ(2u)."""
+    root, cubic = 0.7978845608028654, 0.044715
+    one, twice = number(1, z), number(2 * root, z)
+    square = torch.mul(z, z, out=work)
+    s = torch.mul(square, number(cubic, z), out=a).add_(one).mul_(z).mul_(twice).sigmoid_()
+    slope = square.mul_(number(3 * cubic, z)).add_(one).mul_(z).mul_(twice)
+    product = torch.mul(s, s, out=z).neg_().add_(s)
+    g.mul_(s.addcmul_(product, slope))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Kernel(NamedTuple):
+    """The forms of one row, by its name and what it saves; None where its formula is quick enough.
+
+    G        z, *values ↦ a: torch's own operator
+    delta    g, saved, *values ↦ δ, with the bits of the row
+    G_       z, *values: z := G(z) for a row that saves a;  z, *values, out=a: a := G(z) for a row that saves z
+    delta_   g, a, z, work, mask, *values: g := δ. All are (N, n_l); work and mask (bool) are scratch. A row that saves
+             a leaves a as it is, and its z is None; a row that saves z may overwrite a and z
+    rounds   the half-precision dtypes in which delta rounds more than once, as torch does
+    """
+
+    G: Formula
+    delta: Formula | None
+    G_: InPlace
+    delta_: InPlace
+    rounds: tuple[torch.dtype, ...] = ()
+
+
+def _gelu_tanh(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+def _softplus_(z: Tensor, *values: float) -> Tensor:
+    return _nn.softplus(z, *values, out=z)
+
+
+KERNELS = {
+    ("sigmoid", "a"): Kernel(torch.sigmoid, sigmoid_delta, torch.sigmoid_, _sigmoid_delta_, (torch.float16,)),
+    ("tanh", "a"): Kernel(torch.tanh, _tanh_delta, torch.tanh_, _tanh_delta_),
+    ("relu", "a"): Kernel(torch.relu, _relu_delta, partial(torch.clamp_min_, min=0), _relu_delta_),
+    ("leaky_relu", "a"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu_, _leaky_relu_delta_),
+    ("leaky_relu", "z"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu, _leaky_relu_delta_),
+    ("softplus", "a"): Kernel(F.softplus, _softplus_delta, _softplus_, _softplus_delta_),
+    ("softplus", "z"): Kernel(F.softplus, None, _nn.softplus, _softplus_delta_in_z_),
+    ("silu", "z"): Kernel(F.silu, _silu_delta, _nn.silu, _silu_delta_),
+    ("gelu", "z"): Kernel(F.gelu, _gelu_delta, _nn.gelu, _gelu_delta_),
+    ("gelu_tanh", "z"): Kernel(_gelu_tanh, _gelu_tanh_delta, partial(_nn.gelu, approximate="tanh"), _gelu_tanh_delta_),
+}
+
+
+@functools.cache
+def G(row: Row) -> Formula:
+    """Return z, *values ↦ a: torch's own operator, or the row's formula."""
+    kernel = KERNELS.get((row.name, row.saves))
+    return rounded_once(row.G) if kernel is None else kernel.G
+
+
+@functools.cache
+def delta(row: Row) -> Formula:
+    """Return g, saved, *values ↦ δ: the quicker form, or the row's formula."""
+    kernel = KERNELS.get((row.name, row.saves))
+    return rounded_once(row.delta) if kernel is None or kernel.delta is None else kernel.delta
+
+
+def in_place(row: Row) -> tuple[InPlace, InPlace]:
+    """Return G_ and delta_ of a row, as `Kernel` says; of one without a kernel, its formulas and a copy."""
+    kernel = KERNELS.get((row.name, row.saves))
+    if kernel is not None:
+        return kernel.G_, kernel.delta_
+
+    G_of, delta_of = G(row), delta(row)
+
+    def G_(z: Tensor, *values: float, out: Tensor | None = None) -> Tensor:
+        return (z if out is None else out).copy_(G_of(z, *values))
+
+    def delta_(g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, *values: float) -> None:
+        g.copy_(delta_of(g, a if z is None else z, *values))
+
+    return G_, delta_
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Costs of a whole net: prediction (N, n_L) ↦ a sum, and δ at once in place
+# ---------------------------------------------------------------------------------------------------------------------
+
+FEW = 1 << 12  # elements up to which mv takes half of dot's time; of more it is the less exact sum
+Both = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class CostKernel(NamedTuple):
+    """The forms of one cost.
+
+    C            prediction, target ↦ the cost of each element, with the bits of the row
+    total        prediction, target ↦ Σ, a scalar: C = total_share/per Σ
+    delta        prediction, target ↦ per/delta_share · ∂C/∂a^L
+    both         a buffer (N, n_L) ↦ the function that fills it with the same, and out (1,) with Σ
+    total_share, delta_share   factors that the sums leave out, since one product can hold them and 1/per
+
+    The target of cross-entropy may be class indices (N,), except in C.
+    """
+
+    C: Formula
+    total: Formula
+    delta: Formula
+    both: Callable[[Tensor], Both]
+    total_share: float = 1.0
+    delta_share: float = 1.0
+
+
+def _half_squares(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).square() * number(0.5, prediction)
+
+
+def _sum_of_squares(prediction: Tensor, target: Tensor) -> Tensor:
+    return _nn.mse_loss(prediction, target, 2)  # F.mse_loss(…, reduction="sum") without its Python wrapper
+
+
+def _both_of_squares(delta: Tensor, few: int = FEW) -> Both:
+    """delta := a − ŷ, out := Σ (a − ŷ)²."""
+    flat = (delta if delta.is_contiguous() else delta.t()).view(-1)
+    row, small = flat.view(1, -1), flat.numel() <= few
+
+    def both(prediction: Tensor, target: Tensor, out: Tensor) -> None:
+        torch.sub(prediction, target, out=delta)
+        if small:
+            torch.mv(row, flat, out=out)
+        else:
+            torch.dot(flat, flat, out=out.view(()))
+
+    return both
+
+
+def _both_of_binary_cross_entropy(delta: Tensor) -> Both:
+    """delta := σ(z) − ŷ, out := Σ softplus(z) − ŷ z."""
+    work = torch.empty_like(delta, memory_format=torch.contiguous_format)
+    flat = work.view(1, -1)
+
+    def both(z: Tensor, target: Tensor, out: Tensor) -> None:
+        torch.sigmoid(z, out=delta).sub_(target)
+        _nn.softplus(z, 1.0, 40.0, out=work).addcmul_(target, z, value=-1)
+        torch.sum(flat, 1, out=out)
+
+    return both
+
+
+def _sum_of_cross_entropy(z: Tensor, target: Tensor) -> Tensor:
+    if target.dim() == 1:
+        return sheet.cross_entropy_of_class(z, target).sum()
+    return sheet.COSTS["cross_entropy"].C(z, target).sum(-1).sum()
+
+
+def _cross_entropy_delta(z: Tensor, target: Tensor) -> Tensor:
+    if target.dim() == 1:
+        return sheet.cross_entropy_delta_of_class(z, target)
+    return sheet.COSTS["cross_entropy"].delta(z, target)
+
+
+def _both_of_cross_entropy(delta: Tensor) -> Both:
+    """delta := softmax(z) Σ t − t, out := −Σ t log softmax(z); t a onehot, if the target is of class indices."""
+    work = torch.empty_like(delta, memory_format=torch.contiguous_format)
+    column, flat = work.new_empty(len(work), 1), work.view(1, -1)
+
+    def both(z: Tensor, target: Tensor, out: Tensor) -> None:
+        torch.log_softmax(z, 1, out=work)
+        torch.exp(work, out=delta)
+        if target.dim() == 1:
+            index = target.unsqueeze(1)
+            torch.gather(work, 1, index, out=column)
+            delta.scatter_(1, index, -1, reduce="add")
+            torch.sum(column, 0, out=out)
+        else:
+            torch.sum(target, 1, keepdim=True, out=column)
+            delta.mul_(column).sub_(target)
+            work.mul_(target)
+            torch.sum(flat, 1, out=out)
+        out.neg_()
+
+    return both
+
+
+_bce, _cross_entropy = sheet.COSTS["bce"], sheet.COSTS["cross_entropy"]
+COST_KERNELS = {
+    "quadratic": CostKernel(_half_squares, _sum_of_squares, sheet.quadratic_delta, _both_of_squares, total_share=0.5),
+    "mse": CostKernel(sheet.COSTS["mse"].C, _sum_of_squares, sheet.quadratic_delta, _both_of_squares, delta_share=2.0),
+    "bce": CostKernel(_bce.C, lambda z, ŷ: _bce.C(z, ŷ).sum(), _bce.delta, _both_of_binary_cross_entropy),
+    "cross_entropy": CostKernel(_cross_entropy.C, _sum_of_cross_entropy, _cross_entropy_delta, _both_of_cross_entropy),
+}
+
+
+def cost_kernel(cost: Cost) -> CostKernel:
+    """Return the forms of a cost; of one without a kernel, its formulas and a copy."""
+    if cost.name in COST_KERNELS:
+        return COST_KERNELS[cost.name]
+
+    def both_of(delta: Tensor) -> Both:
+        def both(prediction: Tensor, target: Tensor, out: Tensor) -> None:
+            delta.copy_(cost.delta(prediction, target))
+            out.copy_(cost.C(prediction, target).sum())
+
+        return both
+
+    return CostKernel(cost.C, lambda a, ŷ: cost.C(a, ŷ).sum(), cost.delta, both_of)
+
+
+def weights(cost: Cost, n: int, outputs: int) -> tuple[float, float]:
+    """Return what C and ∂C/∂a^L are of the sums of the cost's kernel, for N samples of `outputs`: NaN for none."""
+    per, kernel = n if cost.per == "N" else n * outputs, cost_kernel(cost)
+    of_each = 1 / per if per else math.nan  # the mean of nothing
+    return kernel.total_share * of_each, kernel.delta_share * of_each
