@@ -345,7 +345,7 @@ class CostKernel(NamedTuple):
     total        prediction, target ↦ Σ, a scalar: C = total_share/per Σ
     delta        prediction, target ↦ per/delta_share · ∂C/∂a^L
     both         a buffer (N, n_L) ↦ the function that fills it with the same, and out (1,) with Σ
-    total_share, delta_share   factors that the sums leave out, since one product can hold them and 1/per
+    total_share, delta_share   factors that the sums leave out: one product holds them and 1/per
 
     The target of cross-entropy may be class indices (N,), except in C.
     """

@@ -37,7 +37,6 @@ LATER = {
     "manual_mlp/layers.py",
     "manual_mlp/modules.py",
     "manual_mlp/network.py",
-    "manual_mlp/plan.py",
     "manual_mlp/plots.py",
     "manual_mlp/testing/checks.py",
     "manual_mlp/tracing.py",
