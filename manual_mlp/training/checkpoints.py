@@ -30,7 +30,7 @@ from manual_mlp.training.module import MLPModule
 
 log = logging.getLogger(__name__)
 
-FREE = ("backprop", "initialisation")  # what may differ when a run goes on: the same net, trained another way
+FREE = ("backprop",)  # what may differ when a run goes on: the same net, trained another way
 NEEDED = {"continuation", "optimizer_states", "lr_schedulers", "callbacks", "loops"}  # to go on
 LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 HANDED_BACK = ".temp.ckpt"  # the parameters alone, by a process of ddp_spawn

@@ -60,6 +60,7 @@ class DeltaFlow(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.fits:  # a test restores the best checkpoint, whose records end there
             vars(self).update(state_dict)
+            self.due = min(self.due, self.steps + self.every * self.stride)  # of a smaller `every` than then
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero:

@@ -182,7 +182,7 @@ class MLPModule(L.LightningModule):
         try:
             optimizer = self.optimizer(self.parameters())
         except (TypeError, ValueError) as error:  # torch's own words for a wrong value are clear
-            raise InputError(f"expected values that the optimizer takes, but: {error}; correct optimizer.*") from error
+            raise unfit("optimizer", error) from error
         if not isinstance(optimizer, Optimizer):
             raise InputError(f"expected optimizer._target_ to make an optimizer, but got {optimizer!r}; name its class")
         self.backprop.begin(self, optimizer)
@@ -191,7 +191,7 @@ class MLPModule(L.LightningModule):
         try:
             schedule = self.scheduler["scheduler"](optimizer)
         except (TypeError, ValueError) as error:
-            raise InputError(f"expected values that the scheduler takes, but: {error}; correct scheduler.*") from error
+            raise unfit("scheduler", error) from error
         return cast(
             OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {**self.scheduler, "scheduler": schedule}}
         )
@@ -290,6 +290,11 @@ class Sums:
         totals = torch.stack([loss, torch.as_tensor(self.hits).to(loss), loss.new_tensor(self.rows)])
         loss, hits, rows = reduce(totals, reduce_op="sum")
         return {"loss": loss / rows} | ({"accuracy": hits / rows} if isinstance(self.hits, Tensor) else {})
+
+
+def unfit(name: str, error: Exception) -> InputError:
+    """Return what to tell of values that torch's optimizer or scheduler, as it says itself, does not take."""
+    return InputError(f"expected values that the {name} takes, but: {error}; correct {name}.*")
 
 
 def _regression_scores() -> dict[str, Metric]:

@@ -19,7 +19,7 @@ import torch
 from hydra.utils import get_class
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateFinder, ProgressBar
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -41,6 +41,7 @@ from manual_mlp.training.module import MLPModule
 from manual_mlp.training.nets import choose
 from manual_mlp.training.perceptron import PerceptronModule
 from manual_mlp.training.pictures import learning_curves, leave_report
+from manual_mlp.training.precedence import Precedence
 from manual_mlp.training.predict import predict_file
 from manual_mlp.training.summary import files, run_facts, summary
 from manual_mlp.training.sweep import FIGURES
@@ -54,6 +55,7 @@ IRRELEVANT_ADVICE = (
     "Experiment logs directory",  # a run folder holds Hydra's files before the logger comes
     "Checkpoint directory",
     "You requested to overfit but enabled",
+    "callbacks used to create the checkpoint need to be provided",  # one that watches another figure now begins anew
     "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning's own affair with torch
 )
 
@@ -127,13 +129,16 @@ def _train(cfg: DictConfig) -> float:
     if cfg.optimized_metric not in module.figure_names():
         hint = likely(cfg.optimized_metric, module.figure_names())
         raise InputError(f"expected optimized_metric to be a logged figure, but got {cfg.optimized_metric}; {hint}")
-    trainer = _trainer(cfg)
+    precedence = Precedence(cfg)
+    trainer = _trainer(cfg, precedence)
     if getattr(trainer, f"limit_{_part(cfg)}_batches") == 0:
         raise _not_logged(cfg, f"trainer.limit_{_part(cfg)}_batches is 0")
-    if cfg.ckpt_path is not None:
-        content = read_checkpoint(cfg.ckpt_path)
-        check_same_training(content, cfg.ckpt_path, module)
-        check_same_rows(content, cfg.ckpt_path, data)
+    before = None if cfg.ckpt_path is None else read_checkpoint(cfg.ckpt_path)
+    if before is not None:
+        precedence.take_found_step(before, cfg.ckpt_path, module)
+        check_same_training(before, cfg.ckpt_path, module)
+        precedence.check(before, cfg.ckpt_path, module, data)
+        check_same_rows(before, cfg.ckpt_path, data)
 
     module.backprop.check(trainer)
 
@@ -141,6 +146,8 @@ def _train(cfg: DictConfig) -> float:
     with restoring(cfg.ckpt_path):
         interrupted = _interrupted(trainer, module, data, cfg.ckpt_path)
     seconds = time.perf_counter() - started
+    idle = before is not None and trainer.global_step == before["global_step"] and not interrupted
+    stopped = trainer.should_stop
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     if interrupted and best is None:
         raise InputError("expected at least one whole epoch to keep, but training was interrupted before; start again")
@@ -162,6 +169,9 @@ def _train(cfg: DictConfig) -> float:
         if cfg.report:
             _report(cfg, module, data, trainer, best, epoch, curves, facts, figures)
         print(files(folder))
+    if idle and trainer.is_global_zero:
+        early = "the run had stopped early; to go on, raise callbacks.early_stopping.patience"
+        print(f"nothing was trained: {early if stopped else 'the run is over; to go on, raise trainer.max_epochs'}")
     if interrupted:
         print(f"interrupted; to go on: python train.py ckpt_path={os.path.relpath(folder)}/last.ckpt")
         sys.exit(128 + signal.SIGINT)
@@ -286,10 +296,11 @@ def _optimizer(node: DictConfig, module: MLPModule) -> partial[Optimizer]:
     return optimizer
 
 
-def _trainer(cfg: DictConfig) -> L.Trainer:
-    callbacks = [build(node) for node in (cfg.get("callbacks") or {}).values()]
+def _trainer(cfg: DictConfig, *more: Callback) -> L.Trainer:
+    callbacks = [*more, *(build(node) for node in (cfg.get("callbacks") or {}).values())]
     unwanted: tuple[type, ...] = () if cfg.trainer.enable_progress_bar else (ProgressBar,)
     unwanted += () if cfg.trainer.enable_checkpointing else (Checkpoint,)
+    unwanted += () if cfg.ckpt_path is None else (LearningRateFinder,)  # it has searched before the first step
     callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)] + [Continuation()]
     logger = [build(node) for node in (cfg.get("logger") or {}).values()]
     try:

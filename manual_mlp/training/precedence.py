@@ -1,0 +1,194 @@
+"""Where a run goes on, its configuration decides what is configured, and the checkpoint what has accumulated.
+
+A checkpoint says what its run was configured with. What is configured otherwise now is honoured, or refused.
+"""
+
+import inspect
+import json
+import warnings
+from functools import partial
+from pydoc import locate
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from manual_mlp.errors import InputError
+from manual_mlp.training.data import DataModule
+from manual_mlp.training.module import MLPModule, unfit
+
+Content = dict[str, Any]
+SEEN = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # by ReduceLROnPlateau, of the figure it watches
+
+
+class Precedence(Callback):
+    """Keeps in checkpoints what the run is configured with, and lets that win over the states in a checkpoint."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        cfg = OmegaConf.merge(cfg, {"run_dir": "."})  # type: ignore[assignment] # a checkpoint holds no absolute path
+        nodes = OmegaConf.select(cfg, "callbacks") or {}
+        self.callbacks = {
+            name: _plain(OmegaConf.to_container(node, resolve=True)) for name, node in nodes.items() if node
+        }
+        self.old: Content | None = None  # the state of a schedule that is configured otherwise now
+
+    def configured(self, module: MLPModule) -> Content:
+        """Return {"optimizer": …, "scheduler": … or None, "callbacks": {name: …}}, all of it plain."""
+        assert module.optimizer is not None
+        schedule = None
+        if module.scheduler is not None:
+            options = {name: value for name, value in module.scheduler.items() if name != "scheduler"}
+            schedule = {"interval": "epoch", "monitor": None, **options, **_arguments(module.scheduler["scheduler"])}
+        return {"optimizer": _arguments(module.optimizer), "scheduler": schedule, "callbacks": self.callbacks}
+
+    def take_found_step(self, content: Content, path: str, module: MLPModule) -> None:
+        """Set lr to what a finder of steps found. Raises InputError for a finder that has not searched."""
+        then = recorded(content, path)
+        for name in self._names(LearningRateFinder):
+            if then:
+                _check_same(f"callbacks.{name}", then["callbacks"].get(name), self.callbacks[name], path)
+            group = content["optimizer_states"][0]["param_groups"][0]
+            module.lr = then["optimizer"]["lr"] if then else group.get("initial_lr", group["lr"])
+
+    def check(self, content: Content, path: str, module: MLPModule, data: DataModule) -> None:
+        """Raise InputError for what is configured otherwise than in a checkpoint and can't be honoured any more."""
+        then, now = recorded(content, path), self.configured(module)
+        standardised = bool(content["DataModule"].get("feature_mean"))
+        _check_same("data.standardise", standardised, bool(data.feature_mean), path)
+        if then:
+            for name, value in now["optimizer"].items():
+                _check_same(f"optimizer.{name}", then["optimizer"].get(name), value, path)
+        if now["scheduler"] and now["scheduler"]["interval"] == "step":  # nobody has counted the steps of another one
+            interval = then["scheduler"] and then["scheduler"].get("interval") if then else "step"
+            _check_same("scheduler.interval", interval if content["lr_schedulers"] else None, "step", path)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Content) -> None:
+        checkpoint["configured"] = self.configured(pl_module)  # type: ignore[arg-type]
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Content) -> None:
+        """Change the states that the callbacks and the schedule are about to take."""
+        if trainer.state.fn != "fit":
+            return
+        then, now, states = checkpoint.get("configured"), self.configured(pl_module), checkpoint["lr_schedulers"]
+        stopping = self._names(EarlyStopping)
+        differs = then is not None and any(then["callbacks"].get(name) != self.callbacks[name] for name in stopping)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and state:
+                _keep_the_best(callback, state)
+            elif state:
+                differs |= _configure(callback, state) and isinstance(callback, EarlyStopping)
+        if differs:  # the stop was decided by another rule
+            checkpoint["continuation"]["stopped"] = False
+        if not _same_schedule(then, now, pl_module, states):
+            self.old = states[0] if states else {}
+            if then and (then["scheduler"] or {}).get("monitor") != (now["scheduler"] or {}).get("monitor"):
+                self.old = {**self.old, "mode": None}  # what it has seen is of another figure
+            checkpoint["lr_schedulers"] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.old is not None:
+            _reschedule(trainer, pl_module, self.old)
+            self.old = None
+
+    def _names(self, kind: type[Callback]) -> list[str]:
+        """Return the names of the callbacks of this kind."""
+        classes = {name: locate(str(node.get("_target_"))) for name, node in self.callbacks.items()}
+        return [name for name, found in classes.items() if inspect.isclass(found) and issubclass(found, kind)]
+
+
+def recorded(content: Content, path: str) -> Content | None:
+    """Return what `Precedence` kept in a checkpoint, None for version 0.1. Raises InputError where it is damaged."""
+    then = content.get("configured")
+    if then is None:
+        return None
+    kinds = {"optimizer": dict, "scheduler": dict | None, "callbacks": dict}
+    if not isinstance(then, dict) or not all(isinstance(then.get(name), kind) for name, kind in kinds.items()):
+        raise InputError(
+            f"expected in {path} what its run was configured with, but it is damaged; take another checkpoint"
+        )
+    return then
+
+
+def _check_same(name: str, then: object, now: object, path: str) -> None:
+    if then != now:
+        raise InputError(
+            f"expected {name} to be {then}, as in {path}, but it is {now}; "
+            "leave out what differs, or start a new run without ckpt_path"
+        )
+
+
+def _arguments(made: partial) -> Content:
+    """Return {"class": …} and all that a partial gives it, the defaults with it."""
+    parameters = inspect.signature(made.func).parameters.values()
+    defaults = {
+        parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
+    }
+    return {"class": f"{made.func.__module__}.{made.func.__qualname__}", **_plain({**defaults, **made.keywords})}
+
+
+def _plain(values: Any) -> Any:
+    """Return them as JSON would: texts, numbers, lists and dicts; of anything else its type."""
+    return json.loads(json.dumps(values, default=lambda value: type(value).__qualname__))
+
+
+def _configure(callback: Callback, state: Content) -> bool:
+    """Replace what a callback's constructor was given in its state by what it was given now → True if that differs."""
+    names = state.keys() & inspect.signature(type(callback)).parameters.keys() & vars(callback).keys()
+    given = {name: getattr(callback, name) for name in names}
+    differs = any(state[name] != value for name, value in given.items())
+    state.update(given)
+    return differs
+
+
+def _keep_the_best(callback: ModelCheckpoint, state: Content) -> None:
+    """Leave the state at most the callback's save_top_k checkpoints. Their files stay where they are."""
+    scores = state["best_k_models"]
+    if 0 <= callback.save_top_k < len(scores):
+        ranked = sorted(scores, key=scores.__getitem__, reverse=callback.mode == "max")[: callback.save_top_k]
+        state["best_k_models"] = {path: scores[path] for path in ranked}
+        for path in ranked[-1:]:
+            state.update(kth_best_model_path=path, kth_value=scores[path])
+
+
+def _same_schedule(then: Content | None, now: Content, module: MLPModule, states: list[Content]) -> bool:
+    if then is not None:
+        return then["scheduler"] == now["scheduler"]
+    if module.scheduler is None or not states:
+        return module.scheduler is None and not states
+    given = module.scheduler["scheduler"].keywords  # version 0.1 has kept them in the schedule's state alone
+    return all(states[0].get(name) == value for name, value in given.items())
+
+
+def _reschedule(trainer: L.Trainer, module: MLPModule, old: Content) -> None:
+    """Put the schedule that is configured now in the place of another, whose state was `old`.
+
+    It goes on as if it had been there from the start: made anew, it takes as many steps. One that watches a figure
+    can't, since the figures of then are gone: it keeps what the old one has seen, and the step that this one has left.
+    """
+    (optimizer,) = trainer.optimizers
+    made = module.scheduler["scheduler"] if module.scheduler else None
+    watches = made is not None and inspect.isclass(made.func) and issubclass(made.func, ReduceLROnPlateau)
+    if not (watches and "num_bad_epochs" in old):
+        for group in optimizer.param_groups:
+            for name in group.keys() - optimizer.defaults.keys() - {"params", "param_names"}:
+                del group[name]  # of the old schedule
+            group.update(optimizer.defaults)
+    if made is None or module.scheduler is None:
+        return
+    schedule: LRScheduler = made(optimizer)
+    if watches:
+        if all(name in old and old[name] == getattr(schedule, name) for name in ("mode", "threshold_mode")):
+            vars(schedule).update({name: old[name] for name in SEEN})
+    else:
+        steps = old["last_epoch"] if module.scheduler.get("interval") == "step" else trainer.current_epoch
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # before optimizer.step
+            try:
+                for _ in range(steps):
+                    schedule.step()
+            except ValueError as error:
+                raise unfit("scheduler", error) from error
+    trainer.lr_scheduler_configs[0].scheduler = schedule
