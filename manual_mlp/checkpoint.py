@@ -208,6 +208,11 @@ SCHEMA = {
         "rows": [Kind("the text of a metrics.csv", _metrics)],
         "stopped": FLAG,
     },
+    "configured?": {  # what training.precedence compares with what is configured where a run goes on
+        "optimizer": {str: ANYTHING},
+        "scheduler": ({str: ANYTHING}, NOTHING),
+        "callbacks": {str: ANYTHING},
+    },
     str: ANYTHING,
 }
 

@@ -299,7 +299,7 @@ class TestFlags:
         assert with_its_own_overrides([given_now, flag])[1:] == [given_now]
 
     def test_rerun(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="--experimental-rerun without ckpt_path, since Hydra then ignores"):
+        with pytest.raises(InputError, match="--experimental-rerun without ckpt_path, because Hydra then ignores"):
             with_its_own_overrides(["--experimental-rerun", "x.pickle", folder_of(tmp_path)])
 
     @pytest.mark.parametrize("flags", [["--cgf", "job"], ["--cfg", "jobs"], ["--config-dir"], ["--info", "data=iris"]])

@@ -51,7 +51,6 @@ LATER = {
     "manual_mlp/training/pictures.py",
     "manual_mlp/training/predict.py",
     "manual_mlp/training/readers.py",
-    "manual_mlp/training/resume.py",
     "manual_mlp/training/run.py",
     "manual_mlp/training/sources.py",
 }

@@ -1,4 +1,4 @@
-"""Where a run goes on, its configuration decides what is configured, and the checkpoint what has accumulated.
+"""A run that goes on takes from its configuration what is configured, from the checkpoint what has accumulated.
 
 A checkpoint says what its run was configured with. What is configured otherwise now is honoured, or refused.
 """
@@ -45,21 +45,19 @@ class Precedence(Callback):
 
     def take_found_step(self, content: Content, path: str, module: MLPModule) -> None:
         """Set lr to what a finder of steps found. Raises InputError for a finder that has not searched."""
-        then = recorded(content, path)
         for name in self._names(LearningRateFinder):
-            if then:
-                _check_same(f"callbacks.{name}", then["callbacks"].get(name), self.callbacks[name], path)
-            group = content["optimizer_states"][0]["param_groups"][0]
-            module.lr = then["optimizer"]["lr"] if then else group.get("initial_lr", group["lr"])
+            then = content.get("configured", {"callbacks": {}})
+            _check_same(f"callbacks.{name}", then["callbacks"].get(name), self.callbacks[name], path)
+            module.lr = then["optimizer"].get("lr")
 
     def check(self, content: Content, path: str, module: MLPModule, data: DataModule) -> None:
         """Raise InputError for what is configured otherwise than in a checkpoint and can't be honoured any more."""
-        then, now = recorded(content, path), self.configured(module)
-        standardised = bool(content["DataModule"].get("feature_mean"))
+        then: Any = content.get("configured")
+        now = self.configured(module)
+        standardised = bool(content.get("DataModule", {}).get("feature_mean"))
         _check_same("data.standardise", standardised, bool(data.feature_mean), path)
-        if then:
-            for name, value in now["optimizer"].items():
-                _check_same(f"optimizer.{name}", then["optimizer"].get(name), value, path)
+        for name, value in now["optimizer"].items() if then else ():
+            _check_same(f"optimizer.{name}", then["optimizer"].get(name), value, path)
         if now["scheduler"] and now["scheduler"]["interval"] == "step":  # nobody has counted the steps of another one
             interval = then["scheduler"] and then["scheduler"].get("interval") if then else "step"
             _check_same("scheduler.interval", interval if content["lr_schedulers"] else None, "step", path)
@@ -99,19 +97,6 @@ class Precedence(Callback):
         return [name for name, found in classes.items() if inspect.isclass(found) and issubclass(found, kind)]
 
 
-def recorded(content: Content, path: str) -> Content | None:
-    """Return what `Precedence` kept in a checkpoint, None for version 0.1. Raises InputError where it is damaged."""
-    then = content.get("configured")
-    if then is None:
-        return None
-    kinds = {"optimizer": dict, "scheduler": dict | None, "callbacks": dict}
-    if not isinstance(then, dict) or not all(isinstance(then.get(name), kind) for name, kind in kinds.items()):
-        raise InputError(
-            f"expected in {path} what its run was configured with, but it is damaged; take another checkpoint"
-        )
-    return then
-
-
 def _check_same(name: str, then: object, now: object, path: str) -> None:
     if then != now:
         raise InputError(
@@ -147,10 +132,8 @@ def _keep_the_best(callback: ModelCheckpoint, state: Content) -> None:
     """Leave the state at most the callback's save_top_k checkpoints. Their files stay where they are."""
     scores = state["best_k_models"]
     if 0 <= callback.save_top_k < len(scores):
-        ranked = sorted(scores, key=scores.__getitem__, reverse=callback.mode == "max")[: callback.save_top_k]
-        state["best_k_models"] = {path: scores[path] for path in ranked}
-        for path in ranked[-1:]:
-            state.update(kth_best_model_path=path, kth_value=scores[path])
+        ranked = sorted(scores, key=scores.__getitem__, reverse=callback.mode == "max")
+        state["best_k_models"] = {path: scores[path] for path in ranked[: callback.save_top_k]}
 
 
 def _same_schedule(then: Content | None, now: Content, module: MLPModule, states: list[Content]) -> bool:
@@ -166,7 +149,7 @@ def _reschedule(trainer: L.Trainer, module: MLPModule, old: Content) -> None:
     """Put the schedule that is configured now in the place of another, whose state was `old`.
 
     It goes on as if it had been there from the start: made anew, it takes as many steps. One that watches a figure
-    can't, since the figures of then are gone: it keeps what the old one has seen, and the step that this one has left.
+    can't, because earlier figures are gone: it keeps what the old one has seen, and the step that this one has left.
     """
     (optimizer,) = trainer.optimizers
     made = module.scheduler["scheduler"] if module.scheduler else None

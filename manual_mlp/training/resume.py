@@ -93,13 +93,13 @@ def _parser() -> OverridesParser:
 
 
 def _from_its_folder(args: Namespace, flags: list[str], given: dict[str, Override]) -> list[str]:
-    """What the folder of ckpt_path adds to the overrides that are given."""
+    """Return what the folder of ckpt_path adds to the overrides that are given."""
     path, task = _value(given, "ckpt_path"), _value(given, "task") or "train"
     if path is None or task not in ("train", "test") or args.help or args.hydra_help or args.shell_completion:
         return []
     if args.experimental_rerun is not None:
         raise InputError(
-            "expected --experimental-rerun without ckpt_path, since Hydra then ignores all overrides; leave out one"
+            "expected --experimental-rerun without ckpt_path, because Hydra then ignores all overrides; leave out one"
         )
     folder = Path(path).parent
     try:
@@ -141,7 +141,7 @@ def _value(given: dict[str, Override], key: str) -> str | None:
     value = given[key].value() if key in given else None
     if isinstance(value, Sweep):
         raise InputError(
-            f"expected one {key} beside ckpt_path, since each run has a configuration of its own, "
+            f"expected one {key} beside ckpt_path, because each run has a configuration of its own, "
             f"but got {given[key].input_line}; start a command for each"
         )
     try:
@@ -152,7 +152,7 @@ def _value(given: dict[str, Override], key: str) -> str | None:
 
 
 def _kept(folder: Path) -> list[Word] | None:
-    """What the run of a folder was started with; None if it has not kept it."""
+    """Return the overrides that the run of a folder was started with; None if it has not kept them."""
     path = folder / ".hydra" / "overrides.yaml"
     try:
         if not path.is_file():
