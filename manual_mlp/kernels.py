@@ -84,11 +84,6 @@ def transforming() -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def affine_(a: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> None:
-    """z := a Wᵀ + b, (N, n_in) → (N, n_out)."""
-    _nn.linear(a, weight, bias, out=z)
-
-
 def by_columns(like: Tensor, n: int, outputs: int) -> bool:
     """Return True if computing z (N, n_out) transposed, as (W aᵀ)ᵀ, is faster.
 
@@ -97,14 +92,6 @@ def by_columns(like: Tensor, n: int, outputs: int) -> bool:
     if not like.is_cpu or like.dtype in ROUNDED or not torch.backends.mkl.is_available():
         return False
     return n >= 32 and (1 < outputs < 16 or 20 < outputs < 32)
-
-
-def affine_by_columns_(a_t: Tensor, weight: Tensor, bias: Tensor | None, z_t: Tensor) -> None:
-    """zᵀ := W aᵀ + b, (n_in, N) → (n_out, N), for a z that lies by columns."""
-    if bias is None:
-        torch.mm(weight, a_t, out=z_t)
-    else:
-        torch.addmm(bias.unsqueeze(1), weight, a_t, out=z_t)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

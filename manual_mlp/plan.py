@@ -1,74 +1,316 @@
-"""The buffers of steps 1 to 3 over the whole net, made once for batches of one size.
+"""A program compiled, for batches of one shape, to calls in place on buffers that are made once.
 
-The engine and `network_loss` take the steps in them: it binds its calls to the model's parameters, and updates those;
-`network_loss` reads whatever parameters it is given, and makes its gradients new.
+`network_loss` hands the parameters to each run and gets new gradients. The engine binds them when it compiles, and
+its sinks update them in step 4's own product.
 """
 
-from operator import attrgetter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from manual_mlp import kernels
 from manual_mlp.formulas import Cost
-from manual_mlp.layers import Layer
+from manual_mlp.program import Activate, Affine, Drop, Program
 
-SHAPE = attrgetter("shape")
+Call = Callable[..., Any]
+Operand = Tensor | int | None
+"""A tensor that stays where it is, or the position of one in the list that each run gets; the input is number 0."""
+
+_linear: Any = torch._C._nn.linear  # F.linear, whose stub does not know out=
 
 
-class Stage:
-    """One layer's buffers for N rows: z, a, δ (N, n_{l+1}); δ, work and mask are shared with other layers.
+class Instruction(NamedTuple):
+    """call(tensors of the run, by position). Its result is the run's gradient number `place`, if that is set."""
 
-    by_columns  they lie column by column; not with a dropout, which draws row by row
+    call: Call
+    feeds: tuple[int, ...] = ()
+    place: int | None = None
+
+
+class Sink(NamedTuple):
+    """Where step 4 goes: to := beta · to + alpha · product, or the run's new gradient, if `to` is its number.
+
+    decay, rate   tensors instead of beta and a factor of alpha, because a CUDA graph would keep the numbers
     """
 
-    def __init__(self, layer: Layer, n: int, like: Tensor, delta: Tensor, scratch: Tensor, bits: Tensor) -> None:
-        outputs = layer.weight.shape[0]
-        self.row, self.dropout = layer.row, layer.dropout
-        self.by_columns = self.dropout is None and kernels.by_columns(like, n, outputs)
-
-        def laid(flat: Tensor) -> Tensor:
-            flat = flat[: n * outputs]
-            return flat.view(outputs, n).t() if self.by_columns else flat.view(n, outputs)
-
-        self.a, self.delta = laid(like.new_empty(n * outputs)), laid(delta)
-        self.saved_z = laid(like.new_empty(n * outputs)) if layer.row.saves == "z" else None
-        self.z = self.a if self.saved_z is None else self.saved_z
-        self.delta_t = self.delta.t()
-        self.work, self.mask = laid(scratch), laid(bits)
-        if self.dropout is not None:
-            self.drawn, self.scale, self.dropped = (torch.empty_like(of) for of in (self.mask, self.a, self.a))
-
-    def draw(self) -> None:
-        """scale := m / (1 − p), with the mask that functional.dropout draws."""
-        assert self.dropout is not None
-        keep = 1 - self.dropout.p
-        self.scale.copy_(self.drawn.bernoulli_(keep)).div_(keep or 1.0)
+    to: Any
+    beta: float = 0.0
+    alpha: float = 1.0
+    decay: Tensor | None = None
+    rate: Tensor | None = None
 
 
 class Plan:
-    """The buffers for batches of N rows.
+    """The buffers for batches of N rows, and the calls of steps 1 to 4 on them.
 
-    prediction, delta   a^L and δ^L where the cost reads and writes them
-    copied              they are apart from the last layer's: in the parameters' dtype and, for a softmax of each row,
-                        row by row
+    slots              the buffer (N, n_l) of each slot; None for the input, which moves
+    prediction, delta  a^L and δ^L as the cost reads and writes them
+    up, down           the instructions of step 1, and of steps 2 to 4
     """
 
-    def __init__(self, layers: list[Layer], cost: Cost, input: Tensor, dtype: torch.dtype | None = None) -> None:
-        n, outputs = len(input), layers[-1].weight.shape[0]
-        like = torch.empty(0, dtype=dtype or input.dtype, device=input.device)
-        largest = n * max(layer.weight.shape[0] for layer in layers)
-        # Of δ^{l+1} and δ^l alone are both read at once, and two buffers stay in the cache where one a layer would not.
-        *deltas, scratch = (like.new_empty(largest) for _ in range(3))
-        bits = like.new_empty(largest, dtype=torch.bool)
-        self.stages = [Stage(layer, n, like, deltas[i % 2], scratch, bits) for i, layer in enumerate(layers)]
-        self.ones = like.new_ones(n)
-        last = self.stages[-1]
-        self.copied = like.dtype != input.dtype or (last.by_columns and cost.logits)
-        real = torch.empty(n, outputs, dtype=input.dtype, device=input.device) if self.copied else last.a
-        self.prediction, self.delta = last.a, last.delta
-        if self.copied:
-            self.prediction, self.delta = torch.empty_like(real), torch.empty_like(real)
-        self.cost = real.new_empty(())
+    def __init__(
+        self,
+        program: Program,
+        parameters: Sequence[tuple[Any, ...]],
+        cost: Cost,
+        input: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.program = program
+        self.like = torch.empty(0, dtype=dtype or input.dtype, device=input.device)
+        self.n, self.ones = len(input), self.like.new_ones(len(input))
+        self.widths = program.widths(parameters, input.shape[1])
+        largest = len(input) * max(self.widths)
+        self.scratch, self.bits = self.like.new_empty(largest), self.like.new_empty(largest, dtype=torch.bool)
+        self.by_columns = self._layouts()
+        self.slots: list[Any] = [None]
+        for i in range(len(program.nodes)):
+            self.slots.append(self._slot(i))
+        drops = [i for i, node in enumerate(program.nodes, start=1) if isinstance(node.rule, Drop) and node.rule.p > 0]
+        dropped = [(i, self.slots[i]) for i in drops]
+        self.masks = {i: (torch.empty_like(a, dtype=torch.bool), torch.empty_like(a)) for i, a in dropped}
+        self.flats = [self.like.new_empty(largest)]
+        a, delta = self.slots[-1], self._laid(self.flats[0], len(program.nodes))
+        # The cost reads the parameters' dtype, and its softmax wants the numbers of a row side by side.
+        self.copied = self.like.dtype != input.dtype or (self.by_columns[-1] and cost.logits)
+        self.prediction = torch.empty(a.shape, dtype=input.dtype, device=input.device) if self.copied else a
+        self.delta = torch.empty_like(self.prediction) if self.copied else delta
+        self.both = kernels.cost_kernel(cost).both(self.delta)
+        self.cost = self.prediction.new_empty(())
         self.out = self.cost.view(1)
-        self.cost_ = kernels.cost_kernel(cost).both(self.delta)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Buffers
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _layouts(self) -> list[bool]:
+        """Return for each slot whether it lies column by column; not beside a dropout, which draws row by row."""
+        nodes = self.program.nodes
+        dropped = {slot for node in nodes if isinstance(node.rule, Drop) for slot in node.reads}
+        for slot in range(len(nodes), 0, -1):
+            rule, reads, _ = nodes[slot - 1]
+            dropped |= set(reads) if slot in dropped and isinstance(rule, Activate) else set()
+        columns = [False]
+        for slot, (rule, reads, _) in enumerate(nodes, start=1):
+            narrow = isinstance(rule, Affine) and kernels.by_columns(self.like, self.n, self.widths[slot])
+            columns.append(slot not in dropped and (narrow or (isinstance(rule, Activate) and columns[reads[0]])))
+        return columns
+
+    def _laid(self, flat: Tensor, slot: int) -> Tensor:
+        """Return the first numbers of a flat buffer as (N, n_l), in the layout of the slot."""
+        n, width = self.n, self.widths[slot]
+        return flat[: n * width].view(width, n).t() if self.by_columns[slot] else flat[: n * width].view(n, width)
+
+    def _slot(self, i: int) -> Any:
+        """Return the buffer that node i writes. G writes over z, if G′ is written in a and nobody else reads z."""
+        rule, reads, _ = self.program.nodes[i]
+        readers = sum(reads[0] in node.reads for node in self.program.nodes)
+        over_z = isinstance(rule, Activate) and rule.saves == "output" and readers == 1 and reads[0] > 0
+        if over_z or (isinstance(rule, Drop) and rule.p == 0):
+            return self.slots[reads[0]]
+        return self._laid(self.like.new_empty(self.n * self.widths[i + 1]), i + 1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Instructions
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def compile(
+        self,
+        parameters: Sequence[tuple[Operand, ...]],
+        sinks: Sequence[Sequence[Sink | None]],
+        input: Operand = 0,
+        needs_input: bool = False,
+    ) -> None:
+        """Make the instructions: for each node its parameters, and where their gradients go (None: nowhere)."""
+        nodes = self.program.nodes
+        self.up: list[Instruction] = []
+        self.down: list[Instruction] = []
+        slots = [input, *self.slots[1:]]
+        for i, own in enumerate(parameters):
+            self._step_1(i, slots, own)
+        self.wanted = self.program.wanted(needs_input, [tuple(sink is not None for sink in of) for of in sinks])
+        self.free = self.flats[1:]
+        self.arrived: dict[int, Tensor] = {len(nodes): self.flats[0]}
+        if self.copied:
+            self._emit(self.up, self.prediction.copy_, slots[-1])
+            self._emit(self.down, self._laid(self.flats[0], len(nodes)).copy_, self.delta)
+        for i in reversed(range(len(nodes))):
+            if i + 1 in self.arrived:
+                self._steps_2_to_4(i, slots, parameters[i], sinks[i])
+        if needs_input:
+            self._emit(self.down, self._laid(self.arrived[0], 0).clone, place=0)
+
+    def _emit(self, code: list[Instruction], call: Call, *operands: Operand, place: int | None = None) -> None:
+        """Append an instruction with all its operands bound but those of the run, which come last."""
+        fixed = [operand for operand in operands if isinstance(operand, Tensor)]
+        feeds = tuple(operand for operand in operands if isinstance(operand, int))
+        code.append(Instruction(partial(call, *fixed) if fixed else call, feeds, place))
+
+    def _step_1(self, i: int, slots: list[Operand], own: tuple[Operand, ...]) -> None:
+        """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1})."""
+        rule, reads, _ = self.program.nodes[i]
+        read, out = slots[reads[0]], self.slots[i + 1]
+        if isinstance(rule, Affine):
+            self._affine(read, own[0], own[1], out)
+        elif isinstance(rule, Activate):
+            G_, _ = kernels.in_place(rule.row)
+            if rule.saves == "output" and read is not out:
+                self._emit(self.up, out.copy_, read)
+                read = out
+            to: Any = {"out": out} if rule.saves == "input" else {}
+            self._emit(self.up, partial(G_, read, *rule.row.values, **to))
+        elif isinstance(rule, Drop):
+            if rule.p > 0:
+                drawn, scale = self.masks[i + 1]
+                self._emit(self.up, partial(_draw, drawn, scale, 1 - rule.p))
+                self._emit(self.up, partial(torch.mul, scale, out=out), read)
+        else:
+            self._emit(self.up, lambda *ins: out.copy_(rule.forward(*ins)), *(slots[slot] for slot in reads))
+
+    def _affine(self, a: Operand, weight: Any, bias: Any, z: Tensor) -> None:
+        if isinstance(weight, int):
+            self._emit(self.up, partial(_linear, out=z), a, weight, bias)
+        elif bias is None:
+            self._emit(self.up, partial(torch.mm, mat2=weight.t(), out=z), a)
+        else:
+            # On the CPU addmm would expand the bias at each call; on a GPU it adds a vector as it goes.
+            rows = bias if z.is_cuda else bias.expand(z.shape)
+            self._emit(self.up, partial(torch.addmm, rows, mat2=weight.t(), out=z), a)
+
+    def _steps_2_to_4(self, i: int, slots: list[Operand], own: tuple[Any, ...], sinks: Sequence[Sink | None]) -> None:
+        """δ^l = g ⊙ G′(z^l); the product δ^{l+1} W^l that goes on to the left; the gradients."""
+        rule, reads, _ = self.program.nodes[i]
+        flat = self.arrived[i + 1]
+        delta = self._laid(flat, i + 1)
+        if isinstance(rule, Affine):
+            if self.wanted[reads[0]]:
+                self._step_3(delta, own[0], reads[0])
+            for a, sink in zip((self.ones, slots[reads[0]]), reversed(sinks), strict=True):
+                if sink is not None:
+                    self._step_4(delta, a, sink, i + 1)
+            self.free.append(flat)
+            return
+        if isinstance(rule, Activate):
+            _, delta_ = kernels.in_place(rule.row)
+            a, z = self.slots[i + 1], slots[reads[0]] if rule.saves == "input" else None
+            # Step 4 has read a^l. Writing over it keeps the cache smaller; only the prediction stays.
+            free = z is None and a is not self.slots[-1]
+            work, mask = a if free else self._laid(self.scratch, i + 1), self._laid(self.bits, i + 1)
+            self._emit(self.down, partial(delta_, delta, a, z, work, mask, *rule.row.values))
+        elif isinstance(rule, Drop):
+            if rule.p > 0:
+                self._emit(self.down, delta.mul_, self.masks[i + 1][1])
+        else:
+            self._any_rule(i, delta, slots)
+            self.free.append(flat)
+            return
+        self._pass_on(flat, reads[0])
+
+    def _pass_on(self, flat: Tensor, slot: int) -> None:
+        """Give what arrived at a node's output to the slot it reads."""
+        if slot not in self.arrived and self.wanted[slot]:
+            self.arrived[slot] = flat
+            return
+        if self.wanted[slot]:
+            self._emit(self.down, self._laid(self.arrived[slot], slot).add_, self._laid(flat, slot))
+        self.free.append(flat)
+
+    def _into(self, slot: int) -> tuple[Tensor, bool]:
+        """Return the buffer of ∂C/∂slot, and True if something has arrived there. In a chain two take turns."""
+        first = slot not in self.arrived
+        if first:
+            if not self.free:
+                self.flats.append(torch.empty_like(self.flats[0]))
+                self.free.append(self.flats[-1])
+            self.arrived[slot] = self.free.pop()
+        return self._laid(self.arrived[slot], slot), not first
+
+    def _step_3(self, delta: Tensor, weight: Operand, slot: int) -> None:
+        """∂C/∂a^l = δ^{l+1} W^l, added to what has arrived there."""
+        into, more = self._into(slot)
+        call = partial(torch.addmm, into, delta, out=into) if more else partial(torch.mm, delta, out=into)
+        self._emit(self.down, call, weight)
+
+    def _step_4(self, delta: Tensor, a: Operand, sink: Sink, slot: int) -> None:
+        """∂C/∂W = δᵀ a, or ∂C/∂b = δᵀ 1, into its sink."""
+        of_bias = a is self.ones
+        if isinstance(sink.to, int):
+            self._emit(self.down, partial(torch.mv if of_bias else torch.mm, delta.t()), a, place=sink.to)
+            return
+        if sink.decay is not None:
+            self._emit(self.down, sink.to.mul_, sink.decay)
+        if delta.dtype != sink.to.dtype:
+            rounded = delta.new_empty(sink.to.shape)
+            product = partial(torch.sum, dim=0) if of_bias else partial(torch.mm, delta.t())
+            self._emit(self.down, partial(_add_rounded, sink, product, rounded), delta if of_bias else a)
+            return
+        if sink.rate is not None:
+            work = self._laid(self.scratch, slot)
+            self._emit(self.down, partial(torch.mul, delta, sink.rate, out=work))
+            delta = work
+        add = sink.to.addmv_ if of_bias else sink.to.addmm_
+        decay: Any = {} if sink.beta == 1 else {"beta": sink.beta}
+        self._emit(self.down, partial(add, delta.t(), alpha=sink.alpha, **decay), a)
+
+    def _any_rule(self, i: int, delta: Tensor, slots: list[Operand]) -> None:
+        """Steps 2 and 3 of a rule without parameters, by its own formulas."""
+        rule, reads, _ = self.program.nodes[i]
+        targets = [self._into(slot) if self.wanted[slot] else None for slot in reads]
+        needs = [target is not None for target in targets]
+
+        def call(*saved: Tensor) -> None:
+            parts = rule.backward(delta, saved[0] if len(saved) == 1 else saved, needs=needs)
+            for target, part in zip(targets, parts, strict=True):
+                if target is not None:
+                    into, more = target
+                    into.add_(part) if more else into.copy_(part)
+
+        self._emit(self.down, call, *(slots[slot] for slot in self.program.saved[i]))
+
+
+def _draw(drawn: Tensor, scale: Tensor, keep: float) -> None:
+    """scale := m / (1 − p), with the mask that functional.dropout draws."""
+    scale.copy_(drawn.bernoulli_(keep)).div_(keep or 1.0)
+
+
+def _add_rounded(sink: Sink, product: Call, rounded: Tensor, of: Tensor) -> None:
+    """to := beta · to + alpha · rate · product(of), with the product alone in the compute_dtype."""
+    product(of, out=rounded)
+    if sink.beta == 0:
+        sink.to.zero_()
+    elif sink.beta != 1:
+        sink.to.mul_(sink.beta)
+    if sink.rate is None:
+        sink.to.add_(rounded, alpha=sink.alpha)
+    else:
+        sink.to.addcmul_(rounded, sink.rate, value=sink.alpha)
+
+
+def run(code: list[Instruction], tensors: Sequence[Any], gradients: list[Any]) -> None:
+    """Execute instructions on the tensors of one run."""
+    for call, feeds, place in code:
+        if not feeds:
+            result = call()
+        elif len(feeds) == 1:
+            result = call(tensors[feeds[0]])
+        else:
+            result = call(*[tensors[feed] for feed in feeds])
+        if place is not None:
+            gradients[place] = result
+
+
+Weighed = tuple[Cost, Tensor | float, Tensor | float]
+"""A cost, and what C and ∂C/∂a^L are of its kernel's sums for batches of one shape."""
+
+
+def weigh(cost: Cost, n: int, outputs: int, dtype: torch.dtype) -> Weighed:
+    """Return them as numbers in half precision, which would round a tensor; as tensors otherwise, which are faster."""
+    weights = kernels.weights(cost, n, outputs)
+    if dtype in kernels.ROUNDED:
+        return cost, *weights
+    with torch.inference_mode(False):  # a validation may make it, and the training use it
+        total, delta = torch.tensor(weights, dtype=dtype, device="cpu").unbind()
+    return cost, total, delta

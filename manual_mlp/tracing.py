@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from manual_mlp import formulas as sheet
 from manual_mlp import kernels, notation, tables
 from manual_mlp.errors import InputError
-from manual_mlp.network import check_batch, cost_of, draw_masks, net_of
+from manual_mlp.network import check_batch, reading_of
+from manual_mlp.program import Program, cost_of
 
 WIDTH = 80
 TITLES = ("given", "1. forward pass", "2. output error", "3. right to left", "4. gradients", "5. update")
@@ -310,50 +311,62 @@ def trace(
     Raises InputError for a net that is no such chain, a shared weight, hooks, an unknown loss, a logits cost after an
     activation, and for x or target of another shape, dtype or device, or without a sample.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected an nn.Module to trace; got {type(model).__name__}: pass the model itself")
-    net = net_of(model)
-    cost = cost_of(loss, net.layers)
-    of_cost = kernels.cost_kernel(cost)
-    weights, biases = [layer.weight for layer in net.layers], [layer.bias for layer in net.layers]
+    program = reading_of(model).program
+    weights = [layer.weight for layer in program.layers]
     if len(set(map(id, weights))) < len(weights):
         raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
     x, target = _batch(x, target, weights[0], loss)
     check_batch(weights[0], len(weights[-1]), x, target, loss)
     if len(x) == 0:
         raise InputError("expected at least one sample to trace; got none")
+    one = one_pass(program, x, target, loss, program.draw(x))
 
-    masks, zs, deltas = draw_masks(net.layers, x), [], []  # type: ignore[var-annotated]
-    saved = net.forward(x, weights, biases, masks, zs)
-    prediction = saved[-1]
-    total_weight, delta_weight = kernels.weights(cost, *prediction.shape)
-    delta = of_cost.delta(prediction, target) * delta_weight
-    needs = [False, *(True for _ in weights), *(bias is not None for bias in biases)]
-    gradients: Any = net.recursion(delta, x, weights, saved, masks, needs, deltas)
-
+    layers = dict(enumerate(program.layers, 2))
     result = Trace(
         sizes=[x.shape[1], *map(len, weights)],
         loss=loss,
         lr=lr,
-        cost=of_cost.total(prediction, target) * total_weight,
-        target=(sheet.onehot(prediction, target) if target.dim() == 1 else target).clone(),
-        activation={index: layer.row.name for index, layer in enumerate(net.layers, 2)},
-        drops={index: layer.drops > 0 for index, layer in enumerate(net.layers, 2)},
+        cost=one.cost,
+        target=(sheet.onehot(one.slots[-1], target) if target.dim() == 1 else target).clone(),
+        activation={index: layer.row.name for index, layer in layers.items()},
+        drops={index: layer.drops for index, layer in layers.items()},
     )
     result.a[1] = x.clone()
-    for index, (layer, z, delta) in enumerate(zip(net.layers, zs, reversed(deltas), strict=True), 2):
-        result.z[index], result.delta[index] = z, delta.clone()
-        result.a[index] = net.input_of(index - 1, x, saved, masks).clone()
-        result.slope[index] = kernels.delta(layer.row)(torch.ones_like(z), saved[index - 2], *layer.row.values)
-        flat = result.slope[index].abs() < SATURATED * steepest(layer.row)
+    for index, layer in layers.items():
+        z, a, row = one.slots[layer.z], one.slots[layer.a], layer.row
+        result.z[index], result.delta[index] = z.clone(), one.arrived[layer.z].clone()
+        result.a[index] = one.slots[layer.out].clone()
+        result.slope[index] = kernels.delta(row)(torch.ones_like(z), a if row.saves == "a" else z, *row.values)
+        flat = result.slope[index].abs() < SATURATED * steepest(row)
         result.saturation[index] = flat.double().mean().item()
-    n = len(weights)
-    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
-        result.weight[index], result.grad_weight[index] = weight.clone(), gradients[index]
-        result.bias[index], result.grad_bias[index] = None if bias is None else bias.clone(), gradients[n + index]
-        result.new_weight[index] = weight - lr * result.grad_weight[index]
-        result.new_bias[index] = None if bias is None else bias - lr * gradients[n + index]
+        result.weight[index - 1] = layer.weight.clone()
+        result.bias[index - 1] = None if layer.bias is None else layer.bias.clone()
+        grad_weight, grad_bias = one.gradients[layer.z - 1]
+        result.grad_weight[index - 1], result.grad_bias[index - 1] = grad_weight, grad_bias
+        result.new_weight[index - 1] = layer.weight - lr * grad_weight
+        result.new_bias[index - 1] = None if layer.bias is None else layer.bias - lr * grad_bias
     return result
+
+
+class Pass(NamedTuple):
+    """C, the slots of a program, ∂C/∂slot of each, and the gradients of each node."""
+
+    cost: Tensor
+    slots: list[Any]
+    arrived: list[Any]
+    gradients: list[tuple[Any, ...]]
+
+
+def one_pass(program: Program, x: Tensor, target: Tensor, loss: str, masks: Sequence[Any] = ()) -> Pass:
+    """Steps 1 to 4 of one batch, every slot kept. Raises InputError as `program.cost_of`."""
+    cost, flat = cost_of(loss, program), program.parameters()
+    parameters = program.by_node(flat, masks)
+    slots = program.forward(x, parameters, every=True)
+    kernel, (total_weight, delta_weight) = kernels.cost_kernel(cost), kernels.weights(cost, *slots[-1].shape)
+    g = kernel.delta(slots[-1], target) * delta_weight
+    needs = program.by_node([own is not None for own in flat])
+    arrived, gradients = program.backward(g, slots, parameters, False, needs, every=True)
+    return Pass(kernel.total(slots[-1], target) * total_weight, slots, arrived, gradients)
 
 
 def _batch(x: Any, target: Any, like: Tensor, loss: str) -> tuple[Tensor, Tensor]:
@@ -369,7 +382,7 @@ def _batch(x: Any, target: Any, like: Tensor, loss: str) -> tuple[Tensor, Tensor
 
 @functools.cache
 def steepest(row: sheet.Row) -> float:
-    """The maximum of |G′(z)| over z, found on a grid that is fine at 0 and reaches a million."""
+    """Return the maximum of |G′(z)| over z, found on a grid that is fine at 0 and reaches a million."""
     positive = torch.logspace(-3, 6, 9001, dtype=torch.float64)
     z = torch.cat([-positive, positive.new_zeros(1), positive])
     saved = z if row.saves == "z" else row.G(z, *row.values)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import manual_mlp as mm
@@ -57,7 +56,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fixed_engine(*arguments: Any, **more: Any) -> BackpropEngine:
     engine = BackpropEngine(*arguments, **more)
-    engine._fixed = True
+    engine._graphed = True
     return engine
 
 
@@ -196,12 +195,13 @@ def test_a_batch_that_a_copy_would_convert_is_refused() -> None:
 def test_the_tape_bakes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the rates as numbers the proofs above would fail."""
 
-    def number(self: Any, layer: int, a: Tensor | None, rates: Any) -> None:
-        self.fixed = False
-        original(self, layer, a, rates)
-        self.fixed = True
+    def number(self: Any, *arguments: Any) -> Any:
+        self.engine._graphed = False
+        sink = original(self, *arguments)
+        self.engine._graphed = True
+        return sink
 
-    original = engine_module._Plan._steps_4_and_5
-    monkeypatch.setattr(engine_module._Plan, "_steps_4_and_5", number)
+    original = engine_module._Plan._sink
+    monkeypatch.setattr(engine_module._Plan, "_sink", number)
     with pytest.raises(AssertionError, match="not close"):
         assert_equal_training(net())

@@ -18,7 +18,7 @@ LAYERS = [
     ["functions"],
     ["functional"],
     ["modules"],
-    ["conversion", "layers", "perceptron"],
+    ["conversion", "program", "perceptron"],
     ["plan"],
     ["network"],
     ["engine", "testing", "tracing"],

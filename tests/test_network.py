@@ -19,7 +19,7 @@ import manual_mlp as mm
 from manual_mlp import functional as F
 from manual_mlp import network
 from manual_mlp.formulas import COSTS, Row
-from manual_mlp.network import NetworkLoss, cost_and_prediction, layers_of, net_of, network_loss
+from manual_mlp.network import NetworkLoss, cost_and_prediction, network_loss, reading_of
 from tests.cases import rows
 
 double = torch.float64
@@ -294,7 +294,7 @@ def test_a_plan_made_in_inference_mode_or_of_fake_tensors() -> None:
     expected = gradients(cost, model)
     cost = network_loss(model, input, target)
     gradients_of(cost, model)
-    net_of(model).plans.clear()
+    reading_of(model).plans.clear()
     with torch.inference_mode():
         again = gradients_of(cost, model)
     for mine in (again, gradients(network_loss(model, input, target), model)):
@@ -320,7 +320,7 @@ def test_kinds_of_batches_beyond_those_kept() -> None:
             input, target = batch(n=n)
             ours, layers = network_loss(model, input, target), F.quadratic_loss(model(input), target)
             torch.testing.assert_close(gradients(ours, model), gradients(layers, model), rtol=1e-12, atol=1e-12)
-    assert len(net_of(model).plans) <= 4
+    assert len(reading_of(model).plans) <= 4
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu"])
@@ -458,10 +458,10 @@ def test_module_and_converted_models() -> None:
     expected = F.quadratic_loss(plain(input), target)
     torch.testing.assert_close(NetworkLoss(plain)(input, target), expected)
     torch.testing.assert_close(NetworkLoss(mm.convert(plain))(input, target), expected)
-    assert [layer.row.name for layer in layers_of(plain)] == ["sigmoid", "identity"]
+    assert [layer.row.name for layer in reading_of(plain).program.layers] == ["sigmoid", "identity"]
     lone = nn.Linear(4, 3)
     torch.testing.assert_close(network_loss(lone, input, target), F.quadratic_loss(lone(input), target))
-    assert net_of(lone).layers[0].affine is lone
+    assert reading_of(lone).program.layers[0].affine is lone
 
 
 class Own(nn.Sequential):
@@ -476,7 +476,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two activations": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Tanh()), "got Tanh at '2'"),
     "dropout first": (lambda: nn.Sequential(nn.Dropout(), nn.Linear(4, 3)), "got Dropout at '0'"),
     "sizes": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)), "in_features=3"),
-    "own forward": (lambda: Own(nn.Linear(4, 3)), "its own forward"),
+    "own forward": (lambda: Own(nn.Linear(4, 3)), "has its own"),
     "no sequence": (lambda: nn.Conv1d(1, 1, 1), "got Conv1d at 'the model itself'"),
 }
 

@@ -14,7 +14,7 @@ import torch
 
 from manual_mlp import InputError, checkpoint
 from manual_mlp.checkpoint import read_checkpoint, write_whole
-from manual_mlp.network import layers_of
+from manual_mlp.program import read
 from manual_mlp.training import run as training
 from manual_mlp.training.backprop import BACKPROP
 from manual_mlp.training.divergence import where_it_began
@@ -199,7 +199,7 @@ class TestFaults:
 
     def test_where_it_began(self) -> None:
         module, x = MLPModule(4, 3, hidden=[5, 6], activation="relu"), torch.rand(7, 4)
-        layers = layers_of(module.net)
+        layers = read(module.net).layers
 
         def after(layer: int, value: float) -> str:
             with torch.no_grad():

@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: mm.trace(nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Tanh()), [[1.0]], [[1.0]]),
         "got Tanh at '2'",
     ),
-    "no module": (lambda: mm.trace(torch.relu, [[1.0]], [[1.0]]), "an nn.Module to trace"),  # type: ignore[arg-type]
+    "no module": (lambda: mm.trace(torch.relu, [[1.0]], [[1.0]]), "expected a model"),  # type: ignore[arg-type]
     "a layer twice": (lambda: mm.trace(nn.Sequential(*[nn.Linear(1, 1)] * 2), [[1.0]], [[1.0]]), "uses a layer twice"),
     "a loss": (lambda: mm.trace(nn.Linear(1, 1), [[1.0]], [[1.0]], "hinge"), "expected a loss, one of"),
     "logits": (lambda: mm.trace(mm.MLP([1, 1]), [[1.0]], [[1.0]], "bce"), "gives logits"),

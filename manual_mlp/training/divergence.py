@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from manual_mlp import formulas as sheet
-from manual_mlp import kernels
 from manual_mlp.errors import InputError
-from manual_mlp.network import Layer, layers_of
+from manual_mlp.program import Program, read
 from manual_mlp.tracing import up
 
 EXPLODED = 1e9  # targets are standardised or 0 and 1, so a loss starts near 1
@@ -22,18 +20,19 @@ def diverged(loss: float, net: nn.Module, features: Tensor, place: str, lr: obje
     now = "" if lr is None else f" (now {lr})"
     return InputError(
         f"expected a finite loss, of {EXPLODED:.0e} at most, but in {place} it is {loss:.3g}, and it began in "
-        f"{where_it_began(layers_of(net), features, since)}; lower optimizer.lr{now}, set data.standardise=true, or "
+        f"{where_it_began(read(net), features, since)}; lower optimizer.lr{now}, set data.standardise=true, or "
         "clip the gradients with trainer.gradient_clip_val=1"
     )
 
 
 @torch.no_grad()
-def where_it_began(layers: list[Layer], features: Tensor, since: int = 1) -> str:
+def where_it_began(program: Program, features: Tensor, since: int = 1) -> str:
     """The first of what a pass computes that is not finite, in the sheet's letters; if all is, what grows the most.
 
     A W^l that is not finite was made so by the step before, from the right to the left, as δ goes: the rightmost is
     the first; several steps, though, carry it everywhere. Otherwise the forward pass is followed, from left to right.
     """
+    layers = program.layers
     sizes = [layers[0].weight.shape[1], *(len(layer.weight) for layer in layers)]
     damaged = [index for index, layer in enumerate(layers, start=1) if not _finite(layer.weight, layer.bias)]
     if damaged and since > 1:
@@ -42,16 +41,16 @@ def where_it_began(layers: list[Layer], features: Tensor, since: int = 1) -> str
         last = damaged[-1]
         neurons = f"{sizes[last - 1]} to {sizes[last]} neurons"
         return f"W{up(last)} ({neurons}), by the step before: δ{up(last + 1)} overflowed"
-    a, growths = features, []
+    slots, before, growths = program.forward(features, program.by_node(program.parameters()), every=True), features, []
     for index, layer in enumerate(layers, start=2):
-        z, largest = sheet.affine(a, layer.weight, layer.bias), a.abs().max().item()
-        a = kernels.G(layer.row)(z, *layer.row.values)
+        z, a, largest = slots[layer.z], slots[layer.a], before.abs().max().item()
         neurons = f"(n = {sizes[index - 1]}, {layer.row.name})"
         if not _finite(z, a):
             return f"{'a' if _finite(z) else 'z'}{up(index)} {neurons}"
         reached = z.abs().max().item()
         where = f"z{up(index)} {neurons}: it reaches {reached:.1e} from an a{up(index - 1)} of {largest:.1e}"
         growths.append((reached / max(largest, 1.0), where))
+        before = slots[layer.out]
     return max(growths)[1]
 
 

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from manual_mlp import kernels
 from manual_mlp.errors import InputError
-from manual_mlp.network import cost_of, net_of
+from manual_mlp.network import reading_of
+from manual_mlp.tracing import one_pass
 
 Values = dict[str, dict[int, Tensor]]
 """z, a and δ of a pass, indexed by the sheet's l: {"z": {2: (N, n_2), …}, "a": {1: …}, "delta": {2: …}}."""
@@ -120,25 +120,15 @@ class DeltaFlow(L.Callback):
 def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
     """z, a and δ of an MLPModule on a batch of its data module, without dropout: what `mm.trace` gives, for less.
 
-    Raises InputError as `network.net_of`.
+    Raises InputError as `program.read`.
     """
-    net = net_of(module.net)
-    cost = cost_of(module.loss, net.layers)
-    weights, biases = [layer.weight for layer in net.layers], [layer.bias for layer in net.layers]
-    features, target = as_net_takes(module, batch)
-    zs: list[Tensor] = []
-    deltas: list[Tensor] = []
-    saved = net.forward(features, weights, biases, [], zs)
-    prediction, n = saved[-1], len(weights)
-    _, delta_weight = kernels.weights(cost, *prediction.shape)
-    delta = kernels.cost_kernel(cost).delta(prediction, target) * delta_weight
-    needs = [False] * (1 + n) + [True] + [False] * (n - 1)  # of the gradients b^1 alone, to which all δ lead
-    net.recursion(delta, features, weights, saved, [], needs, deltas)
-    inputs = [net.input_of(layer, features, saved, []) for layer in range(n)]
+    program, (features, target) = reading_of(module.net).program, as_net_takes(module, batch)
+    one = one_pass(program, features, target, module.loss)
+    layers = dict(enumerate(program.layers, 2))
     return {
-        "z": dict(enumerate(zs, 2)),
-        "a": dict(enumerate([*inputs, prediction], 1)),
-        "delta": dict(enumerate(reversed(deltas), 2)),
+        "z": {index: one.slots[layer.z] for index, layer in layers.items()},
+        "a": {1: features} | {index: one.slots[layer.out] for index, layer in layers.items()},
+        "delta": {index: one.arrived[layer.z] for index, layer in layers.items()},
     }
 
 

@@ -1,0 +1,438 @@
+"""A model read as a list of nodes over numbered slots, and steps 1 to 4 over that list, out of place.
+
+Slot 0 is the input x. Node i reads slots and writes slot i + 1; the last slot is the prediction a^L. A slot that is
+read twice adds up what comes back. Everything here is made of ordinary tensor operations, so it can be differentiated.
+`plan.py` compiles the same list to in-place calls on kept buffers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+from operator import attrgetter
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as of_all
+from torch.utils.hooks import RemovableHandle
+
+from manual_mlp import formulas as sheet
+from manual_mlp import kernels, modules
+from manual_mlp.errors import InputError
+from manual_mlp.formulas import ACTIVATIONS, COSTS, Cost, Row
+
+Needs = Sequence[Sequence[bool]]
+"""For each node, for each of its parameters: True if its gradient is wanted."""
+
+
+class Rule(Protocol):
+    """A pair of pure formulas.
+
+    names      the parameters that the node's owner holds
+    saves      what backward reads: the node's "input" (a tuple, if it has several), its "output", or "nothing"
+    forward    inputs, parameters ↦ output
+    backward   g = ∂C/∂output, what it saves, its parameters, which gradients are wanted (inputs first)
+               ↦ ∂C/∂input of each input, then ∂C/∂parameter of each parameter, None where not wanted
+    """
+
+    names: tuple[str, ...]
+    saves: str
+
+    def forward(self, *inputs_and_parameters: Any) -> Tensor: ...
+    def backward(self, g: Tensor, saved: Any, *parameters: Any, needs: Sequence[bool]) -> tuple[Tensor | None, ...]: ...
+
+
+class Node(NamedTuple):
+    """One rule, the slots it reads, and the module that owns its parameters."""
+
+    rule: Any
+    reads: tuple[int, ...]
+    owner: Any = None
+
+
+class Affine:
+    """z = a Wᵀ + b."""
+
+    names, saves = ("weight", "bias"), "input"
+
+    def forward(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return sheet.affine(a, weight, bias)
+
+    def backward(
+        self, delta: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        needs_a, needs_weight, needs_bias = needs
+        return (
+            sheet.grad_input(delta, weight) if needs_a else None,
+            sheet.grad_weight(delta, a) if needs_weight else None,
+            sheet.grad_bias(delta) if needs_bias else None,
+        )
+
+
+class Activate:
+    """a = G(z), δ = g ⊙ G′(z): a row of the sheet with the values of its parameters."""
+
+    names = ()
+
+    def __init__(self, row: Row) -> None:
+        self.row, self.G, self.delta = row, kernels.G(row), kernels.delta(row)
+        self.saves = "output" if row.saves == "a" else "input"
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.G(z, *self.row.values)
+
+    def backward(self, g: Tensor, saved: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        return (self.delta(g, saved, *self.row.values),)
+
+
+class Drop:
+    """a ⊙ m / (1 − p), with the mask m and the divisor as its parameters; without them a itself."""
+
+    names, saves = (), "nothing"
+
+    def __init__(self, module: nn.Dropout) -> None:
+        self.module = module
+
+    @property
+    def p(self) -> float:
+        """Return the probability with which it draws now, 0 for none."""
+        return self.module.p if self.module.training else 0.0
+
+    def draw(self, n: int, width: int, device: torch.device) -> tuple[Tensor, float] | tuple[()]:
+        """Return the mask that functional.dropout draws, and 1 − p; nothing if it does not draw."""
+        keep = 1 - self.p
+        if keep == 1:
+            return ()
+        return torch.empty(n, width, dtype=torch.bool, device=device).bernoulli_(keep), keep or 1.0
+
+    def forward(self, a: Tensor, *mask_and_keep: Any) -> Tensor:
+        return sheet.dropout(a, *mask_and_keep) if mask_and_keep else a
+
+    def backward(self, g: Tensor, saved: None, *mask_and_keep: Any, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        return (self.forward(g, *mask_and_keep),)
+
+
+@dataclass
+class Layer:
+    """One layer of the lecture: z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}), and the dropout after it, if any.
+
+    affine     the module that owns W^l and b^l
+    row        G with its parameters' values
+    z, a, out  the slots of z^{l+1}, of G(z^{l+1}), and of what the next layer reads
+    """
+
+    affine: Any
+    z: int
+    a: int
+    out: int
+    row: Row = ACTIVATIONS["identity"]
+    dropout: Drop | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.affine.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.affine.bias
+
+    @property
+    def drops(self) -> bool:
+        return self.dropout is not None and self.dropout.p > 0
+
+
+class Program:
+    """The nodes of a net, and what follows from which slots they read.
+
+    sources   for each parameter the dict that holds it, and its name there
+    saved     for each node, the slots that its backward reads
+    kept      the slots that a backward pass needs; it computes the others again
+    freed     for each node, the slots that nobody reads after it
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.nodes = tuple(nodes)
+        self.sources = [(node.owner._parameters, name) for node in nodes for name in node.rule.names]
+        ends = [*accumulate(len(node.rule.names) for node in nodes)]
+        spans = [slice(end - len(node.rule.names), end) for node, end in zip(nodes, ends, strict=True)]
+        self.spans = [None if isinstance(node.rule, Drop) else span for node, span in zip(nodes, spans, strict=True)]
+        self.has_dropout = None in self.spans
+        self.saved = [
+            {"input": node.reads, "output": (i,), "nothing": ()}[node.rule.saves] for i, node in enumerate(nodes, 1)
+        ]
+        self.kept = self._kept()
+        last = {slot: i for i, node in enumerate(nodes) for slot in node.reads}
+        self.freed = [[slot for slot in last if last[slot] == i and slot not in self.kept] for i in range(len(nodes))]
+        self._wanted: dict[Any, list[bool]] = {}
+
+    def _kept(self) -> set[int]:
+        """Return the slots that steps 2 to 4 read, without those that G or a mask makes again from another."""
+        kept = {0, len(self.nodes)} | {i for i, node in enumerate(self.nodes, 1) if node.rule.saves == "output"}
+
+        def makes_again(slot: int) -> bool:
+            rule, reads, _ = self.nodes[slot - 1]
+            return isinstance(rule, Activate | Drop) and all(read in kept or makes_again(read) for read in reads)
+
+        for slot in sorted({*chain.from_iterable(self.saved)} - kept):
+            if not makes_again(slot):
+                kept.add(slot)
+        return kept
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Return the layers of a chain."""
+        layers: list[Layer] = []
+        for i, (rule, _, owner) in enumerate(self.nodes, start=1):
+            if isinstance(rule, Affine):
+                layers.append(Layer(owner, i, i, i))
+            elif isinstance(rule, Activate):
+                layers[-1].row, layers[-1].a, layers[-1].out = rule.row, i, i
+            else:
+                layers[-1].dropout, layers[-1].out = rule, i
+        return layers
+
+    def parameters(self) -> list[Any]:
+        """Return the parameters of all nodes in one list, None for a missing bias."""
+        return [owner[name] for owner, name in self.sources]
+
+    def by_node(self, flat: Sequence[Any], masks: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Return the parameters of each node from such a list; those of a dropout are what `draw` gave for it."""
+        drawn = iter(masks)
+        return [next(drawn, ()) if span is None else tuple(flat[span]) for span in self.spans]
+
+    def widths(self, parameters: Sequence[tuple[Any, ...]], width: int) -> list[int]:
+        """Return the number of neurons of each slot; width: that of the input."""
+        widths = [width]
+        for (rule, reads, _), own in zip(self.nodes, parameters, strict=True):
+            widths.append(len(own[0]) if isinstance(rule, Affine) else widths[reads[0]])
+        return widths
+
+    def draw(self, x: Tensor) -> list[Any]:
+        """Return what each dropout draws for such a batch, in order; nothing if the net has none."""
+        if not self.has_dropout:
+            return []
+        widths = self.widths(self.by_node(self.parameters()), x.shape[1])
+        dropouts = [(rule, widths[reads[0]]) for rule, reads, _ in self.nodes if isinstance(rule, Drop)]
+        return [rule.draw(len(x), width, x.device) for rule, width in dropouts]
+
+    def forward(self, x: Tensor, parameters: Sequence[tuple[Any, ...]], every: bool = False) -> list[Any]:
+        """Step 1: return the slots; None for those that are not kept, unless every is True."""
+        slots: list[Any] = [x]
+        for (rule, reads, _), own, freed in zip(self.nodes, parameters, self.freed, strict=True):
+            slots.append(rule.forward(*(slots[slot] for slot in reads), *own))
+            for slot in () if every else freed:
+                slots[slot] = None
+        return slots
+
+    def wanted(self, needs_input: bool, needs: Needs) -> list[bool]:
+        """Return for each slot whether a gradient that is needed lies upstream of it."""
+        key = needs_input, *needs
+        if key not in self._wanted:
+            wanted = self._wanted[key] = [needs_input]
+            for (_, reads, _), own in zip(self.nodes, needs, strict=True):
+                wanted.append(any(own) or any(wanted[slot] for slot in reads))
+        return self._wanted[key]
+
+    def backward(
+        self,
+        g: Tensor,
+        slots: Sequence[Any],
+        parameters: Sequence[tuple[Any, ...]],
+        needs_input: bool,
+        needs: Needs,
+        every: bool = False,
+    ) -> tuple[list[Any], list[tuple[Any, ...]]]:
+        """Steps 2 to 4, from right to left: g = ∂C/∂a^L ↦ ∂C/∂slot of each slot, and the gradients of each node.
+
+        ∂C/∂z^l is δ^l. None stands for what nothing needs; unless every is True, only ∂C/∂x is still there at the end.
+        """
+        wanted = self.wanted(needs_input, needs)
+        arrived: list[Any] = [None] * len(self.nodes) + [g]
+        gradients: list[tuple[Any, ...]] = [(None,) * len(rule.names) for rule, _, _ in self.nodes]
+        for i in range(len(self.nodes) - 1, -1, -1):
+            rule, reads, _ = self.nodes[i]
+            g = arrived[i + 1]
+            if not wanted[i + 1] or g is None:
+                continue
+            saved = [self._value(slot, slots, parameters) for slot in self.saved[i]]
+            flags = [*[wanted[slot] for slot in reads], *needs[i]]
+            parts = rule.backward(g, saved[0] if len(saved) == 1 else saved, *parameters[i], needs=flags)
+            for slot, part in zip(reads, parts):  # noqa: B905 # the gradients of the parameters follow
+                if wanted[slot]:
+                    arrived[slot] = part if arrived[slot] is None else arrived[slot] + part
+            gradients[i] = parts[len(reads) :]
+            if not every:
+                arrived[i + 1] = None
+        return arrived, gradients
+
+    def _value(self, slot: int, slots: Sequence[Any], parameters: Sequence[tuple[Any, ...]]) -> Tensor:
+        """Return the value of a slot, computed again if it was not kept."""
+        if slots[slot] is not None:
+            return slots[slot]
+        rule, reads, _ = self.nodes[slot - 1]
+        return rule.forward(*[self._value(read, slots, parameters) for read in reads], *parameters[slot - 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model as a program
+# ---------------------------------------------------------------------------------------------------------------------
+
+_AFFINE = (nn.Linear, modules.Affine)
+_DROPOUT = (nn.Dropout, modules.Dropout)
+
+
+def read(model: nn.Module) -> Program:
+    """Return the program of an mm.MLP, or of an nn.Sequential (nested ones too) of affine maps, activations, dropouts.
+
+    Each activation follows an affine map, each dropout an activation or an affine map. Raises InputError for anything
+    else in it, for what a call of the model would honour and a program does not (hooks, a replaced forward), and for
+    layers that do not fit each other.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a model, an mm.MLP or an nn.Sequential; got {type(model).__name__}")
+    nodes: list[Node] = []
+    for name, module in _leaves(model, ""):
+        for rule, owner in _rules(nodes, name, module):
+            nodes.append(Node(rule, (len(nodes),), owner))
+    affine = [node.owner for node in nodes if isinstance(node.rule, Affine)]
+    if not affine:
+        raise InputError("expected a net with at least one affine layer; got none: add an mm.Affine or an nn.Linear")
+    for before, after in pairwise(affine):
+        if before.weight.shape[0] != after.weight.shape[1]:
+            raise InputError(f"expected a layer of in_features={before.weight.shape[0]} after {before}; got {after}")
+    return Program(nodes)
+
+
+def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that a nested nn.Sequential calls, in order, by qualified name."""
+    if any(hooks_of(module)):
+        raise InputError(
+            f"expected layers without hooks, since none would be called; got one on {name!r}: remove it, "
+            "or train with backprop=layers"
+        )
+    kind: Any = getattr(module, "plain", type(module))  # of a fused nn.Sequential, the class it was
+    forward = _FORWARDS.get(kind) or (nn.Sequential.forward if issubclass(kind, nn.Sequential) else None)
+    if "forward" in vars(module) or (forward is not None and kind.forward is not forward):
+        raise InputError(
+            f"expected modules with the forward of torch.nn or manual_mlp; {name or 'the model'!r} has its own: "
+            "train it with backprop=layers"
+        )
+    if not isinstance(module, nn.Sequential):
+        yield name, module
+        return
+    for key, child in module._modules.items():
+        assert child is not None
+        yield from _leaves(child, f"{name}.{key}" if name else key)
+
+
+_KINDS = (*_AFFINE, *_DROPOUT, modules.AffineActivation, *modules.ACTIVATION_MODULES)
+_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _KINDS}
+
+
+_ACTIVATION = attrgetter("activation", "parameter_values")
+
+
+_GLOBAL_HOOKS = (
+    *(of_all._global_forward_hooks, of_all._global_forward_pre_hooks),
+    *(of_all._global_backward_hooks, of_all._global_backward_pre_hooks),
+)
+
+
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return the dicts of a module's own hooks, and of those that torch calls for every module."""
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return *own, *_GLOBAL_HOOKS
+
+
+def _arguments(module: nn.Module) -> Any:
+    """Return what reads the arguments on which an activation module depends, None if it has none."""
+    names = set(getattr(module, "__constants__", ())) - {"inplace"}
+    return attrgetter(*names) if type(module) in modules.ACTIVATION_MODULES and names else None
+
+
+def _rules(nodes: list[Node], name: str, module: Any) -> list[tuple[Any, Any]]:
+    """Return the rules of one module, each with the owner of its parameters."""
+    kind, last = type(module), nodes[-1].rule if nodes else None
+    if kind in _AFFINE or kind is modules.AffineActivation:
+        if not module._parameters.keys() >= {*Affine.names}:
+            raise InputError(f"expected weight and bias of {name!r} as its parameters; got a buffer or an attribute")
+        row = module.row if kind is modules.AffineActivation else ACTIVATIONS["identity"]
+        return [(Affine(), module), *([] if row.name == "identity" else [(Activate(row), None)])]
+    if kind in (nn.Identity, modules.Identity):
+        return []
+    if kind in modules.ACTIVATION_MODULES and isinstance(last, Affine):
+        return [(Activate(modules.activation_row(module)), None)]
+    if kind in _DROPOUT and isinstance(last, Affine | Activate):
+        return [(Drop(module), None)]
+    raise InputError(
+        "expected affine maps, each with at most one activation and one dropout after it; "
+        f"got {kind.__name__} at {name or 'the model itself'!r}: train it with backprop=layers"
+    )
+
+
+def cost_of(loss: str, program: Program) -> Cost:
+    """Return the row of a cost. Raises InputError for an unknown name, and for a logits cost after an activation."""
+    if loss not in COSTS:
+        raise InputError(f"expected a loss, one of {', '.join(COSTS)}; got {loss!r}")
+    last = program.nodes[-1].rule
+    if COSTS[loss].logits and isinstance(last, Activate):
+        raise InputError(
+            f"expected a net that gives logits, for the loss {loss!r}; got one that ends in {last.row.name}, "
+            'which would train wrongly: take output_activation="identity"'
+        )
+    return COSTS[loss]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The question "is the model still what the program was read from?"
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FORWARD = attrgetter("forward")
+
+
+class Hooks:
+    """The question whether there is a hook; it looks for one only after torch has counted a new one."""
+
+    def __init__(self, find: Callable[[], Iterable[Any]]) -> None:
+        self.find, self.found, self.settled, self.seen = find, False, -1, -1
+
+    def any(self) -> bool:
+        """Return True if one of the dicts that `find` returns holds a hook."""
+        count = RemovableHandle.next_id
+        if count != self.settled or self.found:
+            self.found = any(self.find())
+            # torch counts a hook before it stores it, perhaps in another thread: look once more at the next call.
+            self.settled, self.seen = self.seen, count
+        return self.found
+
+
+class Snapshot:
+    """Everything that a call of the model honours beside the values of its parameters, as it was when it was read.
+
+    It refers to what the model is made of, but not to the model itself, which may so be collected.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        everything = list(model.modules())
+        hooks = [hooks for module in everything for hooks in hooks_of(module)]
+        self.hooks = Hooks(lambda: hooks)
+        self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential)]
+        self.own, self.below = vars(model), everything[1:]
+        self.fused = [m for m in self.below if isinstance(m, modules.AffineActivation)]
+        self.arguments = [(get, module) for module in self.below if (get := _arguments(module))]
+        self.state = self._state(model)
+
+    def changed(self, model: nn.Module) -> bool:
+        """Return True if the model has other modules, arguments of activations or forwards than it had, or hooks."""
+        return self.hooks.any() or self._state(model) != self.state
+
+    def _state(self, model: nn.Module) -> list[Any]:
+        return [
+            *map(len, self.parents),
+            *chain.from_iterable(map(dict.values, self.parents)),
+            *map(_FORWARD, self.below),
+            type(model).forward,
+            "forward" in self.own,
+            *map(_ACTIVATION, self.fused),
+            *([get(module) for get, module in self.arguments] if self.arguments else ()),
+        ]
