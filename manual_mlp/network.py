@@ -155,9 +155,7 @@ class NetworkCost(functions.ManualFunction):
         cost, _, delta_weight = weighed
         needs_x, *needs = ctx.needs_input_grad[6:]
         g = kernels.cost_kernel(cost).delta(slots[-1], target) * (g * delta_weight)
-        arrived, gradients = program.backward(
-            g, [tensors[0], *slots], parameters, needs_x, program.by_node(needs)
-        )
+        arrived, gradients = program.backward(g, [tensors[0], *slots], parameters, needs_x, program.by_node(needs))
         return *(None,) * 6, arrived[0], *chain.from_iterable(gradients)
 
 

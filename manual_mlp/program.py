@@ -325,7 +325,7 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _leaves(child, f"{name}.{key}" if name else key)
 
 
-_KINDS = (*_AFFINE, *_DROPOUT, modules.AffineActivation, *modules.ACTIVATION_MODULES)
+_KINDS: tuple[Any, ...] = (*_AFFINE, *_DROPOUT, modules.AffineActivation, *modules.ACTIVATION_MODULES)
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _KINDS}
 
 
