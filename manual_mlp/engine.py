@@ -41,7 +41,7 @@ Rates = tuple[tuple[float, float], ...]
 """(β, α) of w := βw + α ∂C/∂w for each group of the optimizer; (), if the optimizer takes the step itself."""
 
 
-class _Plan(Plan):
+class BoundPlan(Plan):
     """A plan whose calls are bound to the model's parameters, with the rows that `train_epoch` gathers.
 
     Buffers are made in inference mode, so that autograd keeps no books on them. On CUDA the calls are launched as one
@@ -250,7 +250,7 @@ class BackpropEngine:
                 self._train(plan, zip(batches, out, strict=False), rates)
         return costs.sum() * kernels.weights(self._cost, len(input), self._outputs)[0]
 
-    def _train(self, plan: _Plan, batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]], rates: Rates) -> None:
+    def _train(self, plan: BoundPlan, batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]], rates: Rates) -> None:
         """Take a step for each (input, target), out; out := the cost, undivided."""
         if rates:
             with torch.inference_mode():
@@ -274,14 +274,14 @@ class BackpropEngine:
         if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
             raise InputError(f"expected a torch.optim.SGD, Adam or AdamW; got {type(optimizer).__name__}")
         if any(group["differentiable"] for group in optimizer.param_groups):
-            raise InputError("expected an optimizer without differentiable=True, since the engine keeps no graph")
+            raise InputError("expected an optimizer without differentiable=True, because the engine keeps no graph")
         clip = self.max_grad_norm
         if clip is not None and not (isinstance(clip, int | float) and clip > 0):
             raise InputError(f"expected a max_grad_norm above 0, or None; got {clip!r}")
         self._reading = reading_of(self.model)
         self._program = self._reading.program
         self._cost = cost_of(self.loss, self._program)
-        self._plans: dict[object, _Plan] = {}
+        self._plans: dict[object, BoundPlan] = {}
         self._flat = flat = self._parameters()
         self._places = [place for place, parameter in enumerate(flat) if parameter is not None]
         self._owners, self._names = zip(*(self._program.sources[place] for place in self._places), strict=True)
@@ -371,7 +371,7 @@ class BackpropEngine:
         owned = self._owned
         return [*map(Tensor.data_ptr, owned), *map(_TRAITS, owned), *map(self._lie, owned)]
 
-    def _planned(self, input: Tensor, target: Tensor, rates: Rates) -> _Plan:
+    def _planned(self, input: Tensor, target: Tensor, rates: Rates) -> BoundPlan:
         """Return the plan for such a batch; a new one is checked."""
         try:
             autocast = autocasting(input)
@@ -393,7 +393,7 @@ class BackpropEngine:
             self._check(input, target)
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
-            plan = self._plans[key] = _Plan(self, input, target)
+            plan = self._plans[key] = BoundPlan(self, input, target)
         plan.bind(rates)
         return plan
 

@@ -35,7 +35,7 @@ class Reading:
 
     def __init__(self, model: nn.Module) -> None:
         self.program, self.snapshot = read(model), Snapshot(model)
-        self.plans: dict[object, GradientPlan] = {}
+        self.plans: dict[object, LossPlan] = {}
         self.last_checked: tuple[object, Any, bool] = None, None, False
 
 
@@ -52,7 +52,7 @@ def reading_of(model: nn.Module) -> Reading:
     return reading
 
 
-class GradientPlan(Plan):
+class LossPlan(Plan):
     """Steps 1 to 4 on buffers; the gradients are new tensors. It keeps neither the parameters nor views of them."""
 
     def __init__(
@@ -94,7 +94,7 @@ def _at_once(
         for oldest in list(reading.plans)[: len(reading.plans) + 1 - _PLANS]:
             reading.plans.pop(oldest, None)
         with torch.inference_mode(False):  # a backward may run in inference mode, and later ones outside
-            plan = GradientPlan(reading.program, tensors[1:], weighed, tensors[0], key[1])
+            plan = LossPlan(reading.program, tensors[1:], weighed, tensors[0], key[1])
     with _below_autograd():
         result = plan.gradients(tensors, target, predictions)
     if type(plan.cost) is Tensor:  # not a fake tensor, made while torch traces shapes

@@ -31,7 +31,7 @@ class Instruction(NamedTuple):
 
 
 class Sink(NamedTuple):
-    """Where step 4 goes: to := beta · to + alpha · product, or the run's new gradient, if `to` is its number.
+    """The place where step 4 goes: to := beta · to + alpha · product, or the run's new gradient, if `to` is its number.
 
     decay, rate   tensors instead of beta and a factor of alpha, because a CUDA graph would keep the numbers
     """

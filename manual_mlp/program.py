@@ -307,7 +307,7 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that a nested nn.Sequential calls, in order, by qualified name."""
     if any(hooks_of(module)):
         raise InputError(
-            f"expected layers without hooks, since none would be called; got one on {name!r}: remove it, "
+            f"expected layers without hooks, because none would be called; got one on {name!r}: remove it, "
             "or train with backprop=layers"
         )
     kind: Any = getattr(module, "plain", type(module))  # of a fused nn.Sequential, the class it was

@@ -43,7 +43,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Trace:
-    """What one pass computed, in containers indexed by the sheet's l, from 1 for the input to L for the prediction.
+    """All that one pass computed, in containers indexed by the sheet's l, from 1 for the input to L for the prediction.
 
     z, delta, slope      z^l, δ^l = ∂C/∂z^l, G′(z^l), (N, n_l), l = 2 … L; δ includes the 1/N of the cost
     a                    a^l, (N, n_l), l = 1 … L, after the dropout of that layer, if it draws
@@ -116,7 +116,7 @@ class Trace:
         return "\n".join(arrays + [f"\\begin{{align*}}\n{body}\n\\end{{align*}}"] * bool(lines))
 
     def formulas(self) -> list[tuple[str, list[tuple[str, str, Any]]]]:
-        """What is given, then the five steps, by title: (symbol, formula, value) of all that each computes."""
+        """Return the givens and the five steps, by title: (symbol, formula, value) of all that each computes."""
         return list(zip(TITLES, self._formulas(), strict=True))
 
     # The tables and the steps, which the three forms share
@@ -370,7 +370,7 @@ def one_pass(program: Program, x: Tensor, target: Tensor, loss: str, masks: Sequ
 
 
 def _batch(x: Any, target: Any, like: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Lists as tensors, and one sample as a batch of one."""
+    """Return lists as tensors, and one sample as a batch of one."""
     if not isinstance(x, Tensor):
         x = torch.tensor(x, dtype=like.dtype, device=like.device)
     if not isinstance(target, Tensor):

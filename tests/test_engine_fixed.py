@@ -201,7 +201,7 @@ def test_the_tape_bakes_in(monkeypatch: pytest.MonkeyPatch) -> None:
         self.engine._graphed = True
         return sink
 
-    original = engine_module._Plan._sink
-    monkeypatch.setattr(engine_module._Plan, "_sink", number)
+    original = engine_module.BoundPlan._sink
+    monkeypatch.setattr(engine_module.BoundPlan, "_sink", number)
     with pytest.raises(AssertionError, match="not close"):
         assert_equal_training(net())

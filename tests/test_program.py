@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import manual_mlp as mm
 from manual_mlp.formulas import ACTIVATIONS, COSTS
-from manual_mlp.network import GradientPlan
+from manual_mlp.network import LossPlan
 from manual_mlp.plan import weigh
 from manual_mlp.program import Activate, Affine, Node, Program
 
@@ -133,7 +133,7 @@ def test_plan_equals_autograd(name: str, needs_input: bool) -> None:
     cost, expected = by_autograd(program, flat, x, target)
     needs = [needs_input, *(own is not None for own in flat)]
     with torch.no_grad():
-        plan = GradientPlan(program, flat, weigh(COSTS["quadratic"], 40, 3, double), x, needs)
+        plan = LossPlan(program, flat, weigh(COSTS["quadratic"], 40, 3, double), x, needs)
         for _ in range(2):  # the second run finds the buffers as the first one left them
             c, gradients = plan.gradients([x, *flat], target, None)
             torch.testing.assert_close(c, cost, rtol=1e-13, atol=0)
@@ -143,7 +143,7 @@ def test_plan_equals_autograd(name: str, needs_input: bool) -> None:
 def test_a_frozen_branch_costs_no_product() -> None:
     program, flat, x, _ = net_of("residual")
     needs = [False, *(place >= 4 and own is not None for place, own in enumerate(flat))]  # the last layer alone
-    plan = GradientPlan(program, flat, weigh(COSTS["quadratic"], 40, 3, double), x, needs)
+    plan = LossPlan(program, flat, weigh(COSTS["quadratic"], 40, 3, double), x, needs)
     assert len(plan.down) == 2  # ∂C/∂W and ∂C/∂b
 
 
