@@ -1,6 +1,7 @@
 """The modules beside torch's own: the same bits, the same initialisation, the same state_dict, the same training."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,27 +12,10 @@ import manual_mlp as mm
 from manual_mlp.formulas import ACTIVATIONS
 
 NAMES = list(ACTIVATIONS)
-TORCH = {
-    "identity": nn.Identity,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "softplus": nn.Softplus,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-}
+TORCH = {name: row.twin for name, row in ACTIVATIONS.items()}
 OURS = {
-    "identity": mm.Identity,
-    "sigmoid": mm.Sigmoid,
-    "tanh": mm.Tanh,
-    "relu": mm.ReLU,
-    "leaky_relu": mm.LeakyReLU,
-    "softplus": mm.Softplus,
-    "silu": mm.SiLU,
-    "gelu": mm.GELU,
-    "gelu_tanh": lambda: mm.GELU(approximate="tanh"),
+    name: partial(getattr(mm, row.module.__name__), **dict(row.options), **dict(row.parameters))
+    for name, row in ACTIVATIONS.items()
 }
 
 
