@@ -21,7 +21,7 @@ from manual_mlp import kernels
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
-from manual_mlp.network import check_batch, check_labels, reading_of
+from manual_mlp.network import check_batch, check_labels, check_trainable, reading_of
 from manual_mlp.plan import Instruction, Plan, Sink, weigh
 from manual_mlp.program import Drop, Hooks, cost_of, read
 
@@ -153,7 +153,7 @@ class BackpropEngine:
     compute_dtype   torch.bfloat16: products and activations in it; parameters, cost and update in float32
 
     A plain SGD's step leaves .grad alone; otherwise .grad is filled, in tensors that the next step overwrites. Hooks on
-    parameters and on the optimizer are called, as are a scheduler's. Threads that share an engine take turns.
+    parameters and on the optimizer are called, as are a scheduler's. If threads share an engine, they take turns.
     Raises InputError for a model, optimizer, loss or batch that it can't train faithfully.
     """
 
@@ -210,20 +210,19 @@ class BackpropEngine:
         with self._turn:
             self._ask()
             self._check(input, target)
-            shape = len(input), self._outputs
-            if prediction is not None and prediction.shape != shape:
-                raise InputError(f"expected a prediction of shape {shape} to fill; got {tuple(prediction.shape)}")
+            if prediction is not None:
+                self._check_prediction(prediction, input)
             return self._train_rows(input, target, batch_size, None, prediction)
 
     def _pass(self, input: Tensor, target: Tensor, rates: Rates) -> Tensor:
         """Steps 1 to 4, or to 5 given rates → C, an ordinary tensor."""
         plan = self._planned(input, target, rates)
-        if self._low <= input.data_ptr() < self._high and self._shares_memory(input):
-            input = input.clone()  # step 5 would change it before step 4 reads it again
         try:
+            if self._low <= input.data_ptr() < self._high and self._shares_memory(input):
+                input = input.clone()  # steps 4 and 5 would change it before they have read all of it
             with _inference():
                 plan.run(input, target, plan.out)
-        except (IndexError, RuntimeError):
+        except (AttributeError, IndexError, RuntimeError, TypeError):
             self._check(input, target)
             raise
         if not rates:
@@ -235,8 +234,10 @@ class BackpropEngine:
     ) -> Tensor:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"expected a batch_size of at least 1; got {batch_size!r}")
-        if self._shares_memory(input) or self._shares_memory(target):
-            raise InputError("expected rows with memory of their own; they share that of a parameter: .clone() them")
+        if any(tensor is not None and self._shares_memory(tensor) for tensor in (input, target, prediction)):
+            raise InputError(
+                "expected rows with memory of their own; they share that of a parameter or its .grad: .clone() them"
+            )
         rates, whole = self._rates(), len(input) // batch_size * batch_size
         costs = torch.empty(math.ceil(len(input) / batch_size), dtype=input.dtype, device=input.device)
         outs = costs.split(1)
@@ -295,10 +296,8 @@ class BackpropEngine:
         self._detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in flat]
         self._group_of = [group_of.get(id(parameter), 0) for parameter in flat]
         self._gradients: dict[int, Tensor] = {}
-        storages = [parameter.untyped_storage() for parameter in self._owned]
-        self._memory = sorted((storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages)
-        self._starts = [start for start, _ in self._memory]
-        self._low, self._high = self._starts[0], max(end for _, end in self._memory)
+        check_trainable(self._owned)
+        self._note_memory()
         own = vars(optimizer)
         of_optimizer = own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"], *_GLOBAL_HOOKS
         self._hooks = Hooks(lambda: chain(of_optimizer, *map(_HOOKS, self._owned)))
@@ -398,10 +397,24 @@ class BackpropEngine:
         return plan
 
     def _shares_memory(self, tensor: Tensor) -> bool:
-        """Return True if the tensor lies in the memory of a parameter."""
+        """Return True if the tensor lies in the memory of a parameter or of its gradient."""
         address = tensor.data_ptr()
         place = bisect(self._starts, address)
         return place > 0 and address < self._memory[place - 1][1]
+
+    def _check_prediction(self, prediction: Any, input: Tensor) -> None:
+        """Raise InputError for a buffer that can't be filled with the predictions."""
+        expected = torch.Size([len(input), self._outputs]), input.dtype, input.device, False
+        check_tensors(prediction=prediction)
+        if (prediction.shape, prediction.dtype, prediction.device, prediction.requires_grad) == expected:
+            (n, m), (row, column) = prediction.shape, prediction.stride()
+            if m == 1 or n == 1 or (column > 0 and row > column * (m - 1)) or (row > 0 and column > row * (n - 1)):
+                return
+        raise InputError(
+            f"expected a prediction of shape {tuple(expected[0])} and {input.dtype} on {input.device} to fill, each "
+            f"number in a place of its own; got {prediction.dtype} of shape {tuple(prediction.shape)} on "
+            f"{prediction.device}: make it by input.new_empty"
+        )
 
     def _check(self, input: Tensor, target: Tensor) -> None:
         """Raise InputError for a batch that does not fit, or is empty, or has labels out of range."""
@@ -441,12 +454,21 @@ class BackpropEngine:
         if place not in self._gradients:
             with torch.inference_mode(False):
                 self._gradients[place] = torch.empty_like(self._detached[place])
+            self._note_memory()
         return self._gradients[place]
+
+    def _note_memory(self) -> None:
+        """Remember where the memory of the parameters and their gradients begins and ends."""
+        storages = [tensor.untyped_storage() for tensor in (*self._owned, *self._gradients.values())]
+        self._memory = sorted((storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages)
+        self._starts = [start for start, _ in self._memory]
+        self._low, self._high = self._starts[0], max(end for _, end in self._memory)
 
     def _give_gradients(self) -> None:
         """Fill .grad, and call the hooks that autograd would call."""
         for parameter, place in zip(self._owned, self._places, strict=True):
             if not parameter.requires_grad:
+                parameter.grad = None  # or the optimizer would go on with what lies there
                 continue
             gradient, (before, after) = self._gradients[place], _HOOKS(parameter)
             for hook in list((before or {}).values()):

@@ -208,8 +208,10 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
     try:
         return NetworkCost.direct(reading, key, weighed, masks, predictions, target, input, *flat)
     except (IndexError, RuntimeError):
+        read(model)  # `p.data =` can leave layers that do not fit each other
         check_batch(flat[0], len(flat[-2]), input, target, loss)
         check_labels(len(flat[-2]), target, loss)
+        check_trainable(flat)
         raise
 
 
@@ -227,7 +229,7 @@ def _checked(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tenso
     """Return the key of such batches, the cost with its factors, and whether they get a plan. Checks a new key only."""
     last = flat[-2]
     key = (
-        *(type(input), input.shape, input.dtype, input.device),
+        *(type(input), input.shape, input.dtype, input.device, input.layout),
         *(type(target), target.shape, target.dtype),
         *(type(last), last.shape, loss),
     )
@@ -261,6 +263,8 @@ def check_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, los
     """Raises InputError for an input (N, n_1) or a target that the first W^l and the cost can't take."""
     if input.dim() != 2 or input.shape[1] != weight.shape[1]:
         raise InputError(f"expected an input of shape (N, {weight.shape[1]}); got {tuple(input.shape)}: .flatten(1) it")
+    if input.layout != torch.strided or target.layout != torch.strided:
+        raise InputError("expected dense tensors as input and target; got a sparse one: call .to_dense() on it")
     if input.dtype != weight.dtype or input.device != weight.device:
         raise InputError(
             f"expected an input of {weight.dtype} on {weight.device}, as the weights; "
@@ -275,6 +279,15 @@ def check_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, los
         raise InputError(
             f"expected a target of shape ({input.shape[0]}, {outputs}) and {input.dtype}{indices}, on {input.device}; "
             f"got {tuple(target.shape)} of {target.dtype} on {target.device}: reshape it, or call .to() on it"
+        )
+
+
+def check_trainable(parameters: Sequence[Any]) -> None:
+    """Raise InputError for parameters that were made in inference mode."""
+    if any(parameter is not None and parameter.is_inference() for parameter in parameters):
+        raise InputError(
+            "expected parameters made outside torch.inference_mode, which can't be trained; got a model made inside: "
+            "make the model before, or train a copy.deepcopy of it"
         )
 
 

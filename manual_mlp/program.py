@@ -7,7 +7,7 @@ read twice adds up what comes back. Everything here is made of ordinary tensor o
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, pairwise, repeat
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -311,8 +311,8 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
             "or train with backprop=layers"
         )
     kind: Any = getattr(module, "plain", type(module))  # of a fused nn.Sequential, the class it was
-    forward = _FORWARDS.get(kind) or (nn.Sequential.forward if issubclass(kind, nn.Sequential) else None)
-    if "forward" in vars(module) or (forward is not None and kind.forward is not forward):
+    forward = _FORWARDS.get(kind, _FORWARDS[nn.Sequential] if issubclass(kind, nn.Sequential) else kind.forward)
+    if "forward" in vars(module) or kind.forward is not forward or kind.__call__ is not _CALL:
         raise InputError(
             f"expected modules with the forward of torch.nn or manual_mlp; {name or 'the model'!r} has its own: "
             "train it with backprop=layers"
@@ -325,10 +325,10 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _leaves(child, f"{name}.{key}" if name else key)
 
 
-_KINDS: tuple[Any, ...] = (*_AFFINE, *_DROPOUT, modules.AffineActivation, *modules.ACTIVATION_MODULES)
+_KINDS: tuple[Any, ...] = (*_AFFINE, *_DROPOUT, nn.Sequential, modules.AffineActivation, *modules.ACTIVATION_MODULES)
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _KINDS}
-
-
+_CALL = nn.Module.__call__
+_CALLS = attrgetter("forward", "__call__")
 _ACTIVATION = attrgetter("activation", "parameter_values")
 
 
@@ -387,9 +387,6 @@ def cost_of(loss: str, program: Program) -> Cost:
 # The question "is the model still what the program was read from?"
 # ---------------------------------------------------------------------------------------------------------------------
 
-_FORWARD = attrgetter("forward")
-
-
 class Hooks:
     """The question whether there is a hook; it looks for one only after torch has counted a new one."""
 
@@ -417,7 +414,8 @@ class Snapshot:
         hooks = [hooks for module in everything for hooks in hooks_of(module)]
         self.hooks = Hooks(lambda: hooks)
         self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential)]
-        self.own, self.below = vars(model), everything[1:]
+        self.below = everything[1:]
+        self.dicts, self.kinds = list(map(vars, everything)), list(set(map(type, everything)))
         self.fused = [m for m in self.below if isinstance(m, modules.AffineActivation)]
         self.arguments = [(get, module) for module in self.below if (get := _arguments(module))]
         self.state = self._state(model)
@@ -430,9 +428,10 @@ class Snapshot:
         return [
             *map(len, self.parents),
             *chain.from_iterable(map(dict.values, self.parents)),
-            *map(_FORWARD, self.below),
-            type(model).forward,
-            "forward" in self.own,
+            type(model),
+            *map(type, self.below),
+            *map(_CALLS, self.kinds),
+            *map(dict.get, self.dicts, repeat("forward")),
             *map(_ACTIVATION, self.fused),
             *([get(module) for get, module in self.arguments] if self.arguments else ()),
         ]
