@@ -1,10 +1,10 @@
-"""torch.nn to manual_mlp and back, inside any model, in place.
+"""Convert torch.nn to manual_mlp and back, inside any model, in place.
 
-A layer is converted by giving the same object our class: parameters, hooks, names, mode and state_dict stay, because
-they are never touched. What a layer was is noted on it, so `revert` needs nothing but the model.
+To convert a layer is to give the same object our class. Parameters, hooks, names, mode and state_dict stay, because
+they are never touched. The layer itself notes its former class, so `revert` needs nothing but the model.
 
-Fusion leaves the layers where they are, too. An nn.Sequential that holds a Linear followed by an activation is given a
-forward that computes such a pair as one node. So indexing, slicing and iterating return what they did before:
+Fusion leaves the layers where they are, too. An nn.Sequential that holds a Linear followed by an activation gets a
+forward that computes such a pair as one node. Indexing, slicing and iterating return what they did before:
 `model[0]` is the affine map alone and returns z, `model[1]` is the activation. A pair with a hook on either layer is
 called layer by layer, whenever the hook is added, and fused again when it is removed.
 """
@@ -25,7 +25,7 @@ from manual_mlp.errors import InputError
 OURS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: modules.Affine, **modules.OURS}
 _CONVERTED = tuple(OURS.values())
 _ACTIVATIONS = frozenset(_CONVERTED) - {modules.Affine}
-# A layer of such a name that can't be converted is reported: quantised layers share nothing else with nn.Linear.
+# A layer with such a name that can't be converted is reported. Quantised layers share nothing else with nn.Linear.
 _NAMES = frozenset(plain.__name__ for plain in OURS) - {nn.Identity.__name__}
 _WAS = "_class_before_convert"
 
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 
 def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = None, fuse: bool = True) -> nn.Module:
-    """Give every nn.Linear and activation of `model` our forward and backward, in place; returns `model`.
+    """Give every nn.Linear and activation of `model` our forward and backward, in place; return `model`.
 
     filter(module, qualified_name) chooses among the layers that could be converted; None takes them all.
-    fuse: compute neighbouring Linear-activation pairs of an nn.Sequential as one node, where both are converted.
+    fuse: compute a Linear and the activation after it in an nn.Sequential as one node, if both are converted.
     Layers that can't be converted faithfully are left as they are and named, with the reason, in a warning of the
-    logger "manual_mlp.conversion"; `left_alone` returns them. What a model's own forward calls as a function
-    (torch.relu, F.linear, the projections of nn.MultiheadAttention) is no module and stays torch's.
+    logger "manual_mlp.conversion"; `left_alone` returns them. A function that a model's own forward calls (torch.relu,
+    F.linear, the projections of nn.MultiheadAttention) is no module and stays torch's.
     Raises InputError for a model that is no nn.Module and a filter that can't be called.
     """
     _check_module("convert", model)
@@ -47,7 +47,7 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
         raise InputError(f"expected a filter(module, qualified_name) -> bool; got {filter!r}: pass a function")
     layers = [(name, module) for name, module in model.named_modules() if _base(module) in OURS]
     layers = [(name, module) for name, module in layers if _obstacle(module) is None]
-    # The filter has answered for all of them before any is changed: it may raise.
+    # Ask the filter about all of them before any is changed, because it may raise.
     for module in [module for name, module in layers if filter is None or filter(module, name)]:
         vars(module)[_WAS] = _base(module)
         _set_class(module, OURS[_base(module)])
@@ -62,7 +62,7 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo `convert`, in place: every layer and nn.Sequential gets the class it had. Returns `model`.
+    """Undo `convert`, in place: every layer and nn.Sequential gets the class it had. Return `model`.
 
     Layers that were ours before `convert` stay ours. Raises InputError for a model that is no nn.Module.
     """
@@ -76,7 +76,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def left_alone(model: nn.Module) -> dict[str, str]:
-    """Qualified name → reason, for each layer of `model` that `convert` can't convert faithfully."""
+    """Return qualified name → reason, for each layer of `model` that `convert` can't convert faithfully."""
     _check_module("left_alone", model)
     named = ((name, _obstacle(module)) for name, module in model.named_modules())
     return {name: reason for name, reason in named if reason is not None}
@@ -93,13 +93,13 @@ def _check_module(function: str, model: Any) -> None:
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
-    """The class of a module; of a parametrized one, the class that was parametrized."""
+    """Return the class of a module; for a parametrized module, the class that was parametrized."""
     kind = type(module)
     return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why a layer that does what one of ours does can't be converted; None for any other module."""
+    """Return the reason why a layer with a counterpart of ours can't be converted; None for any other module."""
     kind = _base(module)
     if issubclass(kind, _CONVERTED) or not _NAMES.intersection(base.__name__ for base in kind.__mro__):
         return None
@@ -114,9 +114,9 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """module.__class__ = kind; where parametrize made the module a class of its own, that class, derived from kind.
+    """Set module.__class__ = kind; if parametrize gave the module a class of its own, such a class derived from kind.
 
-    A new one each time, since copies of a parametrized module share theirs.
+    It is a new class each time, because copies of a parametrized module share theirs.
     """
     if parametrize.is_parametrized(module):
         own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
@@ -130,7 +130,7 @@ def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 class FusedSequential(nn.Sequential):
-    """The nn.Sequential that it was, whose forward computes an affine map and the activation after it as one node."""
+    """The nn.Sequential with a forward that computes an affine map and the activation after it as one node."""
 
     plain: ClassVar[type[nn.Sequential]] = nn.Sequential
 
@@ -148,14 +148,14 @@ class FusedSequential(nn.Sequential):
         return input
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled by the class it was: one made at run time can't be found by its name."""
+        """Pickle by the former class: pickle can't find a class made at run time by its name."""
         _, _, *state = tuple(super().__reduce_ex__(protocol))
         return _unpickled, (self.plain,), *state
 
 
 @functools.cache
 def _fusing(plain: type[nn.Module]) -> type[nn.Module]:
-    """The class that fuses, for nn.Sequential or a class derived from it."""
+    """Return the class that fuses, for nn.Sequential or a class derived from it."""
     if plain is nn.Sequential:
         return FusedSequential
     return type(f"Fused{plain.__name__}", (FusedSequential, plain), {"plain": plain, "__module__": __name__})
@@ -171,13 +171,13 @@ def _is_pair(affine: Any, activation: Any) -> bool:
 
 
 def _fusible(module: nn.Module) -> bool:
-    """Whether it calls its layers one after the other, by nn.Sequential's own forward, and has a pair among them."""
+    """Return True if it has a pair and calls its layers one after the other, by nn.Sequential's own forward."""
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
         return False
     return "forward" not in vars(module) and any(_is_pair(*neighbours) for neighbours in pairwise(module))
 
 
 def _bare(module: nn.Module) -> bool:
-    """Whether to call the module is to call its class's forward, and nothing else."""
+    """Return True if calling the module calls its class's forward, and nothing else."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not (hooks or module._compiled_call_impl or "forward" in module.__dict__ or _has_any_global_hook())

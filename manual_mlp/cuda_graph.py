@@ -1,4 +1,4 @@
-"""Calls on fixed memory, launched at once: on CUDA as one graph, elsewhere one by one."""
+"""Launch calls on fixed memory: on CUDA as one graph, elsewhere one by one."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ import torch
 
 
 class Launch:
-    """Does what `calls` does, each time it is called: on CUDA first as it is, then captured, from then on replayed.
+    """Calls on fixed memory. On CUDA the first call runs them, the second captures them, the later ones replay.
 
-    The rules of torch.cuda.graph, which `calls` has to keep: it reads and writes tensors that stay where they are,
-    takes every number that changes from one of them, and asks the device for nothing. The first call is the warm-up, on
-    the capture's stream, where the libraries' handles and workspaces are then made; since it is a real one, no step is
-    done twice. Dropout draws from the device's default generator, which every capture registers. Each graph has its own
-    pool of memory. "thread_local": other threads' CUDA calls, as of a DataLoader that pins memory, are no error.
+    `calls` must keep the rules of torch.cuda.graph: it reads and writes tensors that stay where they are, takes every
+    number that changes from one of them, and asks the device for nothing. The first call is the warm-up. It runs on the
+    capture's stream, where the libraries then make their handles and workspaces. It is a real call, so no step is done
+    twice. Dropout draws from the device's default generator, which every capture registers. Each graph has its own pool
+    of memory. "thread_local": CUDA calls in other threads, such as a DataLoader that pins memory, are no error.
     """
 
     def __init__(self, calls: Callable[[], None], device: torch.device) -> None:

@@ -1,14 +1,14 @@
-"""torch.autograd.Functions: each binds formulas of the sheet to autograd, and says what is saved and what is returned.
+"""torch.autograd.Functions. Each binds formulas of the sheet to autograd: what is saved, and what is returned.
 
-`Affine`, `Sigmoid` and `AffineSigmoid` are written out, since they are the lesson. The other activations come from
-their rows: `ACTIVATION[name, saves]` alone, `AFFINE_ACTIVATION[name, saves]` fused with the affine map. Quadratic and
-binary cross-entropy costs come from theirs.
+`Affine`, `Sigmoid` and `AffineSigmoid` are written out, because they are the lesson. The other activations come from
+their rows: `ACTIVATION[name, saves]` alone, `AFFINE_ACTIVATION[name, saves]` fused with the affine map. So do most
+costs.
 
-Call a Function by `apply(Function, *arguments)`. In every backward g = ∂C/∂(output), and may be None (undefined),
-expanded or strided: it is read, never written. Tensors are saved only for a gradient that somebody needs.
+Call a Function by `apply(Function, *arguments)`. In every backward g = ∂C/∂(output). It may be None (undefined),
+expanded or strided; it is read, never written. Tensors are saved only for a gradient that somebody needs.
 
-One way around these backwards is torch's own (pytorch#193279, in torch 2.13): torch.compile(torch.func.grad(f)), and
-vjp or jacrev alike, differentiate the forward and call no custom backward. The numbers are right, the formula ATen's.
+A defect of torch 2.13 goes around these backwards (pytorch#193279): torch.compile(torch.func.grad(f)) differentiates
+the forward and calls no custom backward; so do vjp and jacrev. The numbers are right, but the formula is ATen's.
 Compile f and call .backward() instead, or leave the transform uncompiled.
 """
 
@@ -34,8 +34,8 @@ class ManualFunction(Function):
     """A Function with a forward-mode rule, `tangent`, and two ways to be called.
 
     direct    Function.apply without binding the signature
-    dual      the same Function with `tangent` as its jvp; apart, since torch.compile can't trace a Function that
-              defines a jvp (pytorch#180284)
+    dual      the same Function with `tangent` as its jvp; a class apart, because torch.compile can't trace a Function
+              that defines a jvp (pytorch#180284)
     """
 
     generate_vmap_rule = True
@@ -51,7 +51,7 @@ class ManualFunction(Function):
 
 
 def _nesting(tangent: Callable[..., Any]) -> Callable[..., Any]:
-    """`tangent` with forward mode on. Torch has it off here, and a tangent's own tangent is 0 (pytorch#197867)."""
+    """Return `tangent` with forward mode on, without which a tangent's own tangent would be 0 (pytorch#197867)."""
 
     @functools.wraps(tangent)
     def evaluate(*args: Any) -> Any:
@@ -62,15 +62,15 @@ def _nesting(tangent: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _primals(ctx: Any) -> tuple[Any, ...]:
-    """What a tangent reads: the saved tensors, less the tangents they carry themselves at this level."""
+    """Return the saved tensors without the tangents that they carry themselves at this level."""
     return tuple(None if saved is None else forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors)
 
 
 def apply(function: type[ManualFunction], *args: Any) -> Any:
-    """Function.apply, without its cost: binding the signature in Python takes longer than a small layer.
+    """Call Function.apply without its cost: binding the signature in Python takes longer than a small layer.
 
-    Under a transform or a compiler the public `Function.apply` does the work; without any gradient mode the formula is
-    called alone.
+    Under a transform or a compiler the public `Function.apply` does the work; if no gradient is recorded, the formula
+    is called alone.
     """
     if torch.compiler.is_compiling():
         return function.apply(*args) if _differentiated(args) else function.forward(*args)
@@ -82,8 +82,11 @@ def apply(function: type[ManualFunction], *args: Any) -> Any:
 
 
 def _differentiated(args: tuple[Any, ...]) -> bool:
-    """Whether a graph needs the backward. Without it dynamo fails on a forward that takes *parameters, and an exported
-    program, which is for inference, would not be of plain operators."""
+    """Return True if a graph needs the backward.
+
+    If not, dynamo would fail on a forward that takes *parameters, and an exported program, which is for inference,
+    would not consist of plain operators.
+    """
     if torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return False
     return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
@@ -136,15 +139,17 @@ class Affine(ManualFunction):
 
 
 def _own(z: Tensor) -> Tensor:
-    """z, but no view, which torch's affine map returns of other than two dimensions: autograd lets no view that a
-    Function returns be written in place, and gives it no tangent."""
+    """Return z as a non-view: unless the input is 2-D, F.linear returns a view.
+
+    Autograd forbids in-place writes to a view that a Function returns, and gives it no tangent.
+    """
     if z.dim() == 2 or torch.compiler.is_compiling():
         return z
     return torch.ops.aten._unsafe_view.default(z, z.shape)
 
 
 def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
-    """∂C/∂W needs a, ∂C/∂a needs W: a frozen weight keeps no input alive, a fixed input no weight."""
+    """Save a for ∂C/∂W and W for ∂C/∂a: a frozen weight keeps no input alive, a fixed input no weight."""
     needs_a, needs_weight, _ = ctx.needs_input_grad[:3]
     _refuse_complex(weight)
     ctx.save_for_backward(a if needs_weight else None, weight if needs_a else None, *also)
@@ -152,7 +157,7 @@ def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
 
 
 def _affine_gradients(ctx: Any, delta: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """∂C/∂a = δ W, ∂C/∂W = δᵀ a, ∂C/∂b = Σ_N δ: those that are needed."""
+    """∂C/∂a = δ W, ∂C/∂W = δᵀ a, ∂C/∂b = Σ_N δ; None for those that nobody needs."""
     needs_a, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     return (
         sheet.grad_input(delta, weight) if needs_a else None,
@@ -164,7 +169,7 @@ def _affine_gradients(ctx: Any, delta: Tensor, a: Tensor, weight: Tensor) -> tup
 def _affine_tangent(
     a: Tensor, weight: Tensor, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None
 ) -> Tensor:
-    """ż = ȧ Wᵀ + a Ẇᵀ + ḃ, the terms that are there."""
+    """ż = ȧ Wᵀ + a Ẇᵀ + ḃ, without the terms whose tangent is missing."""
     z_t = None
     if a_t is not None:
         z_t = sheet.affine(a_t, weight)
@@ -172,7 +177,7 @@ def _affine_tangent(
         z_t = sheet.affine(a, weight_t) if z_t is None else z_t + sheet.affine(a, weight_t)
     if bias_t is not None:
         z_t = bias_t.expand(*a.shape[:-1], -1) if z_t is None else z_t + bias_t
-    assert z_t is not None  # autograd calls it only when some tangent is there
+    assert z_t is not None  # autograd calls it only if there is some tangent
     return z_t
 
 
@@ -234,13 +239,13 @@ class AffineSigmoid(ManualFunction):
 
 
 def _define(name: str, doc: str, **rules: Any) -> type[ManualFunction]:
-    """A Function from its rules. Made by the metaclass, since that names the graph's node after the class."""
+    """Return a Function made of its rules, by the metaclass, which names the graph's node after the class."""
     members = {rule: staticmethod(function) for rule, function in rules.items()}
     return FunctionMeta(name, (ManualFunction,), members | {"__doc__": doc, "__module__": __name__})  # type: ignore
 
 
 def _plus(delta: Tensor | None, g_z: Tensor | None) -> Tensor | None:
-    """δ and what arrives at z itself, which is something only in a second derivative."""
+    """Return δ plus what arrives at z itself: something only in a second derivative."""
     if delta is None or g_z is None:
         return g_z if delta is None else delta
     return delta + g_z
@@ -272,7 +277,7 @@ def _activation_function(row: Row) -> type[ManualFunction]:
 
 
 def _inplace_function(row: Row) -> type[ManualFunction]:
-    """z := G(z) for a row in a, outside transforms. (A row in z has to keep a copy: `functional` makes it.)"""
+    """z := G(z) for a row in a, outside transforms. For a row in z `functional` makes the copy that it must keep."""
     G, delta_of = kernels.G(row), kernels.delta(row)
 
     def forward(z: Tensor, *values: float) -> Tensor:
@@ -295,7 +300,7 @@ def _inplace_function(row: Row) -> type[ManualFunction]:
 def _affine_activation_function(row: Row) -> type[ManualFunction]:
     """a^{l+1} = G(a Wᵀ + b) as one node. Saves a, W and what the row says.
 
-    A row in z returns z as a second output: only so does a second derivative flow through the z it saves.
+    A row in z returns z as a second output, because a second derivative flows through the z that it saves.
     """
     G, delta_of, keeps_z = kernels.G(row), kernels.delta(row), row.saves == "z"
 
@@ -332,7 +337,7 @@ def _title(row: Row) -> str:
     return "".join(word.capitalize() for word in name.split("_"))
 
 
-# Each row in each letter that it can save. The identity alone needs no node, and fused it is the affine map.
+# Each row in each letter that it can save. The identity alone needs no node; fused, it is the affine map.
 _FORMS = {(row.name, row.saves): row for of in sheet.ACTIVATIONS.values() for row in of.forms if row.name != "identity"}
 ACTIVATION = {form: _activation_function(row) for form, row in _FORMS.items()} | {("sigmoid", "a"): Sigmoid}
 INPLACE = {form: _inplace_function(row) for form, row in _FORMS.items() if row.saves == "a"}
@@ -376,7 +381,7 @@ class Dropout(ManualFunction):
 
 
 def _sum_of(*terms: Tensor | None) -> Tensor:
-    """The terms that are there."""
+    """Return the sum of the terms that are not None."""
     first, *more = (term for term in terms if term is not None)
     return sum(more, first)
 
@@ -446,7 +451,7 @@ class CrossEntropyOfClass(ManualFunction):
             costs = sheet.cross_entropy_of_class(z, target) * counts
         else:
             costs = _entropy.C(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing)).sum(-1)
-        # 0 for a sample that is ignored, even where its own cost is infinite
+        # 0 for an ignored sample, even if its own cost is infinite
         return sheet.reduce(torch.where(kept, costs, 0), reduction, counts)
 
     @staticmethod
@@ -475,7 +480,7 @@ class CrossEntropyOfClass(ManualFunction):
 
 
 def _samples(z: Tensor, target: Tensor, class_weight: Tensor | None, ignored: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each sample: its class, 0 if it is ignored; whether it is kept; what it counts, w_class, in the mean."""
+    """Return for each sample its class, 0 if it is ignored; True if it is kept; its weight w_class in the mean."""
     kept = target != ignored
     target = torch.where(kept, target, 0).long()  # gather takes int64 only
     return target, kept, kept.to(z.dtype) if class_weight is None else kept * class_weight[target]
@@ -484,7 +489,7 @@ def _samples(z: Tensor, target: Tensor, class_weight: Tensor | None, ignored: in
 def _delta_of_class(
     z: Tensor, target: Tensor, class_weight: Tensor | None, counts: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor | None]:
-    """δ of each sample, and the weight of the sample where δ does not hold it already."""
+    """Return δ of each sample, and the sample's weight where δ does not contain it already."""
     if smoothing == 0:
         return sheet.cross_entropy_delta_of_class(z, target), counts
     return _entropy.delta(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing)), None

@@ -20,14 +20,14 @@ from manual_mlp.errors import InputError
 
 
 def _size(name: str, size: Any) -> int:
-    """A number of neurons, of any whole type (NumPy's too)."""
+    """Return a number of neurons, given in any whole type (NumPy's too)."""
     if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
         raise InputError(f"expected {name} to be a positive whole number of neurons; got {size!r}")
     return operator.index(size)
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """module.weight and module.bias, but not by way of nn.Module's __getattr__ for ordinary parameters: 0.5 µs each.
+    """Return module.weight and module.bias. For ordinary parameters nn.Module's __getattr__ would take 0.5 µs each.
 
     Pruning, parametrizations and the like take a parameter out of `_parameters` and put an attribute in its place.
     """
@@ -151,7 +151,7 @@ class AffineActivation(nn.Module):
     """a^{l+1} = G(a Wᵀ + b) as one node of the graph: less to keep, and less to call, than two layers.
 
     input (…, in_features) → (…, out_features). activation: a name, or an activation module with its arguments.
-    Parameters, initialisation and state_dict as nn.Linear; it is not an nn.Linear itself, since tools that replace
+    Parameters, initialisation and state_dict as nn.Linear; it is not an nn.Linear itself, because tools that replace
     one would drop the activation. Raises InputError as `Affine`, and for an unknown activation.
     """
 
@@ -178,18 +178,18 @@ class AffineActivation(nn.Module):
         self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Take another activation, by name or module, with the values of its parameters."""
+        """Set another activation, by name or module, with the values of its parameters."""
         if name == "activation":
             value, self.parameter_values = name_and_values(value)
         super().__setattr__(name, value)
 
     @property
     def row(self) -> sheet.Row:
-        """The activation's row of the sheet, with the values of its parameters."""
+        """Return the activation's row of the sheet, with the values of its parameters."""
         return functional.bound_row(self.activation, self.parameter_values)
 
     def reset_parameters(self) -> None:
-        """nn.Linear's own initialisation."""
+        """Draw the parameters as nn.Linear does."""
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -276,17 +276,17 @@ class MLP(nn.Sequential):
                 self.add_module(str(2 * index + 1), Dropout(dropout))
 
     def __getitem__(self, index: Any) -> Any:
-        """A layer; for a slice, an nn.Sequential of those layers, under their keys."""
+        """Return a layer; for a slice, an nn.Sequential of those layers, under their keys."""
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike[str], map_location: Any = "cpu") -> "MLP":
-        """The net of a checkpoint that train.py wrote, for any `backprop`, in evaluation mode.
+        """Return the net of a checkpoint that train.py wrote, for any `backprop`, in evaluation mode.
 
-        It takes features as they were trained on: where data.standardise was on, standardised ones
-        (`training.predict.Predictor` does that, too). Raises InputError as `read_checkpoint`.
+        It takes features as it was trained on them: standardised ones, if data.standardise was on
+        (`mm.Predictor` standardises them itself). Raises InputError as `read_checkpoint`.
         """
         content = read_checkpoint(path, map_location)
         values: dict[str, Any] = content["hyper_parameters"]
@@ -309,7 +309,7 @@ class MLP(nn.Sequential):
         return mlp.eval()
 
     def to_torch(self) -> nn.Sequential:
-        """The same net in torch's own layers, nn.Linear, nn.Sigmoid, …: same keys, its parameters the same tensors."""
+        """Return the net in torch's own layers, nn.Linear, nn.Sigmoid, …: same keys, the same tensors as parameters."""
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for key, layer in self.named_children():
             if isinstance(layer, AffineActivation):

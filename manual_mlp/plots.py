@@ -1,8 +1,8 @@
-"""Pictures of a net and its training. Each function returns a matplotlib Figure; showing or saving it is the caller's.
+"""Draw a net and its training. Each function returns a matplotlib Figure, for the caller to show or save.
 
-One style for all: colours that the colour-blind and a black and white printer tell apart (Okabe and Ito's for parts and
-classes, each with its own marker or dash; viridis for layers, purple to orange for signs), and a width that a phone
-shows without shrinking the text.
+All have one style. Its colours differ for the colour-blind and on a black and white printer: Okabe and Ito's for parts
+and classes, each with a marker or dash of its own; viridis for layers; purple to orange for signs. A phone shows its
+width without shrinking the text.
 """
 
 import csv
@@ -42,7 +42,7 @@ STYLE: Any = {
     "savefig.dpi": 150,
 }
 WIDTH = 4.2  # inches
-MAX_NEURONS = 64  # whose weights are shown as images
+MAX_NEURONS = 64  # with their weights shown as images
 MAX_DRAWN = 8  # neurons of a layer, and layers, of a net drawn as a graph
 MAX_NUMBERS = 12  # on the lines between two layers; more would cover each other
 POSITIVE, NEGATIVE = "#B35806", "#542788"  # the ends of PuOr
@@ -63,7 +63,7 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def _panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of the common width and its (rows, columns) axes. height: of a row, in inches."""
+    """Return a figure of the common width and its (rows, columns) axes. height: of a row, in inches."""
     figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
@@ -75,7 +75,7 @@ def _panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
 
 @_styled
 def learning_curves(metrics_csv: str | Path) -> Figure:
-    """Loss and further figures against the epoch, train and val together, one panel each.
+    """Draw loss and further figures against the epoch, train and val together, one panel each.
 
     metrics_csv: rows with a column `epoch` and columns such as train_loss, val_loss, val_accuracy; a cell may be empty.
     Raises: InputError if there is nothing to draw.
@@ -101,7 +101,7 @@ def learning_curves(metrics_csv: str | Path) -> Figure:
 
 
 def _read(path: Path) -> dict[str, dict[int, float]]:
-    """{name: {epoch: value}} for the columns of train and val."""
+    """Return {name: {epoch: value}} for the columns of train and val."""
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -113,9 +113,9 @@ def _read(path: Path) -> dict[str, dict[int, float]]:
 
 @_styled
 def delta_flow(epochs: Sequence[float], norms: Mapping[int, Sequence[float]]) -> Figure:
-    """‖δ^l‖ of each layer over the training, on a logarithmic scale: where the gradient vanishes, the lines part.
+    """Draw ‖δ^l‖ of each layer over the training, on a logarithmic scale: if the gradient vanishes, the lines part.
 
-    epochs: when it was measured. norms: {l: the norm each time}; a norm of 0 (dead neurons) leaves a gap.
+    epochs: the times of measuring. norms: {l: the norm each time}; a norm of 0 (dead neurons) leaves a gap.
     """
     figure, panels = _panels(1, 1, 3.0)
     axes = panels[0, 0]
@@ -129,7 +129,7 @@ def delta_flow(epochs: Sequence[float], norms: Mapping[int, Sequence[float]]) ->
 
 @_styled
 def delta_by_layer(norms: Mapping[str, Mapping[int, float]]) -> Figure:
-    """‖δ^l‖ against l, on a logarithmic scale, a line for each net. norms: {label: {l: norm}}."""
+    """Draw ‖δ^l‖ against l, on a logarithmic scale, a line for each net. norms: {label: {l: norm}}."""
     figure, panels = _panels(1, 1, 3.2)
     axes = panels[0, 0]
     for index, (label, layers) in enumerate(norms.items()):
@@ -142,7 +142,7 @@ def delta_by_layer(norms: Mapping[str, Mapping[int, float]]) -> Figure:
 
 @_styled
 def histograms(stages: Mapping[str, Any]) -> Figure:
-    """How z, a and |δ| are distributed in each layer, a column for each stage, such as {"before": …, "after": …}.
+    """Draw the distributions of z, a and |δ| in each layer, a column for each stage, {"before": …, "after": …}.
 
     Each stage has `.z`, `.a` and `.delta`, {l: array} each, as `mm.trace` gives. |δ| is on a logarithmic scale.
     """
@@ -156,7 +156,7 @@ def histograms(stages: Mapping[str, Any]) -> Figure:
                 axes.set(xscale="log")
                 values = {layer: np.abs(value[value != 0]) for layer, value in values.items()}
             elif letter == "a":
-                values.pop(1, None)  # the input is no neuron's
+                values.pop(1, None)  # the input belongs to no neuron
             for layer, color in _by_layer(values):
                 _steps(axes, values[layer], letter == "delta", color=color, label=f"$l = {layer}$")
     _legend_of_layers(figure, panels[0, -1])
@@ -164,7 +164,7 @@ def histograms(stages: Mapping[str, Any]) -> Figure:
 
 
 def _steps(axes: Axes, values: np.ndarray, logarithmic: bool, **look: Any) -> None:
-    """The outline of a histogram, its highest bin at 1."""
+    """Draw the outline of a histogram, its highest bin at 1."""
     if not len(values):
         return
     scaled = np.log10(values) if logarithmic else values
@@ -173,12 +173,12 @@ def _steps(axes: Axes, values: np.ndarray, logarithmic: bool, **look: Any) -> No
 
 
 def _by_layer(values: Mapping[int, Any]) -> list[tuple[int, Any]]:
-    """Each l with its colour, dark to bright without the pale end that paper swallows."""
+    """Return each l with its colour, from dark to bright, without the pale end that is invisible on paper."""
     return list(zip(sorted(values), matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(values))), strict=True))
 
 
 def _legend_of_layers(figure: Figure, axes: Axes) -> None:
-    """Beside the panels, the last layer on top, at most 8 of them."""
+    """Draw the legend of the layers beside the panels, the last layer on top, at most 8 of them."""
     handles, labels = axes.get_legend_handles_labels()
     shown = sorted({round(index) for index in np.linspace(len(labels) - 1, 0, min(8, len(labels)))}, reverse=True)
     figure.legend([handles[index] for index in shown], [labels[index] for index in shown], loc="outside right upper")
@@ -191,7 +191,7 @@ def _legend_of_layers(figure: Figure, axes: Axes) -> None:
 
 @_styled
 def confusion_matrix(target: np.ndarray, prediction: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """How often each class (row) was answered with each (column). target, prediction (N,): class indices."""
+    """Draw how often each class (row) was answered with each (column). target, prediction (N,): class indices."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix  # type: ignore[import-untyped]
 
     n = len(class_names)
@@ -215,7 +215,7 @@ def confusion_matrix(target: np.ndarray, prediction: np.ndarray, class_names: Se
 def worst_mistakes(
     images: np.ndarray, target: np.ndarray, scores: np.ndarray, class_names: Sequence[str], most: int = 12
 ) -> Figure:
-    """The wrongly answered images whose own class was furthest behind the answer, the worst first.
+    """Draw the wrongly answered images, the worst first: the true class had a much lower score than the answer.
 
     images (N, height, width), target (N,) class indices, scores (N, classes): the highest is the answer.
     Raises: InputError if every answer is right.
@@ -237,9 +237,9 @@ def worst_mistakes(
 
 @_styled
 def first_layer_weights(weight: np.ndarray, image_shape: Sequence[int] = ()) -> Figure:
-    """W^1 (n_2, n_1): of each neuron an image of `image_shape`, or all of it as one table of colours.
+    """Draw W^1 (n_2, n_1): for each neuron an image of `image_shape`, or all of it as one table of colours.
 
-    Orange is positive, purple negative, white 0. Of more than 64 neurons the first 64 are shown.
+    Orange is positive, purple negative, white 0. At most the first 64 neurons are shown.
     """
     weight = weight[:MAX_NEURONS]
     if not image_shape:
@@ -268,7 +268,7 @@ def first_layer_weights(weight: np.ndarray, image_shape: Sequence[int] = ()) -> 
 def decision_boundary(
     stages: Mapping[str, Predict], features: np.ndarray, target: np.ndarray, class_names: Sequence[str]
 ) -> Figure:
-    """The class the net answers at each place of the plane, and the samples; one panel for each stage of training.
+    """Draw the net's answer at each place of the plane, and the samples; one panel for each stage of training.
 
     stages: {title: predict}, predict (M, 2) ↦ class indices (M,). features (N, 2), target (N,) class indices.
     """
@@ -301,7 +301,7 @@ def decision_boundary(
 
 @_styled
 def fitted_curve(stages: Mapping[str, Predict], x: np.ndarray, target: np.ndarray) -> Figure:
-    """The net's answer along its one input, a line for each stage, the last one strongest, over the samples.
+    """Draw the net's answer along its one input, a line for each stage, the last one strongest, over the samples.
 
     stages: {label: predict}, predict (M, 1) ↦ (M,). x (N,), target (N,).
     """
@@ -320,7 +320,7 @@ def fitted_curve(stages: Mapping[str, Predict], x: np.ndarray, target: np.ndarra
 
 @_styled
 def predicted_against_true(target: np.ndarray, prediction: np.ndarray) -> Figure:
-    """Each sample of a regression at (prediction, target); on the line the net is right. Both (N,)."""
+    """Draw each sample of a regression at (prediction, target); on the line the net is right. Both (N,)."""
     from sklearn.metrics import PredictionErrorDisplay
 
     figure, panels = _panels(1, 1, 3.6)
@@ -339,9 +339,9 @@ def predicted_against_true(target: np.ndarray, prediction: np.ndarray) -> Figure
 
 @_styled
 def network(trace: Any) -> Figure:
-    """The net as a graph: lines with their W, orange where positive, purple where negative; neurons with their b.
+    """Draw the net as a graph: lines with their W, orange if positive, purple if negative; neurons with their b.
 
-    trace: of `mm.trace`. Raises: InputError for a net of more than 8 layers, or of 8 neurons in one.
+    trace: from `mm.trace`. Raises: InputError for a net with more than 8 layers, or with more than 8 neurons in one.
     """
     figure, (axes,) = _graphs(trace.sizes, 1)
     for layer, weight in trace.weight.items():
@@ -353,10 +353,10 @@ def network(trace: Any) -> Figure:
 
 @_styled
 def flow(trace: Any, sample: int = 0) -> Figure:
-    """One sample's way through a small net, a panel for each step: a^2 … a^L forward, δ^L … δ^2 back, then ∂C/∂W.
+    """Draw one sample's way through a small net, a panel for each step: a^2 … a^L forward, δ^L … δ^2 back, ∂C/∂W.
 
-    In the neurons stand the numbers that are known by then, on the lines those that the step multiplies with, or, at
-    the end, its result for the whole batch. trace: of `mm.trace`. Raises: InputError as `network`.
+    The neurons show the numbers that are known by then. The lines show the weights that the step multiplies with; at
+    the end they show its result for the whole batch. trace: from `mm.trace`. Raises: InputError as `network`.
     """
     sizes, last = trace.sizes, len(trace.sizes)
     a = {layer: _numbers(value[sample]) for layer, value in trace.a.items()}
@@ -382,7 +382,7 @@ def flow(trace: Any, sample: int = 0) -> Figure:
 
 
 def _graphs(sizes: Sequence[int], number: int) -> tuple[Figure, list[Axes]]:
-    """A figure with panels on which neuron i of layer l stands at (l, −i), around 0; all of them drawn empty."""
+    """Return a figure and its panels, with all neurons empty: neuron i of layer l stands at (l, −i), around 0."""
     if max(len(sizes), *sizes) > MAX_DRAWN:
         raise InputError(
             f"expected at most {MAX_DRAWN} layers of at most {MAX_DRAWN} neurons, to draw them with their numbers, but "
@@ -398,7 +398,7 @@ def _graphs(sizes: Sequence[int], number: int) -> tuple[Figure, list[Axes]]:
 
 
 def _ends(sizes: Sequence[int], layer: int) -> list[np.ndarray]:
-    """Where the lines of W^l begin and end, in the order of W^l.ravel(): (2, 2) each."""
+    """Return the ends of the lines of W^l, in the order of W^l.ravel(): (2, 2) each."""
     here, there = _places(sizes, layer), _places(sizes, layer + 1)
     return [np.array([begin, end]) for end in there for begin in here]
 
@@ -409,13 +409,13 @@ def _places(sizes: Sequence[int], layer: int) -> list[tuple[float, float]]:
 
 
 def _lines(axes: Axes, sizes: Sequence[int], layer: int, weight: np.ndarray, arrow: str = "") -> None:
-    """The lines of W^l coloured by sign, as thick as |W^l|, with its numbers if they are few, and arrows on them."""
+    """Draw the lines of W^l: coloured by sign, as thick as |W^l|, with arrows, and with numbers if they are few."""
     weights, ends = weight.ravel(), _ends(sizes, layer)
     colors = [POSITIVE if w >= 0 else NEGATIVE for w in weights]
     widths = 0.8 + 2.5 * np.abs(weights) / (np.abs(weights).max() or 1.0)
     axes.add_collection(LineCollection(ends, colors=colors, linewidths=widths))
     for index, (begin, end) in enumerate(ends):
-        # lines that leave a neuron carry their numbers apart
+        # so that the numbers of lines that leave one neuron stand apart
         share = 0.42 if len(ends) == 1 else 0.28 + 0.14 * (index // sizes[layer - 1] % 3)
         x, y = begin + share * (end - begin)
         if len(ends) <= MAX_NUMBERS:
@@ -426,7 +426,7 @@ def _lines(axes: Axes, sizes: Sequence[int], layer: int, weight: np.ndarray, arr
 
 
 def _neurons(axes: Axes, sizes: Sequence[int], texts: Mapping[int, Sequence[str]]) -> None:
-    """All neurons, with a text in those of the layers in `texts`."""
+    """Draw all neurons, with a text in those of the layers in `texts`."""
     for layer in range(1, len(sizes) + 1):
         places = _places(sizes, layer)
         edge = "black" if layer in texts else "0.7"
@@ -441,13 +441,13 @@ def _numbers(values: Any) -> list[str]:
 
 
 def _short(value: float) -> str:
-    """Two digits in at most six characters, for a neuron to hold: .15, -.0042, -4e-5."""
+    """Return two digits in at most six characters, which fit into a neuron: .15, -.0042, -4e-5."""
     text = f"{value + 0.0:.2g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
     return re.sub(r"^(-?)0\.", r"\1.", text.replace("e-0", "e-").replace("e+0", "e"))
 
 
 def _tiles(number: int, columns: int, height: float) -> tuple[Figure, Axes]:
-    """A figure for tiles of width 1 and the given height, on one pair of axes, which is quicker than many."""
+    """Return a figure for tiles of width 1 and the given height. They share one pair of axes: faster than many."""
     rows = -(-number // columns)
     figure, panels = _panels(1, 1, max(1.2, rows * height * WIDTH / columns))
     axes = panels[0, 0]
@@ -457,7 +457,7 @@ def _tiles(number: int, columns: int, height: float) -> tuple[Figure, Axes]:
 
 
 def _names(class_names: Sequence[str]) -> list[str]:
-    """Short enough for a tick, and never read as a formula."""
+    """Return names that are short enough for a tick, and never read as a formula."""
     short = (name if len(name) <= 14 else f"{name[:13]}…" for name in map(str, class_names))
     return [name.replace("$", r"\$") for name in short]
 
@@ -473,14 +473,14 @@ def _array(values: Any) -> np.ndarray:
 
 @_styled
 def sweep_figure(sweep_csv: str | Path, settings: Sequence[str], metric: str, best: str = "") -> Figure:
-    """The figure `metric` of each run of a sweep against what was swept.
+    """Draw the figure `metric` of each run of a sweep against the settings that were swept.
 
-    One number swept: train, val and `metric` (the validation curve). A number and other settings: a line for each
-    combination of these. More combinations than a legend explains: a panel for each setting. No number: bars. Of runs
-    that differ by nothing but the seed the mean is drawn, and a band from least to greatest.
+    If one number was swept: train, val and `metric` (the validation curve). If a number and other settings: a line for
+    each combination of these. If they are more than a legend explains: a panel for each setting. If nothing numeric was
+    swept: bars. Runs that differ in the seed alone are drawn as their mean, with a band from least to greatest.
 
-    sweep_csv: a row a run, with the columns `run`, `settings`, and figures such as val_loss, empty where there is none.
-    settings: the names of what was swept. best: the run to mark.
+    sweep_csv: a row for each run, with the columns `run`, the settings, and figures such as val_loss, or empty cells.
+    settings: the names of the settings. best: the run to mark.
     Raises: InputError if no run has the figure.
     """
     with Path(sweep_csv).open(newline="") as file:
@@ -522,7 +522,7 @@ def sweep_figure(sweep_csv: str | Path, settings: Sequence[str], metric: str, be
 
 
 def _curve(axes: Axes, at: Sequence[float], cells: Sequence[str], label: str) -> None:
-    """A line through the means at each place, with a band from least to greatest; nothing where no cell is filled."""
+    """Draw a line through the means at each place and a band from least to greatest; nothing without a filled cell."""
     values: dict[float, list[float]] = defaultdict(list)
     for place, cell in zip(at, cells, strict=True):
         if cell:
@@ -548,12 +548,12 @@ def _bars(runs: Sequence[dict[str, str]], settings: Sequence[str], metric: str, 
 
 
 def _end(name: str) -> str:
-    """lr for optimizer.lr"""
+    """Return lr for optimizer.lr."""
     return name.rpartition(".")[2]
 
 
 def _positions(values: Sequence[str]) -> list[float]:
-    """Where values stand on an axis: 3 at 3, [16] at 16, lists of different lengths at their length; [] if nowhere."""
+    """Return places on an axis: 3 at 3, [16] at 16, lists of different lengths at their length; [] if none."""
     lists = [[cell for cell in value.strip("[]").split(",") if cell] for value in values]
     if len({len(cells) for cells in lists}) == len(set(values)) > 1:
         return [float(len(cells)) for cells in lists]
@@ -565,6 +565,6 @@ def _positions(values: Sequence[str]) -> list[float]:
 
 
 def _even_in_logarithm(values: Sequence[float]) -> bool:
-    """Whether the middle value lies nearer the geometric mean of the ends than their arithmetic one."""
+    """Return True if the middle value is nearer to the geometric mean of the ends than to the arithmetic one."""
     least, middle, greatest = min(values), median(sorted(set(values))), max(values)
     return least > 0 and abs(middle - sqrt(least * greatest)) < abs(middle - (least + greatest) / 2)

@@ -1,4 +1,4 @@
-"""`python -m manual_mlp.testing`: the battery on this package, or on `package.module:function`."""
+"""`python -m manual_mlp.testing`: run the battery on this package, or on `package.module:function`."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ from manual_mlp.testing.report import Report, lines
 
 
 def package_subjects() -> list[Subject]:
-    """Every Function of the package: each row of the sheet alone and fused, the affine map, dropout, the costs."""
+    """Return every Function of the package: rows of the sheet alone and fused, the affine map, dropout, the costs."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -45,7 +45,7 @@ def package_subjects() -> list[Subject]:
 
 
 def _imported(path: str) -> Any:
-    """The object that `package.module:name` names. Raises InputError if there is none."""
+    """Return the object that `package.module:name` names. Raise InputError if there is none."""
     module, _, name = path.partition(":")
     sys.path.insert(0, "")
     try:
@@ -57,11 +57,11 @@ def _imported(path: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The battery on the package, or on what the arguments name. Returns the exit status: 1 if a failure counts."""
+    """Run the battery on the package, or on what the arguments name; return the exit status: 1 if a failure counts."""
     parser = argparse.ArgumentParser(prog="python -m manual_mlp.testing", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("function", nargs="?", help="package.module:function of yours; without it, this whole package")
-    parser.add_argument("--inputs", help="package.module:make_inputs, makes the inputs, or is them")
-    parser.add_argument("--reference", help="package.module:function that yours should equal")
+    parser.add_argument("--inputs", help="package.module:make_inputs, which makes the inputs, or is the inputs")
+    parser.add_argument("--reference", help="package.module:function that yours must equal")
     parser.add_argument("--compile", action="store_true", help="ask torch.compile too (seconds for each function)")
     parser.add_argument("--strict", action="store_true", help="what is not supported counts as a failure")
     options = parser.parse_args(arguments)
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _whole_package(compile: bool) -> int:
-    """One line for each Function, and the rows that failed."""
+    """Print a line for each Function, and the rows that failed."""
     reports = []
     for subject in package_subjects():
         subject = dataclasses.replace(subject, compile=compile)

@@ -1,4 +1,4 @@
-"""Running the checks: on anything differentiable, and as pytest tests."""
+"""Run the checks on anything differentiable, and as pytest tests."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,9 +18,9 @@ def check_gradients(
     *,
     compile: bool = False,
 ) -> Report:
-    """The battery on a differentiable function, an autograd.Function (its class or its apply) or a module.
+    """Run the battery on a differentiable function, an autograd.Function (its class or its apply) or a module.
 
-    inputs: a tensor or a tuple of what the function takes, the first with the rows; floating-point tensors are copied
+    inputs: a tensor, or a tuple of what the function takes; the first has the rows; floating-point tensors are copied
     to float64 and differentiated, everything else is passed on. Keep them small: finite differences visit each element.
     A module's parameters are inputs too. reference: a function of the same inputs that must agree to 1e-12 with its
     derivatives. compile: ask torch.compile too, which takes seconds.
@@ -60,7 +60,7 @@ def _subject(
 
 
 def _of_parameters(module: nn.Module, inputs: Inputs) -> tuple[Callable[..., Any], Inputs]:
-    """A module as a function of its inputs and its parameters."""
+    """Return a module as a function of its inputs and its parameters."""
     state = {name: value.detach() for name, value in module.named_parameters()}
     buffers = {name: value.detach() for name, value in module.named_buffers()}
     names = list(state)
@@ -83,7 +83,7 @@ def gradient_tests(
     compile: bool = False,
     strict: bool = False,
 ) -> Callable[[str], None]:
-    """A pytest test for each check: `test_mine = gradient_tests(mine, make_inputs)` in a test file.
+    """Return a pytest test for each check: `test_mine = gradient_tests(mine, make_inputs)` in a test file.
 
     make_inputs gives the inputs anew for each. A check that does not apply, or asks for what the function does not
     support, is skipped with its reason; with strict, what is not supported fails.

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.testing.report import DETERMINISTIC, FIRST, Level, Row
 
-# gradcheck's own 1e-5 and 1e-3 pass a derivative that is 0.1 % wrong; a right one in float64 passes these.
+# gradcheck's own 1e-5 and 1e-3 pass a derivative that is 0.1 % wrong. A right one in float64 passes these.
 TOLERANCES: dict[str, Any] = {"atol": 1e-8, "rtol": 1e-6}
 EXACT = 1e-12
 _DENSE = torch.contiguous_format
@@ -43,7 +43,7 @@ class _WrongError(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """A function of tensors, its inputs as float64 leaves (others as they are), and a function it should equal."""
+    """A function of tensors, its inputs as float64 leaves (others as they are), and a function that it should equal."""
 
     name: str
     function: Callable[..., Any]
@@ -53,24 +53,24 @@ class Subject:
     rows: dict[str, Row] = field(default_factory=dict, init=False, repr=False)  # of the checks that have run
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> Inputs:
-        """Fresh leaves of the same numbers, contiguous."""
+        """Return fresh, contiguous leaves with the same numbers."""
         return each(lambda v: v.detach().to(dtype).clone(memory_format=_DENSE).requires_grad_(), self.values)
 
     def __call__(self, *inputs: Any) -> Tensor:
         return output_of(self.function(*inputs))
 
     def run(self) -> list[Tensor]:
-        """The output and the gradients."""
+        """Return the output and the gradients."""
         inputs = self.inputs()
         return [self(*inputs), *_gradients(self, inputs)]
 
     @cached_property
     def unfit(self) -> tuple[str, str, Exception] | None:
-        """The one check that can be asked, why no other can, and its failure; None for most functions."""
+        """Return the one check that can be asked, why no other can, and its failure; None for most functions."""
         try:
             before, first = torch.get_rng_state(), self.run()
             draws = not torch.equal(before, torch.get_rng_state())
-            for _ in range(20 if draws else 1):  # one run may draw the same
+            for _ in range(20 if draws else 1):  # two draws may be equal by chance
                 _compare(self.run(), first, "result", 1e-9, 1e-9)
         except _WrongError as wrong:
             return DETERMINISTIC, "the function is random: two runs on the same inputs differ", wrong
@@ -80,7 +80,7 @@ class Subject:
 
 
 def each(change: Callable[[Tensor], Tensor], values: Inputs) -> Inputs:
-    """The values, the floating-point tensors among them changed."""
+    """Return the values, with the floating-point tensors among them changed."""
     return tuple(change(value) if is_real(value) else value for value in values)
 
 
@@ -89,7 +89,7 @@ def is_real(value: Any) -> bool:
 
 
 def output_of(result: Any) -> Tensor:
-    """The differentiable tensor of a result: itself, or the first of several."""
+    """Return the differentiable tensor of a result: itself, or the first of several."""
     outputs = result if isinstance(result, tuple | list) else [result]
     for output in outputs:
         if is_real(output) or (isinstance(output, Tensor) and output.is_complex()):
@@ -98,7 +98,7 @@ def output_of(result: Any) -> Tensor:
 
 
 def nodes_of(output: Tensor) -> list[Any]:
-    """Every node of the graph behind an output."""
+    """Return every node of the graph behind an output."""
     seen: dict[int, Any] = {}
     waiting = [output.grad_fn]
     while waiting:
@@ -114,14 +114,14 @@ def leaves(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _incoming(output: Tensor, seed: int = 1) -> Tensor:
-    """An incoming gradient without symmetry."""
+    """Return an incoming gradient without symmetry."""
     generator = torch.Generator().manual_seed(seed)
     g = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     return g.to(device=output.device, dtype=output.dtype)
 
 
 def _gradients(function: Callable[..., Any], inputs: Inputs, g: Tensor | None = None) -> Tensors:
-    """The gradients of <output, g> with respect to the leaves; zeros where the output does not depend on one."""
+    """Return the gradients of <output, g> for the leaves; zeros for a leaf that the output does not depend on."""
     return _backward(output_of(function(*inputs)), inputs, g)
 
 
@@ -131,7 +131,7 @@ def _backward(output: Tensor, inputs: Inputs, g: Tensor | None = None, **more: A
 
 
 def _compare(actual: Tensors, expected: Tensors, what: str, rtol: float = EXACT, atol: float = EXACT) -> Found:
-    """The worst error and where it is; raises if it is beyond the tolerance anywhere."""
+    """Return the worst error and its place; raise if it is beyond the tolerance anywhere."""
     worst, error, where = -torch.inf, 0.0, ""
     for number, (mine, other) in enumerate(zip(actual, expected, strict=True)):
         if mine.shape != other.shape:
@@ -150,7 +150,7 @@ def _compare(actual: Tensors, expected: Tensors, what: str, rtol: float = EXACT,
 
 
 def _first_derivative(subject: Subject) -> Measured:
-    """Central differences of <output, g> at each element, then gradcheck over the whole Jacobian."""
+    """Take central differences of <output, g> at each element, then gradcheck over the whole Jacobian."""
     inputs = subject.inputs()
     g = _incoming(subject(*inputs))
     numerical = [_central_differences(subject, inputs, leaf, g) for leaf in leaves(inputs)]
@@ -174,7 +174,7 @@ def _central_differences(subject: Subject, inputs: Inputs, leaf: Tensor, g: Tens
 
 
 def _gradcheck(check: Callable[..., bool], subject: Subject, **flags: bool) -> None:
-    """gradcheck or gradgradcheck with its message as a sentence. What the function itself raises goes on."""
+    """Run gradcheck or gradgradcheck, with its message as a sentence. Errors of the function itself are raised."""
     off = dict.fromkeys(("check_undefined_grad", "check_grad_dtypes", "check_batched_grad"), False)
     inputs = subject.inputs()
     if check is gradgradcheck:
@@ -188,7 +188,7 @@ def _gradcheck(check: Callable[..., bool], subject: Subject, **flags: bool) -> N
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of an error that says something, with its type."""
+    """Return the first line of an error that says something, with its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:240]}"
 
@@ -201,14 +201,14 @@ def _equals(derive: Callable[..., Tensors], what: str, subject: Subject) -> Meas
 
 
 def _second(function: Callable[..., Any], inputs: Inputs) -> Tensors:
-    """The gradients of the first gradients' squares and of the output's, so that both orders meet."""
+    """Return the gradients of the squares of the first gradients and of the output, so that both orders meet."""
     output = output_of(function(*inputs))
     squares = sum((first.square().sum() for first in _with_graph(output, inputs)), output.square().sum())
     return torch.autograd.grad(squares, leaves(inputs), materialize_grads=True)
 
 
 def _with_graph(output: Tensor, inputs: Inputs) -> Tensors:
-    """The gradients, to be differentiated again. Autograd refuses that at the node Error, but passes by it silently."""
+    """Return gradients that can be differentiated again. Autograd passes by a node Error silently: find it."""
     gradients = _backward(output, inputs, _incoming(output).requires_grad_(), create_graph=True)
     if any(node.name() == "torch::autograd::Error" for gradient in gradients for node in nodes_of(gradient)):
         raise NotImplementedError("the backward is marked with @once_differentiable")
@@ -216,7 +216,7 @@ def _with_graph(output: Tensor, inputs: Inputs) -> Tensors:
 
 
 def _tails(subject: Subject) -> Measured:
-    """A componentwise function's derivative from −30 to 30, relative to itself, wherever the function has one."""
+    """Compare a componentwise function's derivative from −30 to 30, relative to itself, wherever there is one."""
     x = _argument(subject)
     points = torch.linspace(-30, 30, 601, dtype=torch.float64) + 0.01
     z = points[torch.arange(-(-len(points) // x.numel()) * x.numel()) % len(points)].view(-1, *x.shape)
@@ -230,7 +230,7 @@ def _tails(subject: Subject) -> Measured:
         raise _NotApplicableError(f"it refuses numbers from -30 to 30: {sentence(error)}") from error
     slope, expected = _slopes(subject, z), (above - below) / step
     if subject.reference is None:
-        # The two sides of a kink differ, and beside a pole nothing converges: nothing is asked there.
+        # Ask nothing at a kink, whose two sides differ, or beside a pole, where nothing converges.
         jump = (far_above - 2 * here + far_below) - 4 * (above - 2 * here + below)
         blur = ((far_above - far_below) / (2 * step) - expected).abs() + jump.abs() / step
         rounding = 32 * torch.finfo(torch.float64).eps / step * (here.abs() + z.abs())
@@ -252,7 +252,7 @@ def _tails(subject: Subject) -> Measured:
 
 
 def _argument(subject: Subject) -> Tensor:
-    """The one tensor of a componentwise function: where half of it, and then the other half, stays, the output does."""
+    """Return the one tensor of a componentwise function: if half of it stays, that half of the output stays."""
     given = leaves(subject.inputs())
     if len(given) != 1 or len(subject.values) != 1 or not given[0].numel():
         raise _NotApplicableError("not a function of one tensor")
@@ -271,7 +271,7 @@ def _slopes(function: Callable[..., Any], z: Tensor) -> Tensor:
 
 
 def _of_leaves(subject: Subject) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """The subject as a function of its floating-point tensors alone, and these, detached."""
+    """Return the subject as a function of its floating-point tensors alone, and these, detached."""
     inputs = subject.inputs()
 
     def function(*values: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ def _func_grad(subject: Subject) -> Measured:
 
 
 def _func_jvp(subject: Subject) -> Measured:
-    """<g, J t> = <Jᵀ g, t>: forward and reverse mode are adjoint. To 1e-9, since they sum in different orders."""
+    """<g, J t> = <Jᵀ g, t>: forward and reverse mode are adjoint. To 1e-9, because they sum in different orders."""
     function, values = _of_leaves(subject)
     tangents = tuple(_incoming(value, seed=number + 2) for number, value in enumerate(values))
     output, output_t, *_ = torch.func.jvp(function, values, tangents)
@@ -300,7 +300,7 @@ def _func_jvp(subject: Subject) -> Measured:
 
 
 def _func_vmap(subject: Subject) -> Measured:
-    """Per-sample gradients: vmap(grad) over two sets of inputs against one after the other."""
+    """Compare per-sample gradients: vmap(grad) over two sets of inputs, and one set after the other."""
     function, values = _of_leaves(subject)
     gradient = torch.func.grad(lambda *v: function(*v).square().sum(), tuple(range(len(values))))
     halves = [value * 0.5 for value in values]
@@ -314,7 +314,7 @@ def _strided_inputs(subject: Subject) -> Measured:
 
 
 def _strided(value: Tensor) -> Tensor:
-    """The same numbers, every second element of a wider tensor."""
+    """Return the same numbers as every second element of a wider tensor."""
     return torch.stack([value.detach(), torch.full_like(value, torch.nan)], -1)[..., 0].requires_grad_()
 
 
@@ -335,7 +335,7 @@ def _strided_incoming(subject: Subject) -> Measured:
 
 
 def _not_written(what: str, subject: Subject) -> Measured:
-    """The incoming gradient, or the inputs, are what they were, as the same numbers drawn again show."""
+    """Compare the incoming gradient, or the inputs, with the same numbers drawn again: they must be as they were."""
     inputs = subject.inputs()
     g = _incoming(subject(*inputs))
     _gradients(subject, inputs, g)
@@ -344,7 +344,7 @@ def _not_written(what: str, subject: Subject) -> Measured:
 
 
 def _guarded(subject: Subject) -> Measured:
-    """What the backward reads is overwritten before it runs: that must raise, or not matter."""
+    """Overwrite what the backward reads before it runs: that must raise, or not matter."""
     expected = _gradients(subject, subject.inputs())
     for place in range(len(expected) + 1):
         inputs = subject.inputs()
@@ -379,20 +379,20 @@ def _hooked(subject: Subject) -> Measured:
 
 
 def _unchanged_by(transform: Callable[..., Callable[..., Any]], subject: Subject) -> Measured:
-    """The gradients of the transformed function are those of the function."""
+    """Compare the gradients of the transformed function with those of the function."""
     transformed = transform(lambda *inputs: subject(*inputs))
     return _compare(_gradients(transformed, subject.inputs()), _gradients(subject, subject.inputs()), "gradient")
 
 
 def _leaks(subject: Subject) -> Measured:
-    """A forward that is never followed by a backward frees its output at once."""
+    """Run a forward without a backward: its output must be freed at once."""
     if weakref.ref(subject(*each(lambda v: v * 1, subject.inputs())))() is not None:
         raise _WrongError("the output outlives its last reference")
     return None
 
 
 def _frozen(subject: Subject) -> Measured:
-    """Each gradient alone is the same as together, and costs fewer products where there are several."""
+    """Compare each gradient alone with all together: the same numbers, and fewer products if there are several."""
     inputs = subject.inputs()
     if len(leaves(inputs)) < 2:
         raise _NotApplicableError("one input only")
@@ -409,7 +409,7 @@ def _frozen(subject: Subject) -> Measured:
 
 
 def _counted(subject: Subject, inputs: Inputs) -> tuple[Tensors, int]:
-    """The gradients, and the matrix products their backward took."""
+    """Return the gradients, and the number of matrix products that their backward took."""
     output = subject(*inputs)
     with _Products() as products:
         return _backward(output, inputs), products.count
@@ -425,13 +425,13 @@ class _Products(TorchDispatchMode):
 
 
 def _empty(subject: Subject) -> Measured:
-    """N = 0 gives gradients of the right shapes, zero for what has no batch dimension."""
+    """Ask for N = 0: gradients of the right shapes, zero for an input without a batch dimension."""
     first = next(filter(is_real, subject.values))
     if first.dim() < 2:
         raise _NotApplicableError("no batch dimension")
     try:
         return _without_rows(subject, [value is first for value in subject.values])
-    except Exception:  # other inputs have its rows too, as the target of a cost has
+    except Exception:  # other inputs have as many rows, such as the target of a cost
         rows = [isinstance(v, Tensor) and v.shape[:1] == first.shape[:1] for v in subject.values]
         return _without_rows(subject, rows)
 
@@ -455,7 +455,7 @@ def _threads(subject: Subject) -> Measured:
 
 
 def _low_precision(subject: Subject, dtype: torch.dtype, roundings: int, autocast: bool = False) -> Measured:
-    """Gradients and output (not autocast's) keep the leaves' dtype, and are near a float64 run on the same numbers."""
+    """Compare with a float64 run on the same numbers; gradients and output (not autocast's) must keep the dtype."""
     inputs = subject.inputs(torch.float32 if autocast else dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = subject(*inputs)
@@ -472,7 +472,7 @@ def _low_precision(subject: Subject, dtype: torch.dtype, roundings: int, autocas
 
 
 def _complex(subject: Subject) -> Measured:
-    """Refused, or right."""
+    """Ask for complex numbers: they must be refused, or right."""
     inputs = each(lambda v: (v * (1 + 0.5j)).detach().requires_grad_(), subject.inputs())
     try:
         if subject(*inputs).requires_grad:
@@ -492,9 +492,9 @@ def _compiled(subject: Subject) -> Measured:
 
 @dataclass(frozen=True)
 class Check:
-    """One question: its function, and what usually causes a failure.
+    """One question: its function, and the usual cause of a failure.
 
-    needs   what it builds on: without these a failure says nothing new, and a success misleads
+    needs   the checks it builds on: without these a failure says nothing new, and a success misleads
     level, raised   the level of a difference, and of an exception: a right function may lack what is unsupported
     """
 
@@ -562,7 +562,7 @@ CHECKS = {
 
 
 def run(name: str, subject: Subject) -> Row:
-    """One check as a row: whatever it raises is the row's failure."""
+    """Run one check and return its row: whatever it raises is the row's failure."""
     if name not in subject.rows:
         subject.rows[name] = _row(name, subject)
     return subject.rows[name]

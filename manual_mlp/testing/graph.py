@@ -1,4 +1,4 @@
-"""The nodes in the graph of a model, and the check that all are this package's."""
+"""Check that all nodes in the graph of a model are this package's."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -18,7 +18,7 @@ def _is_ours(node: Any) -> bool:
 
 
 def _operation(name: str) -> str:
-    """ViewBackward0 as View."""
+    """Return View for ViewBackward0."""
     return name.rstrip("0123456789").removesuffix("Backwards").removesuffix("Backward")
 
 

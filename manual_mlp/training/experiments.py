@@ -1,4 +1,4 @@
-"""What single experiments of the lecture add to their runs: a traced step, and a sweep's δ drawn together."""
+"""Callbacks of single experiments of the lecture: a traced step, and a sweep's δ drawn together."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from manual_mlp.training.sweep import read_runs
 
 
 class Traced(L.Callback):
-    """Before the first step, prints `mm.trace` of the first training sample; trace.md and flow.png in the run folder.
+    """A callback that prints `mm.trace` of the first training sample, before the first step.
 
-    The LR of its step 5 is the optimizer's lr: what plain SGD would do.
+    It leaves trace.md and flow.png in the run folder. Step 5 uses the optimizer's lr as LR, as plain SGD would.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -32,7 +32,7 @@ class Traced(L.Callback):
 
 
 class DeltaByLayer(Callback):
-    """At the end of a sweep: ‖δ^l‖ against l before the first step, a line for each run, as deltas.png."""
+    """A callback that draws deltas.png at the end of a sweep: ‖δ^l‖ against l before the first step, for each run."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

@@ -1,4 +1,4 @@
-"""What flows back during training: a callback that records δ, so that a vanishing gradient can be seen."""
+"""A callback that records δ during training, so that a vanishing gradient can be seen."""
 
 import math
 from typing import Any
@@ -17,24 +17,24 @@ Values = dict[str, dict[int, Tensor]]
 
 STATE = ("epochs", "norms", "first", "snapshots", "steps", "due", "stride")
 ROWS = 32
-KEPT = 1000  # values of z, a and δ a layer, of the first record
-RECORDS = 500  # more than that say nothing more: every second one goes, and the next ones come half as often
+KEPT = 1000  # values of z, a and δ of each layer in the first record
+RECORDS = 500  # more say nothing more: then every second one is dropped, and the next ones come half as often
 HISTOGRAMS = 10  # TensorBoard gets them with every tenth record
-INPUTS, PARAMETERS = 2, 10_000  # up to which a net's answers are drawn, and so its snapshots kept
+INPUTS, PARAMETERS = 2, 10_000  # up to which the net's answers can be drawn, so that its snapshots are kept
 
 
 class DeltaFlow(L.Callback):
-    """Records during training, by the recursion and on the same rows each time, what plots.py draws.
+    """A callback that records what plots.py draws, by the recursion and on the same rows each time.
 
     every: mini-batches from one record to the next. rows: how many of the training part, its first ones.
 
     epochs      of each record, such as 1.5 in the middle of the second epoch
-    norms       {l: ‖δ^l‖ of each record}: of one sample, the root of the mean square over the rows, so without the 1/N
-    first       z, a and δ of the first record, at most 1000 of the values each
-    snapshots   {epochs passed: state_dict} after 0, 1, 2, 4, 8, … of them, of small nets with at most two inputs
+    norms       {l: ‖δ^l‖ of each record} for one sample: the root of the mean square over the rows, without the 1/N
+    first       z, a and δ of the first record, at most 1000 values each
+    snapshots   {epochs passed: state_dict} after 0, 1, 2, 4, 8, … epochs, for small nets with at most two inputs
 
-    All of it is plain, and part of the checkpoint. It draws no random numbers and changes nothing: with and without it
-    a run gives the same bits. Dropout is left out. A net that the recursion does not read is not recorded.
+    All of it is plain data in the checkpoint. It draws no random numbers and changes nothing: with and without it a run
+    gives the same bits. Dropout is left out. A net that the recursion cannot read is not recorded.
     Needs a data module with `splits`. TensorBoard gets the norms, and histograms with every tenth record.
     """
 
@@ -58,9 +58,9 @@ class DeltaFlow(L.Callback):
         return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.fits:  # a test restores the best checkpoint, whose records end there
+        if self.fits:  # a test restores the best checkpoint, and its records end earlier
             vars(self).update(state_dict)
-            self.due = min(self.due, self.steps + self.every * self.stride)  # of a smaller `every` than then
+            self.due = min(self.due, self.steps + self.every * self.stride)  # the checkpoint had a smaller `every`
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero:
@@ -70,10 +70,10 @@ class DeltaFlow(L.Callback):
         if self.steps >= self.due:
             self._record(trainer, pl_module, trainer.current_epoch + batch_idx / trainer.num_training_batches)
             self.due = self.steps + self.every * self.stride
-        self.steps += -(-len(batch[0]) // trainer.datamodule.batch_size)  # type: ignore[attr-defined] # many, by the engine
+        self.steps += -(-len(batch[0]) // trainer.datamodule.batch_size)  # type: ignore[attr-defined] # the engine takes many at once
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The end too, after the last checkpoint, so that a run which goes on from there knows nothing of it."""
+        """Record the end, too: after the last checkpoint, so that a run that goes on from there does not contain it."""
         if trainer.is_global_zero and self.epochs:
             self._record(trainer, pl_module, trainer.current_epoch, histograms=True)
 
@@ -109,7 +109,7 @@ class DeltaFlow(L.Callback):
                 experiment.add_histogram(f"{letter}/{layer}", value, step, bins=64)
 
     def _keep_snapshot(self, epoch: int, net: nn.Module) -> None:
-        """After 0, 1, 2, 4, … epochs: of these alone epoch & (epoch − 1) is 0."""
+        """Keep the parameters after 0, 1, 2, 4, … epochs: for these alone epoch & (epoch − 1) is 0."""
         parameters = net.state_dict()
         inputs = next(iter(parameters.values())).shape[-1]
         if epoch & (epoch - 1) == 0 and inputs <= INPUTS and sum(map(torch.numel, parameters.values())) <= PARAMETERS:
@@ -118,7 +118,7 @@ class DeltaFlow(L.Callback):
 
 @torch.no_grad()
 def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
-    """z, a and δ of an MLPModule on a batch of its data module, without dropout: what `mm.trace` gives, for less.
+    """Return z, a and δ of an MLPModule on a batch of its data module, without dropout, as `mm.trace` gives them.
 
     Raises InputError as `program.read`.
     """
@@ -133,13 +133,13 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
 
 
 def as_net_takes(module: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Features and target of a data module as the module's net and cost take them: device, dtype, rows of 0 and 1."""
+    """Return features and target as the module's net and cost take them: device, dtype, rows of 0 and 1."""
     features = batch[0].to(next(module.net.parameters()))
     target = module._as_cost_wants(batch[1].to(features.device))
     return features, target.to(features) if target.is_floating_point() else target
 
 
 def _thinned(values: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Of each layer at most KEPT values, evenly spaced; copies, since a checkpoint writes all the memory of a view."""
+    """Return at most KEPT values of each layer, evenly spaced. Copies: a checkpoint writes all the memory of a view."""
     flat = {layer: value.flatten() for layer, value in values.items()}
     return {layer: value[:: -(-len(value) // KEPT)].float().cpu().clone() for layer, value in flat.items()}
