@@ -10,29 +10,24 @@ from bisect import bisect
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain, groupby
-from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as optimizers
 
 from manual_mlp import kernels
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting, check_tensors
-from manual_mlp.network import check_batch, check_labels, check_trainable, reading_of
+from manual_mlp.network import check_batch, check_labels, check_trainable, parameters_of, reading_of
 from manual_mlp.plan import Instruction, Plan, Sink, weigh
-from manual_mlp.program import Drop, Hooks, cost_of, read
+from manual_mlp.program import Drop, cost_of
+from manual_mlp.snapshot import Training, hooks_of_parameter
 
 _PLANS = 8  # batch shapes whose buffers are kept
 _CHUNK = 1 << 18  # numbers that train_epoch gathers at once: 1 MB of float32 stays in the cache
 _BATCHES = 256  # batches in it at most, because each is a view
 
-_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
-_TRAITS = attrgetter("shape", "requires_grad")
-_SGD_STEP = torch.optim.SGD.step
-_GLOBAL_HOOKS = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
 
 # torch.inference_mode without its Python wrapper (1 µs per step).
 _inference = partial(getattr(torch._C, "_InferenceMode", torch.inference_mode), True)
@@ -271,55 +266,39 @@ class BackpropEngine:
     @torch.inference_mode(False)
     def _prepare(self) -> None:
         """Read the model and the optimizer, and check that they belong together."""
-        optimizer = self.optimizer
+        self._stale = True  # after a refusal the next step asks again
+        optimizer, clip = self.optimizer, self.max_grad_norm
         if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
             raise InputError(f"expected a torch.optim.SGD, Adam or AdamW; got {type(optimizer).__name__}")
         if any(group["differentiable"] for group in optimizer.param_groups):
             raise InputError("expected an optimizer without differentiable=True, because the engine keeps no graph")
-        clip = self.max_grad_norm
         if clip is not None and not (isinstance(clip, int | float) and clip > 0):
             raise InputError(f"expected a max_grad_norm above 0, or None; got {clip!r}")
         self._reading = reading_of(self.model)
-        self._program = self._reading.program
-        self._cost = cost_of(self.loss, self._program)
+        self._program = program = self._reading.program
+        self._cost = cost_of(self.loss, program)
         self._plans: dict[object, BoundPlan] = {}
-        self._flat = flat = self._parameters()
-        self._places = [place for place, parameter in enumerate(flat) if parameter is not None]
-        self._owners, self._names = zip(*(self._program.sources[place] for place in self._places), strict=True)
-        self._owned = [flat[place] for place in self._places]
+        self._gradients: dict[int, Tensor] = {}
+        self._flat = parameters_of(self.model, program)
+        self._places = [place for place, parameter in enumerate(self._flat) if parameter is not None]
+        self._training = Training([program.sources[place] for place in self._places], optimizer)
+        self._owned = self._training.owned
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._check_parameters(group_of)
-        self._outputs = len(flat[-2])
-        # The strides of a contiguous tensor follow from its shape.
-        self._lie: Any = Tensor.is_contiguous if all(map(Tensor.is_contiguous, self._owned)) else Tensor.stride
+        self._group_of = [group_of.get(id(parameter), 0) for parameter in self._flat]
+        self._detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in self._flat]
+        self._outputs = len(self._flat[-2])
         self._graphed = self._graphed or self._owned[0].is_cuda  # on CUDA a step is one graph
-        self._detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in flat]
-        self._group_of = [group_of.get(id(parameter), 0) for parameter in flat]
-        self._gradients: dict[int, Tensor] = {}
-        check_trainable(self._owned)
         self._note_memory()
-        own = vars(optimizer)
-        of_optimizer = own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"], *_GLOBAL_HOOKS
-        self._hooks = Hooks(lambda: chain(of_optimizer, *map(_HOOKS, self._owned)))
-        self._steps = own.get("step"), type(optimizer).step
-        plain = type(optimizer) is torch.optim.SGD and self._is_own(self._steps[0] or self._steps[1])
         # Step 4 does the update itself. A rate in a tensor of half precision would be rounded.
         rounded = self._graphed and self._owned[0].dtype in kernels.ROUNDED
-        self._updates = plain and self.max_grad_norm is None and not rounded
-        params = [group["params"] for group in optimizer.param_groups]
-        self._members, self._sizes = list(chain.from_iterable(params)), list(map(len, params))
-        self._lay = self._traits()
-        self._stale = False  # last: after a refusal the next step asks again
-
-    def _parameters(self) -> list[Any]:
-        try:
-            return self._program.parameters()
-        except KeyError:
-            read(self.model)  # a weight that is no parameter is refused by name
-            raise
+        plain = type(optimizer) is torch.optim.SGD and self._training.is_plain_sgd()
+        self._updates = plain and clip is None and not rounded
+        self._stale = False
 
     def _check_parameters(self, group_of: dict[int, int]) -> None:
         owned, first = self._owned, self._owned[0]
+        check_trainable(owned)
         trained = {id(parameter) for parameter in owned if parameter.requires_grad}
         if any(p.dtype != first.dtype or p.device != first.device or not p.is_floating_point() for p in owned):
             raise InputError("expected parameters of one floating-point dtype on one device: call model.to() with both")
@@ -348,27 +327,9 @@ class BackpropEngine:
             super().__setattr__("_stale", True)
 
     def _ask(self) -> None:
-        """Read model and optimizer again, if anything that a step honours is not as it was; by maps, for speed."""
-        optimizer = self.optimizer
-        groups = [group["params"] for group in optimizer.param_groups]
-        if (
-            self._stale
-            or (vars(optimizer).get("step"), type(optimizer).step) != self._steps
-            or not all(map(is_, map(dict.get, self._owners, self._names), self._owned))
-            or self._traits() != self._lay
-            or not all(map(is_, chain.from_iterable(groups), self._members))
-            or [*map(len, groups)] != self._sizes
-            or self._reading.snapshot.changed(self.model)
-        ):
+        """Read model and optimizer again, if they are not what the plans were made from."""
+        if self._stale or self._training.changed(self.optimizer) or self._reading.snapshot.changed(self.model):
             self._prepare()
-
-    def _traits(self) -> list[Any]:
-        """Return where and how the parameters lie, and which are trained.
-
-        `p.data = p.data[:2]` changes the shape, but not the address.
-        """
-        owned = self._owned
-        return [*map(Tensor.data_ptr, owned), *map(_TRAITS, owned), *map(self._lie, owned)]
 
     def _planned(self, input: Tensor, target: Tensor, rates: Rates) -> BoundPlan:
         """Return the plan for such a batch; a new one is checked."""
@@ -431,7 +392,7 @@ class BackpropEngine:
     def _rates(self) -> Rates:
         """Return (β, α) for each group of a plain SGD: w := (1 − LR λ) w − LR ∂C/∂w."""
         optimizer = self.optimizer
-        if not self._updates or self._hooks.any():  # a hook needs the gradient itself
+        if not self._updates or self._training.hooks.any():  # a hook needs the gradient itself
             return ()
         rates = []
         for group in optimizer.param_groups:
@@ -441,13 +402,6 @@ class BackpropEngine:
             rates.append((1.0 - lr * group["weight_decay"], -lr))
         optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks about
         return tuple(rates)
-
-    def _is_own(self, step: Any) -> bool:
-        """Return True if `step` is SGD's own, or a scheduler's wrapper around it, which counts the calls."""
-        kind = type(self.optimizer)
-        if step is not kind.step:
-            step = step.__wrapped__ if hasattr(step, "_wrapped_by_lr_sched") else None
-        return step is _SGD_STEP or getattr(step, "__wrapped__", None) is _SGD_STEP
 
     def _gradient(self, place: int) -> Tensor:
         """Return the tensor that becomes the .grad of a parameter; plain SGD needs none."""
@@ -470,12 +424,12 @@ class BackpropEngine:
             if not parameter.requires_grad:
                 parameter.grad = None  # or the optimizer would go on with what lies there
                 continue
-            gradient, (before, after) = self._gradients[place], _HOOKS(parameter)
-            for hook in list((before or {}).values()):
+            gradient, (before, after) = self._gradients[place], hooks_of_parameter(parameter)
+            for hook in before:
                 changed = hook(gradient)
                 gradient = gradient if changed is None else changed
             parameter.grad = gradient
-            for hook in list((after or {}).values()):
+            for hook in after:
                 hook(parameter)
 
     def _step_optimizer(self) -> None:

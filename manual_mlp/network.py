@@ -18,7 +18,8 @@ from manual_mlp import functional, functions, kernels
 from manual_mlp.errors import InputError
 from manual_mlp.functional import check_tensors
 from manual_mlp.plan import Plan, Sink, Weighed, run, weigh
-from manual_mlp.program import Program, Snapshot, cost_of, read
+from manual_mlp.program import Program, cost_of, read
+from manual_mlp.snapshot import Snapshot
 
 _PLANS = 4  # batch shapes whose buffers are kept for a model
 _KEPT = 1 << 21  # numbers in all layers of a batch, beyond which its buffers are not kept
@@ -50,6 +51,15 @@ def reading_of(model: nn.Module) -> Reading:
         if model._modules:  # a lone layer owns its parameters, so its reading would keep it alive
             _READINGS[model] = reading
     return reading
+
+
+def parameters_of(model: nn.Module, program: Program) -> list[Any]:
+    """Return the parameters of a model's program. Raises InputError for a weight that is no parameter any more."""
+    try:
+        return program.parameters()
+    except KeyError:
+        read(model)
+        raise
 
 
 class LossPlan(Plan):
@@ -192,11 +202,10 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
 
 def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, predictions: list[Tensor] | None) -> Tensor:
     reading = reading_of(model)
+    flat = parameters_of(model, reading.program)
     try:
-        flat = reading.program.parameters()
         special = kernels.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
-    except (KeyError, AttributeError):
-        read(model)  # a weight that is no parameter any more
+    except AttributeError:
         check_tensors(input=input, target=target)
         raise
     if special or functional.autocasting(input):

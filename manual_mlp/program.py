@@ -5,21 +5,19 @@ read twice adds up what comes back. Everything here is made of ordinary tensor o
 `plan.py` compiles the same list to in-place calls on kept buffers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise, repeat
-from operator import attrgetter
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as of_all
-from torch.utils.hooks import RemovableHandle
 
 from manual_mlp import formulas as sheet
 from manual_mlp import kernels, modules
 from manual_mlp.errors import InputError
 from manual_mlp.formulas import ACTIVATIONS, COSTS, Cost, Row
+from manual_mlp.snapshot import hooks_of
 
 Needs = Sequence[Sequence[bool]]
 """For each node, for each of its parameters: True if its gradient is wanted."""
@@ -328,26 +326,6 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 _KINDS: tuple[Any, ...] = (*_AFFINE, *_DROPOUT, nn.Sequential, modules.AffineActivation, *modules.ACTIVATION_MODULES)
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _KINDS}
 _CALL = nn.Module.__call__
-_CALLS = attrgetter("forward", "__call__")
-_ACTIVATION = attrgetter("activation", "parameter_values")
-
-
-_GLOBAL_HOOKS = (
-    *(of_all._global_forward_hooks, of_all._global_forward_pre_hooks),
-    *(of_all._global_backward_hooks, of_all._global_backward_pre_hooks),
-)
-
-
-def hooks_of(module: nn.Module) -> tuple[Any, ...]:
-    """Return the dicts of a module's own hooks, and of those that torch calls for every module."""
-    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return *own, *_GLOBAL_HOOKS
-
-
-def _arguments(module: nn.Module) -> Any:
-    """Return what reads the arguments on which an activation module depends, None if it has none."""
-    names = set(getattr(module, "__constants__", ())) - {"inplace"}
-    return attrgetter(*names) if type(module) in modules.ACTIVATION_MODULES and names else None
 
 
 def _rules(nodes: list[Node], name: str, module: Any) -> list[tuple[Any, Any]]:
@@ -381,57 +359,3 @@ def cost_of(loss: str, program: Program) -> Cost:
             'which would train wrongly: take output_activation="identity"'
         )
     return COSTS[loss]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The question "is the model still what the program was read from?"
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Hooks:
-    """The question whether there is a hook; it looks for one only after torch has counted a new one."""
-
-    def __init__(self, find: Callable[[], Iterable[Any]]) -> None:
-        self.find, self.found, self.settled, self.seen = find, False, -1, -1
-
-    def any(self) -> bool:
-        """Return True if one of the dicts that `find` returns holds a hook."""
-        count = RemovableHandle.next_id
-        if count != self.settled or self.found:
-            self.found = any(self.find())
-            # torch counts a hook before it stores it, perhaps in another thread: look once more at the next call.
-            self.settled, self.seen = self.seen, count
-        return self.found
-
-
-class Snapshot:
-    """Everything that a call of the model honours beside the values of its parameters, as it was when it was read.
-
-    It refers to what the model is made of, but not to the model itself, which may so be collected.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        everything = list(model.modules())
-        hooks = [hooks for module in everything for hooks in hooks_of(module)]
-        self.hooks = Hooks(lambda: hooks)
-        self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential)]
-        self.below = everything[1:]
-        self.dicts, self.kinds = list(map(vars, everything)), list(set(map(type, everything)))
-        self.fused = [m for m in self.below if isinstance(m, modules.AffineActivation)]
-        self.arguments = [(get, module) for module in self.below if (get := _arguments(module))]
-        self.state = self._state(model)
-
-    def changed(self, model: nn.Module) -> bool:
-        """Return True if the model has other modules, arguments of activations or forwards than it had, or hooks."""
-        return self.hooks.any() or self._state(model) != self.state
-
-    def _state(self, model: nn.Module) -> list[Any]:
-        return [
-            *map(len, self.parents),
-            *chain.from_iterable(map(dict.values, self.parents)),
-            type(model),
-            *map(type, self.below),
-            *map(_CALLS, self.kinds),
-            *map(dict.get, self.dicts, repeat("forward")),
-            *map(_ACTIVATION, self.fused),
-            *([get(module) for get, module in self.arguments] if self.arguments else ()),
-        ]

