@@ -91,7 +91,7 @@ class Snapshot:
 
 
 class Training:
-    """Everything that a step of an optimizer honours, as it was: the parameters of a model, their hooks, the groups, the step.
+    """Everything that an optimizer's step honours, as it was: parameters, their hooks, groups, the step itself.
 
     sources   for each parameter of the model the dict that holds it, and its name there
     """
@@ -132,9 +132,7 @@ class Training:
     def is_plain_sgd(self) -> bool:
         """Return True if optimizer.step is SGD's own, or a scheduler's wrapper around it, which only counts calls."""
         step, of_class = self.steps
-        if step is None:
-            step = of_class
-        elif getattr(step, "__wrapped__", None) is of_class and hasattr(step, "_wrapped_by_lr_sched"):
+        if step is None or (getattr(step, "__wrapped__", None) is of_class and hasattr(step, "_wrapped_by_lr_sched")):
             step = of_class
         return step is _SGD_STEP or getattr(step, "__wrapped__", None) is _SGD_STEP
 
