@@ -5,5 +5,20 @@ class InputError(ValueError, RuntimeError):
     """Something the caller gave does not fit. The message says what was expected, what came, and the likely fix.
 
     It is both a ValueError (what Python raises for a wrong value) and a RuntimeError (what torch raises for a wrong
-    shape or dtype), so code written around torch's own layers goes on catching it.
+    shape or dtype), so code written around torch's own layers goes on catching it. The message is safe on a terminal,
+    whatever names out of files are in it.
     """
+
+    def __str__(self) -> str:
+        return shown(super().__str__(), keep="\n")
+
+
+def shown(text: object, keep: str = "") -> str:
+    r"""Return text in which what can't be seen, or a terminal would obey, is written as in Python: \t, \x1b, \u202e.
+
+    keep: letters to leave as they are.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

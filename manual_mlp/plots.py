@@ -24,7 +24,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from manual_mlp.errors import InputError
+from manual_mlp.errors import InputError, shown
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 MARKERS = "o^sDvPX*"
@@ -457,8 +457,8 @@ def _tiles(number: int, columns: int, height: float) -> tuple[Figure, Axes]:
 
 
 def _names(class_names: Sequence[str]) -> list[str]:
-    """Return names that are short enough for a tick, and never read as a formula."""
-    short = (name if len(name) <= 14 else f"{name[:13]}…" for name in map(str, class_names))
+    """Return names that are short enough for a tick, have a shape for each letter, and are never read as a formula."""
+    short = (name if len(name) <= 14 else f"{name[:13]}…" for name in map(shown, class_names))
     return [name.replace("$", r"\$") for name in short]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from manual_mlp import formulas as sheet
 from manual_mlp import notation, tables
+from manual_mlp.errors import shown
 from manual_mlp.tracing import SUPERSCRIPTS, TITLES, Trace
 
 PACKAGES = ("manual-mlp", "torch", "lightning", "hydra-core", "numpy", "scikit-learn", "matplotlib")
@@ -71,6 +72,7 @@ def page(
     steps, outputs = (list(_steps(trace, step)), trace.sizes[-1]) if trace else ([], 0)
     given = {"title": title, "facts": facts, "remark": remark, "origin": origin, "config": config, "pictures": pictures}
     templates = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    templates.finalize = lambda value: shown(value, keep="\n") if type(value) is str else value  # names out of files
     template = templates.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(given, figures=rows, parts=PARTS, steps=steps, outputs=outputs)
 

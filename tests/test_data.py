@@ -18,7 +18,7 @@ from sklearn.datasets import load_diabetes, load_iris
 from manual_mlp import InputError
 from manual_mlp.training import sources
 from manual_mlp.training.data import DataModule, check
-from manual_mlp.training.readers import read_idx, read_table
+from manual_mlp.training.readers import read_idx
 from manual_mlp.training.sources import Samples
 
 
@@ -51,6 +51,10 @@ def numbered(rows: int = 100, classes: int = 4) -> Samples:
     """Row i has the feature i, so that rows can be told apart; classes are of unequal size."""
     target = np.minimum(np.arange(rows) // 10, classes - 1)
     return Samples(np.arange(rows, dtype=float)[:, None], target, tuple(map(str, range(classes))))
+
+
+def classes(path: Path, **options: object) -> Samples:
+    return sources.table(str(path), "y", "classification", **options)
 
 
 def column(data: DataModule, split: str) -> list[int]:
@@ -208,23 +212,24 @@ class TestTables:
 
     def test_npz_blocks_are_flattened(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "t.npz", images=np.arange(12).reshape(3, 2, 2), more=np.ones(3), y=np.arange(3))
-        features, target, _ = read_table(tmp_path / "t.npz", "y")
-        assert features.shape == (3, 5)
-        assert target.tolist() == [0, 1, 2]
+        samples = classes(tmp_path / "t.npz")
+        assert samples.features.shape == (3, 5)
+        assert samples.feature_names == ("images[0]", "images[1]", "images[2]", "images[3]", "more")
+        assert samples.target.tolist() == [0, 1, 2]
 
     @pytest.mark.parametrize(
         ("content", "target", "task", "sentence"),
         [
             ("a,y\n1,0\ntwo,1\n", "y", "classification", "numbers in every feature column, but 'a' .* '1'.*encode"),
-            ("a,y\n1,0\n2,1\n", "z", "classification", "target column 'z' in t.csv, but its columns are a, y"),
+            ("a,y\n1,0\n2,1\n", "z", "classification", "target to name .*csv has no 'z'; its columns are 'a', 'y'"),
             ("a,y\n1,0\n2,1\n", "y", "clustering", "one of classification, regression, but got 'clustering'"),
-            ("a,y\n1,p\n2,q\n", "y", "regression", "numbers in the target 'y' .*task=classification"),
+            ("a,y\n1,p\n2,q\n", "y", "regression", "numbers in 'y', .*task=classification"),
             ("a,y\n1,0.5\n2,1\n", "y", "classification", "class labels in the target 'y'.*task=regression"),
             ("a,y\n1,inf\n2,1\n", "y", "classification", "class labels in the target 'y'"),
             ("a,y\n1,p\n2,\n", "y", "classification", "class label in every row, but 'y' has none in row 1"),
             ("a,y\n1,0\n2,\n", "y", "classification", "class label in every row, but 'y' has none in row 1"),
-            ("a;y\n1;0\n2;1\n", "y", "classification", "its columns are a;y; is it separated by ;"),
-            (",".join(map(str, range(99))), "y", "classification", r"columns are 0, 1, .{,80}, … \(99 in all\); name"),
+            ("a;y\n1;0\n2;1\n", "y", "classification", "its columns are 'a;y'; is it separated by ;"),
+            (",".join(map(str, range(99))), "y", "classification", r"are '0', '1', .{,120}, … \(99 in all\); name"),
             ("", "y", "classification", "expected a readable csv file .*No columns"),
             ('a,y\n"1,0\n', "y", "classification", "expected a readable csv file"),
             (
@@ -272,23 +277,23 @@ class TestTables:
     def test_foreign_bytes(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(bytes(range(128, 256)))
         with pytest.raises(InputError, match=f"expected a readable {name[2:]} file"):
-            read_table(tmp_path / name, "y")
+            classes(tmp_path / name)
 
     @pytest.mark.parametrize(
         ("arrays", "sentence"),
         [
-            ({"x": np.ones(3), "y": np.ones((3, 2))}, "one target value per row, but 'y' has the shape"),
+            ({"x": np.ones(3), "y": np.ones((3, 2))}, "one target per row, but 'y' has the shape"),
             ({"x": np.ones(4), "y": np.ones(3)}, r"expected 3 rows in every column.*'x' has the shape \(4,\)"),
             ({"x": np.array(1.0), "y": np.ones(3)}, r"expected 3 rows in every column.*'x' has the shape \(\)"),
             ({"x": np.array(["p", "q", "r"]), "y": np.ones(3)}, "numbers in every feature column, but 'x'"),
-            ({"x": np.ones(3, "U"), "y": np.ones((3, 0))}, "one target value per row"),
+            ({"x": np.ones(3, "U"), "y": np.ones((3, 0))}, "one target per row"),
             ({"x": np.ones(3) * 1j, "y": np.ones(3)}, "numbers in every feature column, but 'x'"),
         ],
     )
     def test_mistakes_in_npz(self, tmp_path: Path, arrays: dict, sentence: str) -> None:
         np.savez(tmp_path / "t.npz", **arrays)
         with pytest.raises(InputError, match=sentence):
-            read_table(tmp_path / "t.npz", "y")
+            classes(tmp_path / "t.npz")
 
     def test_npz_never_runs_a_pickle(self, tmp_path: Path) -> None:
         class Bomb:
@@ -297,20 +302,20 @@ class TestTables:
 
         np.savez(tmp_path / "t.npz", x=np.array([Bomb()], dtype=object), y=np.ones(1))
         with pytest.raises(InputError, match=r"expected a readable npz file"):
-            read_table(tmp_path / "t.npz", "y")
+            classes(tmp_path / "t.npz")
         assert not (tmp_path / "went off").exists()
 
     def test_missing_file_and_unknown_ending(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"expected a table file, but there is none at .*data.source.path"):
-            read_table(tmp_path / "t.csv", "y")
+            classes(tmp_path / "t.csv")
         with pytest.raises(InputError, match=r"ends in .csv, .npz, .parquet, but got t.xlsx"):
-            read_table(tmp_path / "t.xlsx", "y")
+            classes(tmp_path / "t.xlsx")
 
     def test_missing_pandas(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = self.write(tmp_path / "t.csv", self.frame)
         monkeypatch.setitem(sys.modules, "pandas", None)
         with pytest.raises(InputError, match=r"pip install 'manual-mlp\[table\]'"):
-            read_table(path, "y")
+            classes(path)
 
 
 class TestSources:

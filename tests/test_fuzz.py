@@ -24,7 +24,7 @@ from manual_mlp import InputError
 from manual_mlp.training import readers, sources
 from manual_mlp.training.config import check, explain
 from manual_mlp.training.data import DataModule
-from manual_mlp.training.readers import read_idx, read_table
+from manual_mlp.training.readers import read_idx
 from tests.configs import configured
 from tests.test_data import idx_bytes
 
@@ -231,7 +231,7 @@ def test_claims_are_checked_before_memory_is_taken(name: str, tmp_path: Path, mo
     tracemalloc.start()
     try:
         with pytest.raises(InputError) as refused:
-            read_idx(path, 3) if path.suffix == ".idx" else read_table(path, "y")
+            read_idx(path, 3) if path.suffix == ".idx" else sources.table(str(path), "y", "regression", max_bytes=MOST)
         check_sentence(refused.value, path)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
@@ -268,7 +268,7 @@ def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
     assert len(files) == 8
     for path in files:
         try:
-            read_table(path, "y")
+            sources.table(str(path), "y", "regression")
         except InputError as error:
             check_sentence(error, path)
     assert not gone_off.exists()

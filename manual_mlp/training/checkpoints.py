@@ -30,7 +30,8 @@ from manual_mlp.training.module import MLPModule
 
 log = logging.getLogger(__name__)
 
-FREE = ("backprop",)  # what may differ when a run goes on: the same net, trained another way
+# What may differ when a run goes on: how the same net is trained, and what another version calls the same classes.
+FREE = ("backprop", "class_names")
 NEEDED = {"continuation", "optimizer_states", "lr_schedulers", "callbacks", "loops"}  # to go on
 LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 HANDED_BACK = ".temp.ckpt"  # the parameters alone, by a process of ddp_spawn
@@ -320,12 +321,16 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def check_same_rows(content: dict[str, Any], path: str, data: DataModule) -> None:
-    """Raise InputError if a checkpoint was trained on other rows than `data` has, or on another split of them."""
+    """Raise InputError if a checkpoint was trained on other rows than `data` has, or on another split of them.
+
+    The classes keep the names that they have in the checkpoint: 0.1 called the boolean ones 0 and 1.
+    """
     if content.get("DataModule", {}).get("fingerprint") != data.fingerprint:
         raise InputError(
             f"expected the rows, split and seed that {path} was trained with, but {data.name} gives other ones; "
             "give the same data.* and seed, or use task=predict for new rows"
         )
+    data.class_names = tuple(content["hyper_parameters"]["class_names"])
 
 
 def check_same_training(content: dict[str, Any], path: str, module: MLPModule) -> None:

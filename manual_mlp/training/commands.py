@@ -7,6 +7,8 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from manual_mlp.errors import shown
+
 PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.-]*", re.ASCII | re.IGNORECASE)
 
 
@@ -24,7 +26,7 @@ def command(*words: str) -> str:
 
 def visible(text: str) -> str:
     """The text with control characters escaped, so that a terminal shows them and does not obey them."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter).strip("'") for letter in text)
+    return shown(text, keep="\n")
 
 
 def for_the_shell(word: str) -> str:

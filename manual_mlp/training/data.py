@@ -80,7 +80,8 @@ class DataModule(L.LightningDataModule):
 
     After `setup`: splits (name -> `Rows`, features (N, input_size) float32; target (N,) class indices or
     (N, output_size) float32), input_size, output_size, class_names (empty for regression), feature_names (empty where
-    they have none), feature_mean and feature_scale (empty without standardise), fingerprint (of the rows as split).
+    they have none), left_out (columns of a table that are no features), image_shape (empty but for images),
+    feature_mean and feature_scale (empty without standardise), fingerprint (of the rows as split).
     """
 
     def __init__(
@@ -109,14 +110,10 @@ class DataModule(L.LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         self.val_size, self.test_size, self.class_weight = val_size, test_size, class_weight
         self.splits: dict[str, Rows] = {}
-        self.class_names: tuple[str, ...] = ()
-        self.feature_names: tuple[str, ...] = ()
         self.feature_mean: list[float] = []
         self.feature_scale: list[float] = []
-        self.image_shape: tuple[int, ...] = ()  # (height, width), where the features are images
         self.target_mean: list[float] = []
         self.target_scale: list[float] = []
-        self.fingerprint = 0
 
     def setup(self, stage: str | None = None) -> None:
         """Load, check, split and standardise; once, however often Lightning calls it."""
@@ -125,8 +122,10 @@ class DataModule(L.LightningDataModule):
         samples = self.source()
         check(samples)
         self.class_names, self.feature_names = samples.class_names, samples.feature_names
+        self.left_out = samples.left_out
         self.image_shape = samples.features.shape[1:] if samples.features.ndim == 3 else ()
         parts = self._split(samples)
+        del samples  # the parts are copies
         self.fingerprint = _fingerprint(parts)
         inputs = self._inputs({name: part[0] for name, part in parts.items()})
         targets = self._targets({name: part[1] for name, part in parts.items()})
@@ -156,38 +155,38 @@ class DataModule(L.LightningDataModule):
         return np.asarray(given if not isinstance(given, str) else 1 / np.bincount(target, minlength=classes).clip(1))
 
     def _split(self, samples: Samples) -> dict[str, Part]:
-        rest: Part = (samples.features.reshape(len(samples.features), -1), samples.target)
-        rest += () if samples.weight is None else (samples.weight,)
-        stratify = bool(samples.class_names)
+        rest, size, features = np.arange(len(samples.target)), self.val_size, samples.features
+        taken: dict[str, np.ndarray] = {}
         if samples.test is None:
-            rest, test = self._carve(rest, self.test_size, "test", stratify)
-        else:
-            if self.test_size is not None:
-                raise InputError(
-                    f"expected data.test_size=null, as {self.name} has an official test set, but got {self.test_size}; "
-                    "leave it out"
-                )
-            test = (samples.test[0].reshape(len(samples.test[0]), -1), samples.test[1])
-        # a share means a share of everything, not of what the test part has left over
-        of_all = isinstance(self.val_size, float) and samples.test is None
-        val_size = round(self.val_size * len(samples.features)) if of_all else self.val_size
-        train, val = self._carve(rest, val_size, "val", stratify)
-        return {"train": train, "val": val, "test": test}
+            rest, taken["test"] = self._carve(rest, self.test_size, "test", samples)
+            if isinstance(size, float):  # a share of everything, not of what the test part has left over
+                size = round(size * len(samples.target))
+        elif self.test_size is not None:
+            raise InputError(
+                f"expected data.test_size=null, as {self.name} has an official test set, but got {self.test_size}; "
+                "leave it out"
+            )
+        taken["train"], taken["val"] = self._carve(rest, size, "val", samples)
+        values = [v for v in (features.reshape(len(features), -1), samples.target, samples.weight) if v is not None]
+        parts = {name: tuple(value[rows] for value in values) for name, rows in taken.items()}
+        if samples.test is not None:
+            parts["test"] = (samples.test[0].reshape(len(samples.test[0]), -1), samples.test[1])
+        return {name: parts[name] for name in ("train", "val", "test")}
 
-    def _carve(self, rows: Part, size: float | int | None, name: str, stratify: bool) -> tuple[Part, Part]:
-        """Take `size` rows away from `rows`; returns what is left and what was taken."""
+    def _carve(self, rows: np.ndarray, size: float | None, name: str, samples: Samples) -> list[np.ndarray]:
+        """Take `size` of the rows away; returns those that are left and those taken."""
         if size is None:
             raise InputError(
                 f"expected a number in data.{name}_size, as {self.name} has no {name} set of its own; give it one"
             )
+        labels = samples.target[rows] if samples.class_names else None
         try:
-            indices = train_test_split(
-                np.arange(len(rows[1])), test_size=size, random_state=self.seed, stratify=rows[1] if stratify else None
-            )
+            indices = train_test_split(rows, test_size=size, random_state=self.seed, stratify=labels)
         except ValueError as error:  # scikit-learn's reason is right, but knows nothing of our options
-            smallest = f", {np.unique(rows[1], return_counts=True)[1].min()} in the smallest class" if stratify else ""
+            least = None if labels is None else np.unique(labels, return_counts=True)[1].min()
+            smallest = f", {least} in the smallest class" if least else ""
             raise InputError(
-                f"expected enough rows for a {name} part of {size}, but there are {len(rows[1])}{smallest} "
+                f"expected enough rows for a {name} part of {size}, but there are {len(rows)}{smallest} "
                 f"({shorten(str(error), 160, placeholder=' …').rstrip('.')}); "
                 f"bring more rows or change data.{name}_size"
             ) from error
@@ -196,8 +195,7 @@ class DataModule(L.LightningDataModule):
                 f"expected at least 2 rows in each part, but {name} and the rest got {len(indices[1])} and "
                 f"{len(indices[0])}; bring more rows or change data.{name}_size"
             )
-        left, taken = (tuple(values[index] for values in rows) for index in indices)
-        return left, taken
+        return indices
 
     def _inputs(self, features: dict[str, np.ndarray]) -> dict[str, Tensor]:
         if not self.standardise:
@@ -207,8 +205,8 @@ class DataModule(L.LightningDataModule):
         return {name: _scaled(scaler, f"the {name} features", values) for name, values in features.items()}
 
     def _targets(self, targets: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        self.output_size = len(self.class_names)
         if self.class_names:
-            self.output_size = len(self.class_names)
             return {name: torch.as_tensor(target, dtype=torch.int64) for name, target in targets.items()}
         columns = {name: target.reshape(len(target), -1) for name, target in targets.items()}
         scaler = StandardScaler().fit(columns["train"])
@@ -218,13 +216,8 @@ class DataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: how to prepare new rows, and how to know these ones again."""
-        return {
-            "name": self.name,
-            "feature_names": list(self.feature_names),
-            "feature_mean": self.feature_mean,
-            "feature_scale": self.feature_scale,
-            "fingerprint": self.fingerprint,
-        }
+        values = {name: getattr(self, name) for name in ("name", "feature_mean", "feature_scale", "fingerprint")}
+        return {**values, "feature_names": list(self.feature_names)}
 
     def train_dataloader(self) -> DataLoader:
         """Batches of `batch_size` rows in an order made from (seed, epoch) alone; several at once if the module asks.
@@ -270,11 +263,11 @@ def check(samples: Samples) -> None:
             f"expected at least two classes, but every row is of the class {brief(samples.class_names[0])}; "
             "bring rows of another one or change the target"
         )
-    _check_part(samples.features, samples.target, samples.class_names)
+    _check_part(samples)
     if samples.weight is not None:
         check_numbers("the weight", samples.weight)
     if samples.test is not None:
-        _check_part(*samples.test, samples.class_names)
+        _check_part(Samples(*samples.test, samples.class_names))
         if samples.test[0].shape[1:] != samples.features.shape[1:]:
             raise InputError(
                 f"expected test samples of the shape {samples.features.shape[1:]}, as the others, "
@@ -282,7 +275,8 @@ def check(samples: Samples) -> None:
             )
 
 
-def _check_part(features: np.ndarray, target: np.ndarray, class_names: tuple[str, ...]) -> None:
+def _check_part(part: Samples) -> None:
+    features, target, classes = part.features, part.target, len(part.class_names)
     if len(features) != len(target):
         raise InputError(
             f"expected one target per sample, but there are {len(features)} samples (images) and {len(target)} targets "
@@ -290,12 +284,12 @@ def _check_part(features: np.ndarray, target: np.ndarray, class_names: tuple[str
         )
     if features.size == 0:
         raise InputError(f"expected samples with features, but the data is empty, of shape {features.shape}; check it")
-    check_numbers("the features", features)
+    check_numbers("the features", features, part.feature_names)
     check_numbers("the target", target)
-    if class_names and not ((target >= 0) & (target < len(class_names))).all():
+    if classes and not (target.min() >= 0 and target.max() < classes):
         raise InputError(
-            f"expected class labels from 0 to {len(class_names) - 1}, but they reach from {target.min()} to "
-            f"{target.max()}; correct the labels or the list of classes"
+            f"expected class labels from 0 to {classes - 1}, but they reach from {target.min()} to {target.max()}; "
+            "correct the labels or the list of classes"
         )
 
 
@@ -307,7 +301,7 @@ def _scaled(scaler: StandardScaler, name: str, values: np.ndarray) -> Tensor:
 
 def _loader(rows: Rows, batch_size: int, sampler: DistributedSampler) -> Batches:
     """With a generator of its own: to make an iterator draws a number, which must not come out of a dropout's state."""
-    return Batches(rows, batch_size, sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())
+    return Batches(rows, batch_size, sampler=sampler, collate_fn=lambda batch: batch, generator=torch.Generator())
 
 
 def _fingerprint(parts: dict[str, Part]) -> int:
@@ -320,7 +314,3 @@ def _fingerprint(parts: dict[str, Part]) -> int:
 
 def _tensor(values: np.ndarray) -> Tensor:
     return torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

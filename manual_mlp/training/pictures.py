@@ -21,7 +21,7 @@ from torch.optim import SGD, Optimizer
 import manual_mlp as mm
 from manual_mlp import plots, report
 from manual_mlp.checkpoint import read_checkpoint
-from manual_mlp.errors import InputError
+from manual_mlp.errors import InputError, shown
 from manual_mlp.report import Picture
 from manual_mlp.tracing import Trace
 from manual_mlp.training.data import EVALUATION_BATCH, DataModule
@@ -132,7 +132,7 @@ def _answers(module: MLPModule, data: DataModule, stages: Stages) -> Iterator[Pi
 
 def _classes(module: MLPModule, data: DataModule, stages: Stages, prediction: Tensor) -> Iterator[Picture]:
     x, target = _in_units(data), data.splits["test"].target.numpy()
-    answer, names = prediction.argmax(1).cpu().numpy(), data.class_names
+    answer, names = prediction.argmax(1).cpu().numpy(), [shown(name) for name in data.class_names]
     yield Picture("Confusion matrix", _in_words(target, answer, names), plots.confusion_matrix(target, answer, names))
     if data.image_shape and (answer != target).any():
         scores = prediction.cpu().numpy()

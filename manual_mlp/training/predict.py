@@ -3,6 +3,7 @@
 import csv
 import io
 from os import PathLike
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from manual_mlp.checkpoint import read_checkpoint, write_whole
-from manual_mlp.errors import InputError
+from manual_mlp.errors import InputError, shown
 from manual_mlp.formulas import probability
 from manual_mlp.modules import MLP
-from manual_mlp.training.readers import read_features
+from manual_mlp.training.readers import MAX_BYTES, NUMBER, listed, read_features
 
 SUFFIXES = (".csv", ".npz")
 ROWS = 10_000  # at a time
@@ -66,8 +67,12 @@ class Predictor(nn.Module):
 
     def prediction(self, features: Tensor) -> Tensor:
         """a^L (N, n_L) for features (N, n_1); the largest of a row is the class that accuracy counts."""
+        return self.net(self.standardised(features))
+
+    def standardised(self, features: Tensor) -> Tensor:
+        """Features (N, n_1) as the net takes them."""
         weight: Any = self.net[0].weight
-        return self.net(((features - self.mean) / self.scale).to(weight.dtype))
+        return ((features - self.mean) / self.scale).to(weight.dtype)
 
     def interpreted(self, prediction: Tensor) -> Tensor:
         """P of each class, or the target in its units, of a^L (N, n_L)."""
@@ -76,55 +81,85 @@ class Predictor(nn.Module):
         return prediction * self.target_scale + self.target_mean
 
 
-def predict_file(checkpoint: str, source: str, destination: str) -> int:
+def predict_file(checkpoint: str, source: str, destination: str, max_bytes: float = MAX_BYTES) -> list[str]:
     """Write the predictions of a checkpoint for the rows of `source` (CSV, NPZ, Parquet) to `destination` (CSV, NPZ).
 
     CSV: a column `class` and one P(…) for each class; in a regression `prediction`. NPZ: arrays `class`,
     `probability` (N, classes) and `class_names`; in a regression `prediction` (N, m).
-    Returns the number of rows. Raises InputError for files that can't be read or written, and columns that don't fit.
+    Returns what there is to say, in sentences. Raises InputError for files that can't be read or written, columns that
+    don't fit, and rows without a finite prediction.
     """
-    if Path(destination).suffix.lower() not in SUFFIXES:
+    suffix = Path(destination).suffix.lower()
+    if suffix not in SUFFIXES:
         raise InputError(f"expected output to end in {' or '.join(SUFFIXES)}, but got {destination}; rename it")
     predictor = Predictor.from_checkpoint(checkpoint)
-    features = read_features(Path(source), predictor.feature_names, "input")
+    features, left_out = read_features(Path(source), predictor.feature_names, max_bytes)
     if features.shape[1] != predictor.net.sizes[0]:
         raise InputError(
             f"expected {predictor.net.sizes[0]} numbers in each row, as the net was trained on, but {source} has "
             f"{features.shape[1]}; check that it is the right file"
         )
     with torch.inference_mode():
-        parts = [predictor.prediction(rows) for rows in torch.from_numpy(features).split(ROWS)]
-        prediction = torch.cat(parts)
-        values = predictor.interpreted(prediction).numpy()
-    arrays = {"prediction": values}
-    if predictor.class_names:
-        names = np.array(predictor.class_names, dtype=object if destination.lower().endswith(".csv") else None)
-        arrays = {"class": names[prediction.argmax(1).numpy()], "probability": values, "class_names": names}
-    content = _npz(arrays) if destination.lower().endswith(".npz") else _csv(arrays)
+        parts = [_predicted(predictor, rows) for rows in torch.from_numpy(features).split(ROWS)]
+    prediction, finite = map(torch.cat, zip(*parts, strict=True))
+    if not finite.all():
+        rows = listed((~finite).nonzero()[:, 0].tolist()).replace("'", "")
+        raise InputError(
+            f"expected a finite prediction for each row, but in {Path(source).name} numbers far from the training's "
+            f"lead to NaN or infinity in the rows {rows} (counted from 0); correct or remove them"
+        )
+    values, names = predictor.interpreted(prediction).numpy(), predictor.class_names
+    chosen = prediction.argmax(1).tolist() if names else []
     try:
-        write_whole(destination, content)
+        write_whole(destination, _csv(values, names, chosen) if suffix == ".csv" else _npz(values, names, chosen))
     except OSError as error:
         raise InputError(
             f"expected an output that can be written, but {destination} cannot ({error.strerror}); choose another"
         ) from error
-    return len(features)
+    said = [f"predictions for {len(features)} rows in {shown(relpath(destination))}"]
+    said += [f"left out: {listed(left_out)}, which nobody named"] if left_out else []
+    odd = [name for name in names if _is_odd(name) and suffix == ".csv"]
+    if odd:
+        said.append(
+            f"caution: {listed(odd)} among the classes is in the file as it is; a spreadsheet runs what begins with "
+            "= + - @ or a tab as a formula, a terminal obeys control characters"
+        )
+    return said
 
 
-def _npz(arrays: dict[str, np.ndarray]) -> bytes:
+def _predicted(predictor: Predictor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """a^L (N, n_L), and (N,) of the rows that it is finite for, in the units of the target as well."""
+    scaled = predictor.standardised(features)
+    prediction = predictor.net(scaled)
+    values = prediction if predictor.class_names else predictor.interpreted(prediction)
+    return prediction, scaled.isfinite().all(1) & values.isfinite().all(1)
+
+
+def _is_odd(name: str) -> bool:
+    return shown(name) != name or (name[:1] in ("=", "+", "-", "@") and not NUMBER(name))
+
+
+def _npz(values: np.ndarray, names: list[str], chosen: list[int]) -> memoryview:
+    arrays = {"prediction": values}
+    if names:
+        arrays = {"class": np.array(names)[chosen], "probability": values, "class_names": np.array(names)}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
-    return file.getvalue()
+    return file.getbuffer()
 
 
-def _csv(arrays: dict[str, np.ndarray]) -> bytes:
-    if "class" in arrays:
-        header = ["class", *(f"P({name})" for name in arrays["class_names"])]
-        columns = [arrays["class"], *arrays["probability"].T.astype(str)]  # as many digits as the type tells apart
-    else:
-        columns = [*arrays["prediction"].T.astype(str)]
-        header = ["prediction"] if len(columns) == 1 else [f"prediction[{i}]" for i in range(len(columns))]
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
+def _csv(values: np.ndarray, names: list[str], chosen: list[int]) -> memoryview:
+    header = ["class", *(f"P({name})" for name in names)]
+    if not names:
+        header = ["prediction"] if values.shape[1] == 1 else [f"prediction[{i}]" for i in range(values.shape[1])]
+    file = io.BytesIO()
+    text = io.TextIOWrapper(file, "utf-8", newline="")
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(zip(*columns, strict=True))
-    return file.getvalue().encode()
+    for start in range(0, len(values), ROWS):
+        rows = slice(start, start + ROWS)
+        columns = [*values[rows].T.astype(str)]  # as many digits as the type tells apart
+        labels = [[names[index] for index in chosen[rows]]] if names else []
+        writer.writerows(zip(*labels, *columns, strict=True))
+    text.detach()
+    return file.getbuffer()

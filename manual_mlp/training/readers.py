@@ -1,28 +1,37 @@
 """Data files into NumPy arrays: IDX (the format of MNIST) and tables (CSV, NPZ, Parquet)."""
 
+import csv
 import gzip
+import math
+import re
 import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from operator import not_
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, Any
+from unicodedata import normalize
 
 import numpy as np
 
-from manual_mlp.errors import InputError
+from manual_mlp.errors import InputError, shown
 
-if TYPE_CHECKING:
-    import pandas as pd  # type: ignore[import-untyped]
-
-GZIP_MAGIC = b"\x1f\x8b"
-TABLE_SUFFIXES = (".csv", ".npz", ".parquet")
 SHOWN = 20  # names in a message, of columns
 LETTERS = 100  # of a file's own words in a message
 LARGEST = np.finfo(np.float32).max
-# What a file may unpack to: a damaged header claims any size, and a gzip bomb grows a thousandfold.
+# What an IDX file may unpack to: a damaged header claims any size, and a gzip bomb grows a thousandfold.
 MOST_BYTES, MOST_TIMES = 1 << 28, 100
+MAX_BYTES = 1 << 31  # what a table may decode to, unless the user says otherwise
+COLUMN = 10_000  # bytes that a column counts for itself
+BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+# Columns that nobody named: a blank name, what pandas makes of one, and the index that it keeps in a Parquet file.
+INDEX = re.compile(r"\s*|Unnamed: \d+(\.\d+)*|__index_level_\d+__").fullmatch
+# How a label is written that is a number. Others, such as 007 and +7, are text.
+NUMBER = re.compile(r"\s*-?((0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?|inf)\s*", re.ASCII).fullmatch
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -34,11 +43,25 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     Returns: uint8 array with `dimensions` axes (images have 3, labels 1).
     Raises: InputError if the file is missing, truncated, not what its header says, or a gzip bomb.
     """
+    size, magic = 4 + 4 * dimensions, bytes([0, 0, 8, dimensions])
     try:
-        with _opened(path) as file:
-            shape = _idx_shape(path, file.read(4 + 4 * dimensions), dimensions)
-            expected = int(np.prod(shape, dtype=object))
-            _check_unpacked(path, expected)
+        with path.open("rb") as raw:
+            file: Any = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            header = file.read(size)
+            if header[:4] != magic or len(header) < size:
+                begin = header[:4].hex() or "nothing"
+                what = f"ends after {len(header)}" if header[:4] == magic else f"begins with {begin}"
+                raise InputError(
+                    f"expected an IDX header of {size} bytes that begins with the magic number {magic.hex()}, but "
+                    f"{path} {what}; check that images and labels are not mixed up and download it again"
+                )
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            expected, most = math.prod(shape), max(MOST_BYTES, MOST_TIMES * path.stat().st_size)
+            if expected > most:  # before any memory is taken
+                raise InputError(
+                    f"expected a file that holds at most {most} bytes, given its size, but {path} claims {expected}; "
+                    "it is damaged or made to fill the memory; if you trust it, write it again without compression"
+                )
             content = file.read(expected + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"expected a whole gzip file, but {path} is damaged ({error}); download it again") from error
@@ -52,199 +75,247 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
-def _opened(path: Path) -> IO[bytes]:
-    with path.open("rb") as file:
-        gzipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-    return cast(IO[bytes], gzip.open(path)) if gzipped else path.open("rb")
+@dataclass
+class Table:
+    """The columns of a table file; while it is being read, also the bound on what it may decode to.
 
-
-def _idx_shape(path: Path, header: bytes, dimensions: int) -> tuple[int, ...]:
-    magic = bytes([0, 0, 8, dimensions])
-    if header[:4] != magic:
-        raise InputError(
-            f"expected an IDX file that begins with the magic number {magic.hex()}, but {path} begins with "
-            f"{header[:4].hex() or 'nothing'}; check that images and labels are not mixed up and download it again"
-        )
-    if len(header) < 4 + 4 * dimensions:
-        raise InputError(
-            f"expected an IDX header of {4 + 4 * dimensions} bytes, but {path} ends after {len(header)}; "
-            "download it again"
-        )
-    return struct.unpack(f">{dimensions}I", header[4:])
-
-
-def _check_unpacked(path: Path, claimed: int) -> None:
-    """Refuse, before any memory is taken, a file that claims to hold far more than its size allows."""
-    most = max(MOST_BYTES, MOST_TIMES * path.stat().st_size)
-    if claimed > most:
-        raise InputError(
-            f"expected a file that holds at most {most} bytes, given its size, but {path} claims {claimed}; "
-            "it is damaged or made to fill the memory; if you trust it, write it again without compression"
-        )
-
-
-def read_table(path: Path, target: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Read a table whose first row (CSV), array names (NPZ) or column names (Parquet) include `target`.
-
-    In an NPZ file each array has one row per sample; all arrays but the target are features.
-
-    Returns: features (N, n) float64, target (N,) as it stands in the file, and the names of the n columns.
-    Raises: InputError if the file can't be read, lacks the target, or has a feature that isn't a number.
+    columns: by name, in the order of the file: numbers, booleans, or text as objects, with None for an empty cell. An
+        array of an NPZ file may have more axes than the rows.
+    left_out: columns that nobody named, such as the index that pandas writes, unless `wanted` names them.
+    option: the key that a message names.
     """
-    columns = read_columns(path, "data.source.path")
-    if target not in columns:
-        known = ", ".join(brief(name) for name in list(columns)[:SHOWN])
-        known += f", … ({len(columns)} in all)" if len(columns) > SHOWN else ""
-        separated = path.suffix.lower() == ".csv" and len(columns) == 1 and ";" in known
-        fix = "is it separated by ;? separate it by commas" if separated else "name one of them in data.source.target"
-        raise InputError(f"expected a target column {target!r} in {path.name}, but its columns are {known}; {fix}")
-    labels = columns.pop(target)
-    if labels.ndim != 1:
-        raise InputError(f"expected one target value per row, but {target!r} has the shape {labels.shape}; split it up")
-    if not len(labels):
-        raise InputError(f"expected rows in {path}, but the data is empty; check that it is the right file")
-    return _feature_matrix(columns, len(labels)), labels, column_names(columns)
+
+    path: Path
+    option: str
+    max_bytes: float
+    wanted: Collection[str]
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def allows(self, decoded: int) -> bool:
+        """Return True, or raise InputError for too many bytes: 8 for a cell, text by its length, 10,000 a column."""
+        if decoded > self.max_bytes:
+            fix = "split it" if self.option == "input" else "if you trust it, raise data.source.max_bytes"
+            raise InputError(
+                f"expected at most {self.max_bytes:.0f} bytes decoded, but {self.path.name} may take {decoded}; {fix}"
+            )
+        return True
+
+    def places(self, names: Sequence[str], index: Collection[object] = ()) -> list[int]:
+        """Places of the columns to read, by all `names` of the file. index: further names to leave out."""
+        kept = [name in self.wanted or not (INDEX(name) or name in index) for name in names]
+        self.left_out = [*compress(names, map(not_, kept))]
+        check_names(self.path, compress(names, kept))
+        return [*compress(range(len(names)), kept)]
 
 
-def read_features(path: Path, names: Sequence[str], option: str) -> np.ndarray:
-    """The columns `names` of a table, in this order → (N, n) float64; without names, all columns as they come.
+def read_table(path: Path, option: str, max_bytes: float, wanted: Collection[str], labels: str | None = None) -> Table:
+    """Read a CSV, NPZ or Parquet file.
 
-    Raises: InputError as `read_table`, and for columns that are missing, or that nobody asked for.
+    labels: the column of a CSV file whose cells are class labels: text as it stands, unless all are written as numbers.
+    Raises: InputError if the file can't be read, decodes to more than max_bytes, or has a column twice.
     """
-    columns = read_columns(path, option)
-    there = column_names(columns)
-    missing, extra = ([name for name in one if name not in other] for one, other in ((names, there), (there, names)))
-    if names and (missing or extra):
-        what = f"lacks {_listed(missing)}" if missing else f"has {_listed(extra)} as well"
+    suffix, table = path.suffix.lower(), Table(path, option, max_bytes, wanted)
+    if suffix not in READERS:
         raise InputError(
-            f"expected the {len(names)} columns that the net was trained on, in any order, but {path.name} {what}; "
-            f"{'add' if missing else 'remove'} {'it' if len(missing or extra) == 1 else 'them'}"
-        )
-    rows = [values.shape[0] for values in columns.values() if values.ndim]
-    features = _feature_matrix(columns, max(rows, default=0))
-    return features[:, [there.index(name) for name in names]] if names else features
-
-
-def read_columns(path: Path, option: str) -> dict[str, np.ndarray]:
-    """The columns of a table by name. `option` is the key that a message tells to check."""
-    suffix = path.suffix.lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise InputError(
-            f"expected a table that ends in {', '.join(TABLE_SUFFIXES)}, but got {path.name}; "
-            "convert it or give the file its proper ending"
+            f"expected a table that ends in {', '.join(READERS)}, but got {path.name}; convert it or rename it"
         )
     if not path.is_file():
-        raise InputError(f"expected a table file, but there is none at {path}; check {option}")
-    return _read_columns(path, suffix)
+        what, fix = ("a folder", ", or write its parts into one file") if path.is_dir() else ("none", "")
+        raise InputError(f"expected a table file, but there is {what} at {path}; check {option}{fix}")
+    try:
+        with path.open("rb") as file:
+            READERS[suffix](table, file, labels)
+    except (InputError, MemoryError):
+        raise
+    except ImportError as error:
+        raise InputError(
+            "expected pandas and pyarrow, but they are not installed; install them: pip install 'manual-mlp[table]'"
+        ) from error
+    except Exception as error:  # of any kind: a parser trips over damage wherever it meets it
+        raise _unreadable(path, error) from error
+    return table
+
+
+def read_features(path: Path, names: Sequence[str], max_bytes: float) -> tuple[np.ndarray, list[str]]:
+    """Read the columns `names` of a table, or without names all of them.
+
+    Returns: features (N, n) float64 in the order of `names`, and the names of columns that were left out.
+    Raises: InputError as `read_table`, for numbers that don't fit, columns that are missing or that nobody asked for.
+    """
+    table = read_table(path, "input", max_bytes, {*names})
+    there, wanted = column_names(table.columns), dict.fromkeys(names)
+    place = {name: index for index, name in enumerate(there)}
+    missing, extra = [name for name in names if name not in place], [name for name in there if name not in wanted]
+    if names and (missing or extra):
+        what = f"lacks {listed(missing)}; add" if missing else f"has {listed(extra)} as well; remove"
+        raise InputError(
+            f"expected the {len(names)} columns that the net was trained on, in any order, but {path.name} {what} "
+            f"{'it' if len(missing or extra) == 1 else 'them'}"
+        )
+    features = matrix(table, max((len(values) for values in table.columns.values() if values.ndim), default=0))
+    check_numbers("the features", features, there)
+    return features[:, [place[name] for name in names or there]], table.left_out
+
+
+def matrix(table: Table, rows: int) -> np.ndarray:
+    """The columns side by side → (rows, n) float64. Takes them out of the table, so that no number is there twice.
+
+    Raises: InputError for columns of other lengths, of anything but numbers, and of one name.
+    """
+    columns, names = table.columns, column_names(table.columns)
+    check_names(table.path, names)
+    features, place = np.empty((rows, len(names))), 0
+    for name in list(columns):
+        values = columns.pop(name)
+        if values.shape[:1] != (rows,):
+            raise InputError(
+                f"expected {rows} rows in every column, but {quoted(name)} has the shape {values.shape}; mend it"
+            )
+        if values.dtype.kind not in "biuf":
+            raise InputError(
+                f"expected numbers in every feature column, but {quoted(name)} has other values, such as "
+                f"{example(values)}; encode it as numbers or remove it"
+            )
+        block = values.reshape(rows, -1)
+        features[:, place : place + block.shape[1]] = block
+        place += block.shape[1]
+    return features
 
 
 def column_names(columns: dict[str, np.ndarray]) -> tuple[str, ...]:
     """A name for each feature: of an array of several columns (NPZ), name[0], name[1], …"""
-    widths = {name: int(np.prod(values.shape[1:])) for name, values in columns.items()}
+    widths = {name: math.prod(values.shape[1:]) for name, values in columns.items()}
     return tuple(
         name if columns[name].ndim == 1 else f"{name}[{index}]" for name in columns for index in range(widths[name])
     )
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(brief(name)) for name in names[:SHOWN]) + (
-        f", … ({len(names)} in all)" if len(names) > SHOWN else ""
-    )
-
-
-def _read_columns(path: Path, suffix: str) -> dict[str, np.ndarray]:
-    read = {".csv": _read_csv, ".npz": _read_npz, ".parquet": _read_parquet}[suffix]
-    try:
-        return read(path)
-    except InputError:
-        raise
-    except ImportError as error:  # pandas itself, or pyarrow, with which it reads Parquet
-        raise InputError(
-            f"expected pandas and pyarrow for reading {path.name}, but they are not installed; "
-            "install them with: pip install 'manual-mlp[table]'"
-        ) from error
-    except Exception as error:  # of any kind: a parser trips over damage wherever it meets it
-        raise _unreadable(path, error) from error
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with path.open("rb") as file:
-        with zipfile.ZipFile(file) as archive:
-            _check_unpacked(path, sum(member.file_size for member in archive.infolist()))
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as arrays:  # a pickle in a data file could run any code
-            columns = {name: arrays[name] for name in arrays.files}
-    for name, values in columns.items():
-        if not isinstance(values, np.ndarray) or values.dtype.itemsize == 0:
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Raise InputError for a name that comes twice, be it with other white space or in another form of Unicode."""
+    seen: dict[str, str] = {}
+    for name in names:
+        letters = "".join(c for c in normalize("NFC", name) if c.isprintable() and c != " ") or name
+        if letters in seen:
+            also = "" if seen[letters] == name else f", also as {quoted(seen[letters])} (white space, Unicode form)"
             raise InputError(
-                f"expected nothing but arrays in {path}, but {brief(name)} is none; write it with numpy.savez"
+                f"expected columns of different names in {path.name}, but {quoted(name)} comes twice{also}; rename one"
             )
-    return columns
+        seen[letters] = name
 
 
-def _read_csv(path: Path) -> dict[str, np.ndarray]:
-    import pandas as pd
+def _read_npz(table: Table, file: IO[bytes], labels: str | None) -> None:
+    size = 0
+    with zipfile.ZipFile(file) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        for place in table.places(names):
+            size += COLUMN
+            table.allows(size + archive.infolist()[place].file_size)
+            with archive.open(archive.infolist()[place]) as array:
+                version = np.lib.format.read_magic(array)
+                shape, _, dtype = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))(array)
+                size += max(8, dtype.itemsize) * math.prod(shape)
+                table.allows(size)
+                array.seek(0)
+                values = np.lib.format.read_array(array, allow_pickle=False)  # a pickle could run code
+                with np.errstate(all="ignore"):  # a long double too large for float64 becomes infinite
+                    table.columns[names[place]] = values.astype(np.float64, copy=False) if dtype.kind == "f" else values
 
+
+def _read_csv(table: Table, file: IO[bytes], labels: str | None) -> None:
+    import pandas as pd  # type: ignore[import-untyped]
+
+    rows, names = _count_lines(table.path, file), _header(table)
+    table.allows(table.path.stat().st_size + len(names) * (8 * rows + COLUMN))
+    places = table.places(names)
+    # pandas gets numbers for names, or it would rename columns. With index_col=None it would call the first value of
+    # a row that is too long an index, and shift the others; now it warns.
+    options: Any = {"names": range(len(names)), "header": 0, "index_col": False, "skipinitialspace": True}
+    file.seek(0)
     with warnings.catch_warnings():
-        # A row with more values than there are names: pandas would call the first one an index, and shift the others.
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        return _columns(path, pd.read_csv(path, index_col=False, low_memory=False, skipinitialspace=True))
+        frame = pd.read_csv(file, low_memory=False, **options)
+    table.columns = {names[place]: _column(frame[place]) for place in places}
+    if labels is not None and labels in table.columns:
+        file.seek(0)
+        place = names.index(labels)
+        text = pd.read_csv(file, usecols=[place], dtype=str, keep_default_na=False, na_values=[""], **options)[place]
+        words = text[frame[place].notna()].unique()
+        if not (len(words) and all(map(NUMBER, words))):
+            table.columns[labels] = _column(text)
 
 
-def _read_parquet(path: Path) -> dict[str, np.ndarray]:
-    import pandas as pd
-    from pyarrow import parquet  # type: ignore[import-untyped]
-
-    with path.open("rb") as file:  # not the path: pyarrow would take names of its folders for columns
-        about = parquet.read_metadata(file)
-        _check_unpacked(path, 8 * about.num_rows * about.num_columns)  # a run of equal values takes no space
-        return _columns(path, pd.read_parquet(file))
-
-
-def _columns(path: Path, frame: "pd.DataFrame") -> dict[str, np.ndarray]:
-    if not frame.columns.is_unique:
-        twice = frame.columns[frame.columns.duplicated()][0]
-        raise InputError(f"expected columns of different names in {path}, but {brief(twice)} comes twice; rename one")
-    return {str(name): _column(frame[name]) for name in frame.columns}
+def _count_lines(path: Path, file: IO[bytes]) -> int:
+    """The number of lines of a CSV file, at most. Raises InputError for text in UTF-16 and the like."""
+    start, ends = file.read(4), {b"\n": 1, b"\r": 1}
+    encoding = next((name for mark, name in BOMS.items() if start.startswith(mark)), "")
+    file.seek(0)
+    while not encoding and (block := file.read(1 << 20)):
+        encoding = "text with NUL bytes, perhaps UTF-16" if b"\0" in block else ""
+        ends = {end: count + block.count(end) for end, count in ends.items()}
+    if encoding:
+        raise InputError(f"expected a CSV file in UTF-8, but {path.name} is {encoding}; save it as UTF-8")
+    return max(ends.values())
 
 
-def _column(series: "pd.Series") -> np.ndarray:
-    """Numbers as float64 with NaN for what is missing; else objects with None, for `read_table` to judge."""
+def _header(table: Table) -> list[str]:
+    """The names in the first row that is not blank, as they stand there; a nameless one is called as pandas does."""
+    with table.path.open(encoding="utf-8-sig", newline="") as text:
+        lines = (line for line in text if table.allows(COLUMN * line.count(",")))
+        for row in csv.reader(lines, skipinitialspace=True):
+            if len(row) > 1 or (row and row[0].strip()):
+                return [name if name.strip() else f"Unnamed: {place}" for place, name in enumerate(row)]
+    raise ValueError("No columns to parse")
+
+
+def _read_parquet(table: Table, file: IO[bytes], labels: str | None) -> None:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    about = parquet.read_metadata(file)  # of the file, not the path: pyarrow would take names of folders for columns
+    schema = about.schema.to_arrow_schema()
+    index = (schema.pandas_metadata or {}).get("index_columns", ())
+    fields = [schema.field(place) for place in table.places(schema.names, index)]
+    names = [column.name for column in fields]
+    if nested := [column.name for column in fields if pa.types.is_nested(column.type)]:
+        raise ValueError(f"{listed(nested)} has more than one value in a cell; split it into columns")
+    size = COLUMN * about.num_columns
+    for group in map(about.row_group, range(about.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            size += 8 * max(group.num_rows, chunk.num_values)
+            size += chunk.total_uncompressed_size * chunk.physical_type.endswith("BYTE_ARRAY")
+    table.allows(size)
+    # Text stays a dictionary of different ones: a long one that comes often would fill the memory.
+    source, parts, size = parquet.ParquetFile(file, metadata=about, read_dictionary=names), [], 0
+    for number in range(about.num_row_groups):
+        parts.append(source.read_row_group(number, names, use_threads=False))
+        size += parts[-1].nbytes
+        table.allows(size)
+    whole = pa.concat_tables(parts) if parts else schema.empty_table()
+    table.columns = {name: _column(whole.column(name).to_pandas()) for name in names}
+
+
+def _column(series: Any) -> np.ndarray:
+    """Numbers and booleans as they are, with NaN for a missing number; else objects, with None for a missing one."""
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_complex_dtype(series):
-        return series.to_numpy(dtype=np.float64, na_value=np.nan)
-    return series.to_numpy(dtype=object, na_value=None)
+        return series.to_numpy()
+    codes, found = pd.factorize(series)  # each different text is there once
+    return np.array([*found, None], dtype=object)[codes]
 
 
-def _feature_matrix(columns: dict[str, np.ndarray], rows: int) -> np.ndarray:
-    for name, values in columns.items():
-        if values.shape[:1] != (rows,):
-            raise InputError(
-                f"expected {rows} rows in every column, as in the target, but {brief(name)!r} has the shape "
-                f"{values.shape}; remove it or mend it"
-            )
-        if values.dtype.kind not in "biuf":
-            raise InputError(
-                f"expected numbers in every feature column, but {brief(name)!r} has other values, such as "
-                f"{example(values)}; encode it as numbers or remove it"
-            )
-        check_numbers(f"column {brief(name)!r}", values)
-    blocks = [as_float64(values).reshape(rows, -1) for values in columns.values()]
-    return np.concatenate(blocks, axis=1) if blocks else np.empty((rows, 0))
+READERS = {".csv": _read_csv, ".npz": _read_npz, ".parquet": _read_parquet}
 
 
-def as_float64(values: np.ndarray) -> np.ndarray:
-    """Numbers of any kind; a long double too large for float64 becomes infinite, which `check_numbers` refuses."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(values, dtype=np.float64)
+def check_numbers(name: str, values: np.ndarray, columns: Sequence[str] = ()) -> None:
+    """Raise InputError for NaN, infinities and what float32, in which a net is trained, can't hold.
 
-
-def check_numbers(name: str, values: np.ndarray) -> None:
-    """Raise InputError for NaN, infinities and what float32, in which a net is trained, can't hold."""
-    fits = np.abs(values) <= LARGEST
-    if not fits.all():
-        place = tuple(np.argwhere(~fits)[0])
+    columns: the names of those of `values`, where they have any.
+    """
+    if values.size and not (values.min() >= -LARGEST and values.max() <= LARGEST):  # NaN is neither
+        place = tuple(np.argwhere(~(np.abs(values) <= LARGEST))[0])
+        name = f"column {quoted(columns[place[1]])}" if columns else name
         raise InputError(
             f"expected finite numbers of at most {LARGEST:.1e}, but {name} holds {values[place]} in row {place[0]} "
             "(counted from 0); remove the row, fill the gap or rescale the numbers"
@@ -254,10 +325,11 @@ def check_numbers(name: str, values: np.ndarray) -> None:
 def _unreadable(path: Path, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
         return InputError(f"expected a file at {path}, but there is none; check the path")
-    reason = brief(error) or type(error).__name__
+    reason = brief(" ".join(str(error).split())) or type(error).__name__
+    whole = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "check that the file is whole"
     return InputError(
         f"expected a readable {path.suffix.lstrip('.') or 'IDX'} file at {path}, but reading failed ({reason}); "
-        "check that the file is whole and of this kind"
+        f"{whole} and of this kind"
     )
 
 
@@ -266,7 +338,16 @@ def example(values: np.ndarray) -> str:
     return brief(repr(values.ravel()[:1].tolist())[1:-1])
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names out of a file, for a message."""
+    return ", ".join(map(quoted, names[:SHOWN])) + (f", … ({len(names)} in all)" if len(names) > SHOWN else "")
+
+
+def quoted(name: object) -> str:
+    return f"'{brief(name)}'"
+
+
 def brief(words: object) -> str:
-    """Words out of a file, on one line and of no more than a message bears."""
-    text = " ".join(str(words).split())
+    """Words out of a file as `shown`, and no more of them than a message bears."""
+    text = shown(str(words)[: LETTERS + 1])
     return text if len(text) <= LETTERS else f"{text[:LETTERS]}…"

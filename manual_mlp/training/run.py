@@ -27,7 +27,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
 from manual_mlp.checkpoint import read_checkpoint
-from manual_mlp.errors import InputError
+from manual_mlp.errors import InputError, shown
 from manual_mlp.training.checkpoints import (
     Continuation,
     WholeFiles,
@@ -43,6 +43,7 @@ from manual_mlp.training.perceptron import PerceptronModule
 from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.precedence import Precedence
 from manual_mlp.training.predict import predict_file
+from manual_mlp.training.readers import MAX_BYTES
 from manual_mlp.training.summary import files, run_facts, summary
 from manual_mlp.training.sweep import FIGURES
 
@@ -57,6 +58,7 @@ IRRELEVANT_ADVICE = (
     "You requested to overfit but enabled",
     "callbacks used to create the checkpoint need to be provided",  # one that watches another figure now begins anew
     "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning's own affair with torch
+    "missing from font",  # a letter of a class name, which is a box in the picture
 )
 
 
@@ -139,6 +141,7 @@ def _train(cfg: DictConfig) -> float:
         check_same_training(before, cfg.ckpt_path, module)
         precedence.check(before, cfg.ckpt_path, module, data)
         check_same_rows(before, cfg.ckpt_path, data)
+        module.class_names = module.hparams["class_names"] = list(data.class_names)
 
     module.backprop.check(trainer)
 
@@ -173,7 +176,7 @@ def _train(cfg: DictConfig) -> float:
         early = "the run had stopped early; to go on, raise callbacks.early_stopping.patience"
         print(f"nothing was trained: {early if stopped else 'the run is over; to go on, raise trainer.max_epochs'}")
     if interrupted:
-        print(f"interrupted; to go on: python train.py ckpt_path={os.path.relpath(folder)}/last.ckpt")
+        print(f"interrupted; to go on: python train.py ckpt_path={shown(os.path.relpath(folder))}/last.ckpt")
         sys.exit(128 + signal.SIGINT)
     if cfg.optimized_metric not in figures:
         raise _not_logged(cfg, "nothing was trained")
@@ -199,8 +202,8 @@ def _test(cfg: DictConfig) -> float | None:
 
 
 def _predict(cfg: DictConfig) -> None:
-    rows = predict_file(_given(cfg, "ckpt_path"), _given(cfg, "input"), cfg.output)
-    print(f"predictions for {rows} rows in {os.path.relpath(cfg.output)}")
+    max_bytes = OmegaConf.select(cfg, "data.source.max_bytes", default=MAX_BYTES)
+    print(*predict_file(_given(cfg, "ckpt_path"), _given(cfg, "input"), cfg.output, max_bytes), sep="\n")
 
 
 def _given(cfg: DictConfig, key: str) -> str:
@@ -236,9 +239,8 @@ def _report(cfg: DictConfig, *arguments: Any) -> None:
         leave_report(cfg, *arguments)
     except Exception as error:
         log.info("The report failed.", exc_info=True)
-        print(
-            f"\n  no report: {type(error).__name__}: {error} (train.log tells where; the rest of the run is complete)"
-        )
+        reason = f"{type(error).__name__}: {shown(error)}"
+        print(f"\n  no report: {reason} (train.log tells where; the rest of the run is complete)")
 
 
 def _part(cfg: DictConfig) -> str:

@@ -1,23 +1,27 @@
 """Where samples come from. `conf/data/*.yaml` names one of these functions in `source`; each returns `Samples`."""
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn import datasets  # type: ignore[import-untyped]
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.readers import as_float64, brief, example, read_idx, read_table
+from manual_mlp.training import readers
+from manual_mlp.training.readers import MAX_BYTES, quoted, read_idx
 
+BUNDLED = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 TASKS = ("classification", "regression")
-FASHION_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DIGIT_CLASSES = tuple("0123456789")
 MNIST_TRAIN = 60000
 MOST_DRAWN = 10**9
-LARGEST_LABEL = 2**53  # from here on not every whole number has a float of its own
+LARGEST_FLOAT = 2**53  # from here on not every whole number has a float of its own
+MOST_CLASSES, LONGEST_NAME = 10_000, 1000
+WHOLE = re.compile("0|-?[1-9][0-9]*").fullmatch
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Samples:
     class_names: empty for regression. test: the official test set, (features, target), where there is one.
     feature_names: of the columns of features, where they have any.
     weight: (N,) how much each counts in training, where that differs; not beside a test set.
+    left_out: columns of a table that are no features.
     """
 
     features: np.ndarray
@@ -36,20 +41,14 @@ class Samples:
     test: tuple[np.ndarray, np.ndarray] | None = None
     feature_names: tuple[str, ...] = ()
     weight: np.ndarray | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def bundled(name: str) -> Samples:
     """What scikit-learn brings along: digits (images scaled to [0, 1]), iris, wine, breast_cancer, diabetes."""
-    loaders = {
-        "digits": datasets.load_digits,
-        "iris": datasets.load_iris,
-        "wine": datasets.load_wine,
-        "breast_cancer": datasets.load_breast_cancer,
-        "diabetes": datasets.load_diabetes,
-    }
-    if name not in loaders:
-        raise InputError(f"expected one of {', '.join(loaders)}, but got {name!r}; correct data.source.name")
-    bunch = loaders[name]()
+    if name not in BUNDLED:
+        raise InputError(f"expected one of {', '.join(BUNDLED)}, but got {name!r}; correct data.source.name")
+    bunch = getattr(datasets, f"load_{name}")()
     features = bunch.images / 16.0 if name == "digits" else bunch.data
     class_names = tuple(map(str, bunch.get("target_names", ())))
     feature_names = () if name == "digits" else tuple(bunch.feature_names)  # pixels go by their place
@@ -58,15 +57,14 @@ def bundled(name: str) -> Samples:
 
 def moons(samples: int, noise: float, seed: int) -> Samples:
     """Two interleaved half circles in the plane; `noise` is the standard deviation added to each point."""
-    _check_drawn(samples, noise, seed)
+    _generator(samples, noise, seed)
     features, target = datasets.make_moons(samples, noise=noise, random_state=seed)
     return Samples(features, target, ("upper", "lower"))
 
 
 def xor(samples: int, noise: float, seed: int) -> Samples:
     """Points around the corners of the unit square; the class says whether exactly one coordinate is 1."""
-    _check_drawn(samples, noise, seed)
-    random = np.random.default_rng(seed)
+    random = _generator(samples, noise, seed)
     corners = random.integers(0, 2, size=(samples, 2))
     features = corners + random.normal(0.0, noise, size=corners.shape)
     return Samples(features, corners[:, 0] ^ corners[:, 1], ("equal", "different"))
@@ -77,8 +75,7 @@ def halves(samples: int, noise: float, seed: int) -> Samples:
 
     Without noise a straight line separates the classes.
     """
-    _check_drawn(samples, noise, seed)
-    random = np.random.default_rng(seed)
+    random = _generator(samples, noise, seed)
     points = random.uniform(-1.0, 1.0, size=(samples, 2))
     normal = np.array([0.6, 0.8])
     target = (points @ normal > 0.3).astype(np.int64)
@@ -88,16 +85,14 @@ def halves(samples: int, noise: float, seed: int) -> Samples:
 
 def line(samples: int, noise: float, seed: int) -> Samples:
     """y = 1 + 2 x plus noise, for x uniform in [−1, 1]; a regression."""
-    _check_drawn(samples, noise, seed)
-    random = np.random.default_rng(seed)
+    random = _generator(samples, noise, seed)
     x = random.uniform(-1.0, 1.0, size=(samples, 1))
     return Samples(x, 1 + 2 * x + random.normal(0.0, noise, size=x.shape))
 
 
 def sine(samples: int, noise: float, seed: int, frequency: float = 1.0) -> Samples:
     """y = sin(frequency · x) plus noise, for x uniform in [−π, π]; a regression."""
-    _check_drawn(samples, noise, seed)
-    random = np.random.default_rng(seed)
+    random = _generator(samples, noise, seed)
     x = random.uniform(-np.pi, np.pi, size=(samples, 1))
     return Samples(x, np.sin(frequency * x) + random.normal(0.0, noise, size=x.shape))
 
@@ -118,32 +113,46 @@ def mnist(folder: str | None) -> Samples:
 def fashion_mnist(folder: str) -> Samples:
     """Photographs of clothes, 28 × 28, scaled to [0, 1], from the IDX files in `folder`: 60,000 and 10,000 for test."""
     hint = "on Debian and Ubuntu: apt-get install dataset-fashion-mnist, elsewhere put its four files into a folder"
-    return _idx_folder(Path(folder), FASHION_CLASSES, hint)
+    return _idx_folder(Path(folder), FASHION, hint)
 
 
-def table(path: str, target: str | int, task: str, weight: str | int | None = None) -> Samples:
-    """Your own CSV, NPZ or Parquet file; labels may be text or numbers (see `readers.read_table`).
+def table(
+    path: str, target: str | int, task: str, weight: str | int | None = None, max_bytes: float = MAX_BYTES
+) -> Samples:
+    """Your own CSV, NPZ or Parquet file; labels may be text, numbers or booleans.
 
     weight: the column that says how much a row counts in training; it is not a feature.
+    max_bytes: what the table may decode to: 8 bytes a cell, text by its length, 10,000 a column.
     """
     if task not in TASKS:
         raise InputError(f"expected data.source.task to be one of {', '.join(TASKS)}, but got {task!r}; correct it")
-    target = str(target)  # a column may be called 3
-    features, values, feature_names = read_table(Path(path), target)
-    weights = None
-    if weight is not None:
-        if str(weight) not in feature_names:
-            raise InputError(
-                f"expected data.source.weight to name a column beside the target, but {path} has no {str(weight)!r}; "
-                "correct it"
-            )
-        column = feature_names.index(str(weight))
-        features, weights = np.delete(features, column, axis=1), features[:, column]
-        feature_names = feature_names[:column] + feature_names[column + 1 :]
-    if task == "regression":
-        return Samples(features, _numbers(values, target), feature_names=feature_names, weight=weights)
-    names, indices = np.unique(_labels(values, target), return_inverse=True)
-    return Samples(features, indices, tuple(map(str, names)), feature_names=feature_names, weight=weights)
+    wanted = [str(name) for name in (target, weight) if name is not None]  # a column may be called 3
+    labels = wanted[0] if task == "classification" else None
+    read = readers.read_table(Path(path), "data.source.path", max_bytes, wanted, labels)
+    values = _taken(read, wanted[0], "target")
+    weights = None if weight is None else _numbers(_taken(read, wanted[1], "weight"), wanted[1])
+    classes, values = _classes(values, labels) if labels is not None else ((), _numbers(values, wanted[0]))
+    names = readers.column_names(read.columns)
+    return Samples(readers.matrix(read, len(values)), values, classes, None, names, weights, tuple(read.left_out))
+
+
+def _taken(table: readers.Table, name: str, option: str) -> np.ndarray:
+    """Take a column out of the table → (N,)"""
+    columns = table.columns
+    if name not in columns:
+        mark = next((mark for mark in ";\t|" if len(columns) == 1 and mark in next(iter(columns))), "")
+        raise InputError(
+            f"expected data.source.{option} to name a column there is, but {table.path.name} has no {quoted(name)}; "
+            f"its columns are {readers.listed([*columns])}; "
+            + (f"is it separated by {mark}? separate it by commas" if mark else "name one of them")
+        )
+    values = columns.pop(name)
+    values = values[:, 0] if values.shape[1:] == (1,) else values
+    if values.ndim != 1:
+        raise InputError(f"expected one {option} per row, but {quoted(name)} has the shape {values.shape}; split it up")
+    if not len(values):
+        raise InputError(f"expected rows in {table.path}, but the data is empty; check that it is the right file")
+    return values
 
 
 def _idx_folder(folder: Path, class_names: tuple[str, ...], hint: str = "correct data.source.folder") -> Samples:
@@ -171,8 +180,7 @@ def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
             return datasets.fetch_openml("mnist_784", version=1, as_frame=False, return_X_y=True)
     except ImportError as error:  # scikit-learn parses this file with pandas
         raise InputError(
-            "expected pandas for reading MNIST from openml.org, but it is not installed; "
-            "install it with: pip install 'manual-mlp[table]'"
+            "expected pandas for MNIST from openml.org, but it is missing; install it: pip install 'manual-mlp[table]'"
         ) from error
     except OSError as error:
         raise InputError(
@@ -181,56 +189,65 @@ def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
         ) from error
 
 
-def _numbers(values: np.ndarray, target: str) -> np.ndarray:
+def _numbers(values: np.ndarray, name: str) -> np.ndarray:
     if values.dtype.kind not in "biuf":
         raise InputError(
-            f"expected numbers in the target {target!r} of a regression, but got such as {example(values)}; "
+            f"expected numbers in {quoted(name)}, but got such as {readers.example(values)}; "
             "for classes set data.source.task=classification"
         )
-    return as_float64(values)
+    return np.asarray(values, dtype=np.float64)
 
 
-def _labels(values: np.ndarray, target: str) -> np.ndarray:
-    """Class labels: whole numbers (also written 1.0) as integers, everything else as text."""
-    kind = values.dtype.kind
-    if kind not in "biufOSU" or (kind == "O" and any(isinstance(value, np.ndarray | list | dict) for value in values)):
+def _classes(values: np.ndarray, target: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of the classes in order, and for each row the index of its class.
+
+    Whole numbers (also 1.0) and booleans are named as in Python and ordered by size; so is text that is all whole
+    numbers. Other text stays as it is.
+    """
+    try:
+        if values.dtype.kind not in "biufOSU":
+            raise ValueError(f"values such as {readers.example(values)}")
+        if values.dtype.kind == "O":
+            import pandas as pd  # type: ignore[import-untyped]
+
+            indices, found = pd.factorize(values)
+        else:
+            found, indices = np.unique(values, return_inverse=True)
+        labels = [_label(value) for value in found.tolist()]
+        if len({*labels}) > MOST_CLASSES:
+            raise ValueError(f"{len({*labels})} different ones")
+    except ValueError as error:
         raise InputError(
-            f"expected text or whole numbers as class labels in the target {target!r}, but got such as "
-            f"{example(values)}; encode them"
-        )
-    missing = np.array([value is None or value != value for value in values], dtype=bool)  # NaN differs from itself
+            f"expected class labels in the target {quoted(target)}, but got {error}; write them as whole numbers or "
+            "short text in UTF-8; for a regression set data.source.task=regression"
+        ) from error
+    missing = np.array([label is None for label in [*labels, None]])[indices]  # pandas' index of a missing one is -1
     if missing.any():
         raise InputError(
-            f"expected a class label in every row, but {target!r} has none in row {missing.argmax()} (counted from 0); "
-            "remove the row or give it a label"
+            f"expected a class label in every row, but {quoted(target)} has none in row {missing.argmax()} (counted "
+            "from 0); remove the row or give it a label"
         )
-    if kind in "OSU":
-        return _text(values, target)
-    if kind == "f":
-        values = as_float64(values)
-        wrong = values[(values != np.round(values)) | (np.abs(values) > LARGEST_LABEL)]
-        if len(wrong):
-            raise InputError(
-                f"expected class labels in the target {target!r}, but got numbers such as {wrong[0]}; "
-                "for a regression set data.source.task=regression"
-            )
-        return values.astype(np.int64)
-    return values
+    order: Any = int if all(not isinstance(label, str) or WHOLE(label) for label in labels) else str
+    classes = sorted({*labels}, key=order)
+    place = {label: index for index, label in enumerate(classes)}
+    return tuple(map(str, classes)), np.array([place[label] for label in labels])[indices]
 
 
-def _text(values: np.ndarray, target: str) -> np.ndarray:
-    try:
-        text = values.astype(str)
-        "".join(text.tolist()).encode()
-    except ValueError as error:  # bytes that are no text, half a surrogate
-        raise InputError(
-            f"expected class labels in the target {target!r} that are text, but they are not ({brief(error)}); "
-            "write them in UTF-8"
-        ) from error
-    return text
+def _label(value: Any) -> bool | int | str | None:
+    """The label that a value stands for; None where it is missing. Raises ValueError that says what it is instead."""
+    if isinstance(value, float):
+        if not np.isnan(value) and (not value.is_integer() or abs(value) >= LARGEST_FLOAT):
+            raise ValueError(f"numbers such as {value}")
+        return None if np.isnan(value) else int(value)
+    text = value.decode() if isinstance(value, bytes) else value
+    if not isinstance(text, str):
+        return text if isinstance(text, int) else str(text)  # a date
+    if len(text.encode()) > LONGEST_NAME or "\0" in text:
+        raise ValueError(f"text of more than {LONGEST_NAME} bytes, or with NUL in it: {quoted(text)}")
+    return text or None
 
 
-def _check_drawn(samples: int, noise: float, seed: int) -> None:
+def _generator(samples: int, noise: float, seed: int) -> np.random.Generator:
     if not 1 <= samples <= MOST_DRAWN:
         raise InputError(
             f"expected at least one sample and at most {MOST_DRAWN}, but data.source.samples is {samples}; change it"
@@ -239,3 +256,4 @@ def _check_drawn(samples: int, noise: float, seed: int) -> None:
         raise InputError(f"expected finite noise of at least 0, but data.source.noise is {noise}; change it")
     if not 0 <= seed < 2**32:
         raise InputError(f"expected a seed from 0 to 2**32 - 1, but data.source.seed is {seed}; choose another")
+    return np.random.default_rng(seed)

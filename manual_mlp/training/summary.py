@@ -8,8 +8,10 @@ import lightning as L
 from torch.optim import Adam
 
 from manual_mlp import tables
+from manual_mlp.errors import shown
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
+from manual_mlp.training.readers import listed
 
 WIDTH = 60
 IMBALANCED = 1.5  # times as many rows in the largest class as in the smallest are worth a line
@@ -47,6 +49,7 @@ def run_facts(
     rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
     facts = {
         "data": f"{Path(str(data.name)).name} ({rows})",
+        "left out": f"{listed(data.left_out)}, which nobody named" if data.left_out else "",
         **({"classes": _imbalance(data)} if data.class_names else {}),
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
@@ -56,14 +59,14 @@ def run_facts(
         "backprop": str(module.hparams["backprop"]),
         "epochs": _epochs(epoch, trainer.current_epoch - 1, seconds),
     }
-    return {name: text for name, text in facts.items() if text}
+    return {name: shown(text) for name, text in facts.items() if text}
 
 
 def files(folder: Path) -> str:
     """List the files in the run's folder; nothing if there are none."""
     names = [name for name in FILES if (folder / name).exists()]
     where = os.path.relpath(folder)
-    heading = f"files in {folder if where.startswith('..') else where}"
+    heading = f"files in {shown(folder if where.startswith('..') else where)}"
     return "\n".join(["", heading, _wrapped("  ", "  ".join(names)), ""]) if names else ""
 
 

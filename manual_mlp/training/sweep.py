@@ -18,7 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from manual_mlp import tables
+from manual_mlp.errors import shown
 from manual_mlp.plots import sweep_figure
+from manual_mlp.training.commands import visible
 from manual_mlp.training.config import explain
 
 FIGURES = "figures.json"  # what a run leaves in its folder for programs: {"metric": …, "figures": {name: value}, …}
@@ -60,7 +62,7 @@ class Comparison(Callback):
         error = job_return._return_value
         sentence = explain(error)
         if sentence is not None:
-            print(f"Error: {sentence}", file=sys.stderr)
+            print(f"Error: {visible(sentence)}", file=sys.stderr)
             path = Path(config.hydra.runtime.output_dir, FIGURES)
             path.write_text(json.dumps({"metric": config.optimized_metric, "figures": {}, "error": sentence}))
             job_return.return_value, job_return.status = None, JobStatus.COMPLETED  # Optuna drops a run without a value
@@ -170,7 +172,7 @@ def _digits(value: str) -> str:
     try:
         return min(value, f"{float(value):.4g}", key=len)
     except ValueError:
-        return value
+        return shown(value)
 
 
 def _width(columns: Sequence[Sequence[str]]) -> int:
