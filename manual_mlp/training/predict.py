@@ -17,7 +17,6 @@ from manual_mlp.formulas import probability
 from manual_mlp.modules import MLP
 from manual_mlp.training.readers import MAX_BYTES, NUMBER, listed, read_features
 
-SUFFIXES = (".csv", ".npz")
 ROWS = 10_000  # at a time
 
 
@@ -100,18 +99,19 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
             f"{features.shape[1]}; check that it is the right file"
         )
     with torch.inference_mode():
-        parts = [_predicted(predictor, rows) for rows in torch.from_numpy(features).split(ROWS)]
-    prediction, finite = map(torch.cat, zip(*parts, strict=True))
+        scaled = predictor.standardised(torch.from_numpy(features))
+        prediction = torch.cat([predictor.net(rows) for rows in scaled.split(ROWS)])
+        values, names = predictor.interpreted(prediction), predictor.class_names
+    finite = scaled.isfinite().all(1) & prediction.isfinite().all(1) & values.isfinite().all(1)
     if not finite.all():
         rows = listed((~finite).nonzero()[:, 0].tolist()).replace("'", "")
         raise InputError(
             f"expected a finite prediction for each row, but in {Path(source).name} numbers far from the training's "
             f"lead to NaN or infinity in the rows {rows} (counted from 0); correct or remove them"
         )
-    values, names = predictor.interpreted(prediction).numpy(), predictor.class_names
     chosen = prediction.argmax(1).tolist() if names else []
     try:
-        write_whole(destination, _csv(values, names, chosen) if suffix == ".csv" else _npz(values, names, chosen))
+        write_whole(destination, SUFFIXES[suffix](values.numpy(), names, chosen))
     except OSError as error:
         raise InputError(
             f"expected an output that can be written, but {destination} cannot ({error.strerror}); choose another"
@@ -125,14 +125,6 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
             "= + - @ or a tab as a formula, a terminal obeys control characters"
         )
     return said
-
-
-def _predicted(predictor: Predictor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """a^L (N, n_L), and (N,) of the rows that it is finite for, in the units of the target as well."""
-    scaled = predictor.standardised(features)
-    prediction = predictor.net(scaled)
-    values = prediction if predictor.class_names else predictor.interpreted(prediction)
-    return prediction, scaled.isfinite().all(1) & values.isfinite().all(1)
 
 
 def _is_odd(name: str) -> bool:
@@ -163,3 +155,6 @@ def _csv(values: np.ndarray, names: list[str], chosen: list[int]) -> memoryview:
         writer.writerows(zip(*labels, *columns, strict=True))
     text.detach()
     return file.getbuffer()
+
+
+SUFFIXES = {".csv": _csv, ".npz": _npz}

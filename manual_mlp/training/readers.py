@@ -184,7 +184,7 @@ def matrix(table: Table, rows: int) -> np.ndarray:
 
 
 def column_names(columns: dict[str, np.ndarray]) -> tuple[str, ...]:
-    """A name for each feature: of an array of several columns (NPZ), name[0], name[1], …"""
+    """The names of all features; those in an array of several columns (NPZ) are name[0], name[1] and so on."""
     widths = {name: math.prod(values.shape[1:]) for name, values in columns.items()}
     return tuple(
         name if columns[name].ndim == 1 else f"{name}[{index}]" for name in columns for index in range(widths[name])

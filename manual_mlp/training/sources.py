@@ -137,7 +137,7 @@ def table(
 
 
 def _taken(table: readers.Table, name: str, option: str) -> np.ndarray:
-    """Take a column out of the table → (N,)"""
+    """Take a column (N,) out of the table."""
     columns = table.columns
     if name not in columns:
         mark = next((mark for mark in ";\t|" if len(columns) == 1 and mark in next(iter(columns))), "")
