@@ -18,7 +18,4 @@ def shown(text: object, keep: str = "") -> str:
 
     keep: letters to leave as they are.
     """
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
