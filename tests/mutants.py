@@ -77,6 +77,16 @@ def formula(name: str, wrong: Callable[[Any], Callable[..., Any]], *proofs: str)
     return Mistake(lambda sheet, kernels: setattr(sheet, name, wrong(getattr(sheet, name))), proofs or PROOFS)
 
 
+def rule(kind: str, name: str, wrong: Callable[[Any], Callable[..., Any]]) -> Mistake:
+    """A rule of program.py with a wrong method, as what `wrong` makes of the right one."""
+
+    def plant(sheet: ModuleType, kernels: ModuleType) -> None:
+        of = getattr(import_module("manual_mlp.program"), kind)
+        setattr(of, name, wrong(getattr(of, name)))
+
+    return Mistake(plant, ("network", "program"))
+
+
 def sigmoid_everywhere(wrong: Callable[..., Any]) -> Mistake:
     """The row, its kernel and the lesson's Functions alike: only torch's own bits say otherwise."""
 
@@ -121,6 +131,9 @@ MISTAKES: dict[str, Mistake] = {
     "tanh in place: a sign": kernel("tanh", "a", delta_=lambda g, a, z, work, mask: g.addcmul_(g, a * a)),
     "relu in place at 0": kernel("relu", "a", delta_=lambda g, a, z, work, mask, many=0: g.masked_fill_(a < 0, 0)),
     "silu into another buffer": kernel("silu", "z", G_=lambda z, out: torch.sigmoid(z, out=out)),
+    "dropout forgotten on the way back": rule("Drop", "backward", lambda right: lambda self, g, saved, *mask, needs: (g,)),
+    "G′ forgotten": rule("Activate", "backward", lambda right: lambda self, g, saved, needs: (g,)),
+    "∂C/∂b without δ": rule("Affine", "backward", lambda right: lambda self, *a, needs: (*right(self, *a, needs=needs)[:2], None)),
     "½ forgotten": cost("quadratic", C=lambda a, target: (a - target) ** 2),
     "½ forgotten by the kernel": cost_kernel("quadratic", C=lambda a, target: (a - target).square()),
     "½ forgotten in the sum": cost_kernel("quadratic", total_share=1.0),
@@ -132,7 +145,7 @@ MISTAKES: dict[str, Mistake] = {
 }  # fmt: skip
 
 # A changed text: file, the right text (which must occur just once), the wrong one, and the proof to begin with where
-# the first ones are known to pass.
+# the first ones are known to pass; or that proof alone, and which of its tests.
 TEXTS: dict[str, tuple[str, ...]] = {
     "wrong layer's activation": (
         "functions",
@@ -149,37 +162,36 @@ TEXTS: dict[str, tuple[str, ...]] = {
         "delta = delta_of(g, saved, *ctx.values)\n        return delta, *",
         "gradients",
     ),
-    "recursion: wrong layer's δ": ("network", "delta = delta_of(delta, saved[layer])", "delta = delta_of(delta, saved[layer - 1])"),
-    "recursion: wrong layer's δ in place": ("network", "delta_(delta, saved[layer], None", "delta_(delta, saved[layer - 1], None"),
-    "recursion: next layer's weight": ("network", "delta = sheet.grad_input(delta, weights[layer])", "delta = sheet.grad_input(delta, weights[layer - 1])"),
-    "recursion: dropout forgotten on the way back": ("network", "                delta = _dropped(delta, masks[layer])\n", "                pass\n"),
-    "recursion: second derivative of constants": ("network", "if torch.is_grad_enabled() or not saved:", "if not saved:"),
-    "at once: the layer before's weight": ("network", "torch.mm(delta, weights[layer], out", "torch.mm(delta, weights[layer - 1], out"),
-    "at once: g forgotten": ("network", "                gradient.mul_(g)\n", "                pass\n"),
-    "at once: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients"),
-    "at once: 1/N forgotten": ("network", "        self.delta.mul_(self.delta_weight)\n", ""),
-    "at once: a cut parameter": ("network", " or list(map(SHAPE, weights)) != plan.shapes", ""),
-    "engine: a cut parameter": ("engine", "            *map(SHAPE, owned),\n", ""),
-    "engine: a parameter turned at its place": (
-        "engine",
-        " if all(map(Tensor.is_contiguous, self._owned)) else Tensor.stride",
-        "",
+    "program: what arrives does not add up": ("program", "part if arrived[slot] is None else arrived[slot] + part", "part"),
+    "program: another node's slots": ("program", "for slot in self.saved[i]]", "for slot in self.saved[i - 1]]"),
+    "program: a slot that is needed is freed": ("program", " and slot not in self.kept]", "]"),
+    "network: second derivative of constants": ("network", "if torch.is_grad_enabled() or not slots:", "if not slots:"),
+    "network: g forgotten": ("network", "                gradient.mul_(g)\n", "                pass\n"),
+    "network: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients"),
+    "network: 1/N forgotten": ("network", "        self.delta.mul_(self.delta_weight)\n", ""),
+    "network: a cut parameter": ("network", " or _shapes(tensors[1:]) != plan.shapes", ""),
+    "plan: what arrives does not add up": ("plan", "partial(torch.addmm, into, delta, out=into) if more else ", ""),
+    "plan: one δ in the place of the next": ("plan", "self.arrived[slot] = self.free.pop()", "self.arrived[slot] = self.flats[0]"),
+    "plan: the prediction is written over": ("plan", "z is None and a is not self.slots[-1]", "z is None", "engine", "predictions"),
+    "plan: G over a z that is read again": ("plan", " and readers == 1", ""),
+    "plan: W before δ": (
+        "plan",
+        "            if self.wanted[reads[0]]:\n                self._step_3(delta, own[0], reads[0])\n",
+        "            through, self.down = self.down, []\n            if self.wanted[reads[0]]:\n                self._step_3(delta, own[0], reads[0])\n            through, self.down = self.down, through\n            self.late = [*getattr(self, 'late', []), *through]\n            if i == 0:\n                self.down += self.late\n",
     ),
-    "a layer moved to another parent": ("network", "*map(len, self.parents), ", ""),
-    "plan: one δ in the place of the next": ("plan", "deltas[i % 2]", "deltas[0]"),
-    "engine: W before δ": (
-        "engine",
-        "if layer > self.engine._first else None, drops[layer])\n                self._steps_4_and_5(layer, inputs[layer], rates)",
-        "if layer > self.engine._first else None, drops[layer])\n                through = [self.backward.pop()] if layer > self.engine._first else []\n                self._steps_4_and_5(layer, inputs[layer], rates)\n                self.backward += through",
-    ),
-    "engine: the layer before's weight": (
-        "engine",
-        "                weight, _ = self.engine._parameters[layer].read\n",
-        "                weight, _ = self.engine._parameters[layer - 1].read\n",
-    ),
-    "engine: 1/N forgotten": ("engine", "_, self.delta_weight = kernels.weights(engine._cost, n, outputs)", "self.delta_weight = 1.0"),
+    "snapshot: a cut parameter": ("snapshot", 'attrgetter("shape", "requires_grad")', 'attrgetter("requires_grad")', "engine", "cut"),
+    "snapshot: a frozen parameter": ("snapshot", 'attrgetter("shape", "requires_grad")', 'attrgetter("shape")', "honoured", "frozen"),
+    "snapshot: a parameter turned at its place": ("snapshot", " if all(map(Tensor.is_contiguous, self.owned)) else Tensor.stride", "", "engine", "turned"),
+    "snapshot: a layer moved to another parent": ("snapshot", "            *map(len, self.parents),\n", "", "network", "moved"),
+    "snapshot: a parameter moved to another group": ("snapshot", "            and [*map(len, params)] == self.sizes\n", "", "honoured", "group"),
+    "snapshot: a parameter taken out of its group": ("snapshot", "            and all(map(is_, chain.from_iterable(params), self.members))\n", "", "honoured", "taken"),
+    "snapshot: a replaced forward": ("snapshot", '            *map(dict.get, self.dicts, repeat("forward")),\n', "", "honoured", "forward and first"),
+    "snapshot: another activation": ("snapshot", "            *map(_ACTIVATION, self.fused),\n", "", "honoured", "activation and first"),
+    "engine: 1/N forgotten": ("engine", "self.delta_weight = kernels.weights(engine._cost, self.n, self.widths[-1])[1]", "self.delta_weight = 1.0"),
     "engine: sign of the step": ("engine", "-lr))\n", "lr))\n"),
-    "engine: weight decay forgotten": ("engine", "(1.0 - lr * group[\"weight_decay\"], -lr)", "(1.0, -lr)"),
+    "engine: weight decay forgotten": ("engine", "(1.0 - lr * group[\"weight_decay\"], -lr)", "(1.0, -lr)", "engine", "decay or groups"),
+    "engine: a frozen parameter's old gradient": ("engine", "parameter.grad = None  # or", "pass  # or", "honoured", "frozen"),
+    "engine: hooks of parameters": ("engine", " or self._training.hooks.any()", "", "honoured"),
     "another initialisation": ("modules", "nn.Linear.reset_parameters(self)", "nn.init.xavier_uniform_(self.weight)", "modules"),
     "keys shifted by dropout": ("modules", "self.add_module(str(2 * index), layer)", "self.add_module(str(len(self)), layer)"),
 }  # fmt: skip
@@ -199,7 +211,13 @@ def plant(folder: Path, file: str, right: str, wrong: str) -> None:
 
 def proofs_of(file: str, first: str = "") -> list[str]:
     """The proofs of a file, with `first` before the others."""
-    names = {"network": ["network"], "engine": ["engine"], "plan": ["engine", "network"]}.get(file, list(PROOFS))
+    names = {
+        "program": ["program", "network"],
+        "plan": ["program", "engine"],
+        "network": ["network"],
+        "snapshot": ["engine", "network", "honoured"],
+        "engine": ["engine", "honoured"],
+    }.get(file, list(PROOFS))
     return sorted(names, key=lambda name: name != first)
 
 
@@ -231,7 +249,8 @@ def noticed(name: str) -> bool:
             return fails(ROOT, Path(folder), MISTAKES[name])
         file, right, wrong, *first = TEXTS[name]
         plant(Path(folder), file, right, wrong)
-        return fails(Path(folder), Path(folder), Mistake(lambda *modules: None, tuple(proofs_of(file, *first))))
+        proofs, only = ((first[0],), first[1]) if len(first) == 2 else (tuple(proofs_of(file, *first)), "")
+        return fails(Path(folder), Path(folder), Mistake(lambda *modules: None, proofs, only))
 
 
 if __name__ == "__main__":
