@@ -184,7 +184,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "snapshot: a parameter turned at its place": ("snapshot", " if all(map(Tensor.is_contiguous, self.owned)) else Tensor.stride", "", "engine", "turned"),
     "snapshot: a layer moved to another parent": ("snapshot", "            *map(len, self.parents),\n", "", "network", "moved"),
     "snapshot: a parameter moved to another group": ("snapshot", "            and [*map(len, params)] == self.sizes\n", "", "honoured", "group"),
-    "snapshot: a parameter taken out of its group": ("snapshot", "            and all(map(is_, chain.from_iterable(params), self.members))\n", "", "honoured", "taken"),
+    "snapshot: groups that have exchanged their parameters": ("snapshot", "            and all(map(is_, chain.from_iterable(params), self.members))\n", "", "honoured", "group"),
     "snapshot: a replaced forward": ("snapshot", '            *map(dict.get, self.dicts, repeat("forward")),\n', "", "honoured", "forward and first"),
     "snapshot: another activation": ("snapshot", "            *map(_ACTIVATION, self.fused),\n", "", "honoured", "activation and first"),
     "engine: 1/N forgotten": ("engine", "self.delta_weight = kernels.weights(engine._cost, self.n, self.widths[-1])[1]", "self.delta_weight = 1.0"),
