@@ -278,9 +278,9 @@ def net_of(name: str, path: Path) -> nn.Module:
     """Return the net that a checkpoint holds, in evaluation mode."""
     if name != "perceptron":
         return mm.MLP.from_checkpoint(path)
-    from manual_mlp.training.perceptron import PerceptronModule  # Lightning takes seconds to import
+    from manual_mlp.training.module import MLPModule  # Lightning takes seconds to import
 
-    return PerceptronModule.load_from_checkpoint(path, weights_only=True).net.eval()
+    return MLPModule.load_from_checkpoint(path, weights_only=True).net.eval()
 
 
 def predicted(name: str) -> dict[str, list[list[float]]]:

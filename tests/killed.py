@@ -18,8 +18,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from manual_mlp import checkpoint
-from manual_mlp.training import backprop
 from manual_mlp.training import run as training
+from manual_mlp.training import strategies
 from manual_mlp.training.module import MLPModule
 from tests.configs import configured
 
@@ -127,7 +127,7 @@ def going_on(folder: Path, overrides: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    backprop.MOST_BATCHES = 16  # of the engine's training step, so that an epoch has several
+    strategies.MOST_BATCHES = 16  # of the engine's training step, so that an epoch has several
     training.learning_curves = lambda path: SimpleNamespace(savefig=lambda *arguments, **options: None)
     for words in sys.argv[2:]:
         one, _, moments_of_it = words.partition("=")

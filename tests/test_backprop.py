@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from manual_mlp import BackpropEngine, InputError
 from manual_mlp.training import end_to_end
 from manual_mlp.training import run as training
-from manual_mlp.training.backprop import MOST_BATCHES
 from manual_mlp.training.module import MLPModule
+from manual_mlp.training.strategies import MOST_BATCHES
 from tests.configs import configured
 
 pytestmark = [
@@ -70,7 +70,7 @@ class TestSameTraining:
         assert network["global_step"] == layers["global_step"]
 
     def test_several_blocks_an_epoch(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("manual_mlp.training.backprop.MOST_BATCHES", 5)
+        monkeypatch.setattr("manual_mlp.training.strategies.MOST_BATCHES", 5)
         layers, engine = (trained(tmp_path / way, f"backprop={way}", "optimizer=adam") for way in ("layers", "engine"))
         assert_same_training(engine, layers)
         assert engine["global_step"] == 6 * EPOCHS

@@ -16,7 +16,6 @@ from manual_mlp.plots import delta_by_layer
 from manual_mlp.training import run as training
 from manual_mlp.training import sources
 from manual_mlp.training.module import MLPModule
-from manual_mlp.training.perceptron import PerceptronModule
 from tests.configs import CONF, ROOT, configured
 from tests.test_data import idx_folder
 
@@ -80,7 +79,7 @@ class TestPerceptron:
         assert mistakes[-1] == 0
         first = mistakes.index(0)
         assert not any(mistakes[first:])  # an epoch without a mistake changes nothing
-        module = PerceptronModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+        module = MLPModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
         samples = sources.halves(400, 0.0, 0)
         scale = samples.features.std(0)
         normal = module.net.affine.weight[0] / torch.tensor(scale)  # of the line, in the units of the samples
@@ -98,7 +97,7 @@ class TestPerceptron:
         data = training.build(cfg.data)
         training.run(cfg)
         data.setup()
-        module = PerceptronModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+        module = MLPModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
         neuron = training.build(cfg.model, _partial_=True)(2, 2, list(data.class_names)).net
         for features, target in data.train_dataloader():
             neuron.fit(features, target.float().unsqueeze(1), rate=1.0, max_epochs=1)
@@ -111,6 +110,23 @@ class TestPerceptron:
         (tmp_path / "new.csv").write_text("a,b\n0.9,0.9\n")
         with pytest.raises(InputError, match="holds a perceptron, which says 0 or 1; take a run of model=mlp"):
             training.run(configured(tmp_path / "c", "task=predict", *again, f"input={tmp_path / 'new.csv'}"))
+
+    @pytest.mark.parametrize(
+        "option", ["hidden=[3]", "+activation=relu", "+loss=mse", "+bias=false", "+dropout=0.5", "+l1=0.1"]
+    )
+    def test_options_of_other_nets_are_refused(self, tmp_path: Path, option: str) -> None:
+        overrides = ["experiment=perceptron", option.replace("+", "+model.") if "+" in option else f"model.{option}"]
+        name = option.strip("+").partition("=")[0]
+        with pytest.raises(InputError, match=rf"expected a perceptron without model.{name}, .*; leave it out"):
+            training.run(configured(tmp_path, *overrides))
+
+    def test_another_model_does_not_become_one_by_its_output(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"without model.hidden, .* but got \(30,\)"):
+            training.run(configured(tmp_path, "data=halves", "model.output_activation=threshold"))
+
+    def test_rows_with_weights_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"whose rule knows no weights, but got weights; leave out data.class_weig"):
+            training.run(configured(tmp_path, "experiment=perceptron", "data.class_weight=balanced"))
 
     def test_two_classes_only(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"two classes for a perceptron, .* but got 10; choose data=halves"):

@@ -12,8 +12,8 @@ import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.training import flow
 from manual_mlp.training import run as training
-from manual_mlp.training.backprop import BACKPROP
 from manual_mlp.training.flow import DeltaFlow, signals
+from manual_mlp.training.strategies import BACKPROP
 from tests.configs import configured
 
 

@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from manual_mlp import InputError
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.training import run as training
-from manual_mlp.training.backprop import BACKPROP
 from manual_mlp.training.module import MLPModule
+from manual_mlp.training.strategies import BACKPROP
 from tests.configs import configured
 
 QUICK = ["data=iris", "threads=1", "optimizer.lr=1", "trainer.max_epochs=3"]

@@ -16,9 +16,9 @@ import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp import formulas as sheet
 from manual_mlp.training import run as training
-from manual_mlp.training.backprop import BACKPROP
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.predict import Predictor
+from manual_mlp.training.strategies import BACKPROP
 from tests.configs import ROOT, configured
 
 IRIS = load_iris(as_frame=True).data

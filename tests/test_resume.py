@@ -16,9 +16,8 @@ from manual_mlp import InputError, checkpoint
 from manual_mlp.checkpoint import read_checkpoint, write_whole
 from manual_mlp.program import read
 from manual_mlp.training import run as training
-from manual_mlp.training.backprop import BACKPROP
-from manual_mlp.training.divergence import where_it_began
 from manual_mlp.training.module import MLPModule
+from manual_mlp.training.strategies import BACKPROP, where_it_began
 from tests.configs import ROOT, configured
 from tests.killed import at
 
@@ -177,42 +176,50 @@ class TestFaults:
     @pytest.mark.parametrize("mode", BACKPROP)
     def test_diverged(self, run, mode: str) -> None:
         """The last layer's weights are thrown far away by the first step, and the others stay."""
-        with pytest.raises(InputError, match=r"loss, of 1e\+09 at most, .* began in z³ .*lower optimizer.lr \(now 500"):
+        place = "mini-batches 0 to 1 .backprop=layers " if mode == "engine" else "step 0, and it began in z³ "
+        sentence = rf"loss, of 1e\+09 at most, .* epoch 1, {place}.*; lower optimizer.lr \(now 500"
+        with pytest.raises(InputError, match=sentence):
             run("data=diabetes", "optimizer=sgd", "optimizer.lr=500.0", "data.batch_size=200", f"backprop={mode}")
 
-    @pytest.mark.parametrize("options", [[], ["model.dropout=0.3", "optimizer=adam", "optimizer.lr=1e12"]])
-    def test_diverged_amid_the_engines_many_steps(self, run, options: list[str]) -> None:
-        """They are taken again one by one: the sentence names the same layer as by layers, which look at each."""
-        said = []
-        for mode in ("layers", "engine"):
-            with pytest.raises(InputError, match=r"began in [zaW]") as error:
-                run(
-                    "data=diabetes",
-                    "optimizer=sgd",
-                    "optimizer.lr=20.0",
-                    "data.batch_size=10",
-                    *options,
-                    f"backprop={mode}",
-                )
-            said.append(str(error.value).partition("it began in ")[2])
-        assert re.match(r"\S+ \(.*?\)", said[0])[0] == re.match(r"\S+ \(.*?\)", said[1])[0]
+    @pytest.mark.parametrize(
+        ("options", "batches"),
+        [([], "es 0 to 30"), (["data.batch_size=1"], "es 0 to 127"), (["trainer.max_steps=9"], " 3")],
+    )
+    def test_diverged_amid_the_engines_many_steps(self, run, options: list[str], batches: str) -> None:
+        """They are one step of Lightning, so the sentence names them all, and the way to the layer."""
+        common = ["data=diabetes", "optimizer=sgd", "optimizer.lr=20.0", "data.batch_size=10", "backprop=engine"]
+        with pytest.raises(InputError, match=rf"epoch 0, mini-batch{batches} \(backprop=layers .* names the layer"):
+            run(*common, *options)
+
+    @pytest.mark.parametrize(
+        ("options", "advice"),
+        [
+            ([], r"lower optimizer.lr \(now 500\), or clip the gradients with trainer.gradient_clip_val=1"),
+            (["data.standardise=false"], r"lower .*, or set data.standardise=true, or clip .*_clip_val=1"),
+            (["trainer.gradient_clip_val=1e30"], r"lower optimizer.lr \(now 500\)"),
+        ],
+    )
+    def test_only_what_is_not_done_yet_is_advised(self, run, options: list[str], advice: str) -> None:
+        with pytest.raises(InputError, match=rf"; {advice}$"):
+            run("data=diabetes", "optimizer=sgd", "optimizer.lr=500", "data.batch_size=200", *options)
 
     def test_where_it_began(self) -> None:
         module, x = MLPModule(4, 3, hidden=[5, 6], activation="relu"), torch.rand(7, 4)
-        layers = read(module.net).layers
+        program = read(module.net)
+        layers = program.layers
 
         def after(layer: int, value: float) -> str:
             with torch.no_grad():
                 kept = layers[layer].weight[0, 0].clone()
                 layers[layer].weight[0, 0] = value
-                place = where_it_began(layers, x)
+                place = where_it_began(program, x)
                 layers[layer].weight[0, 0] = kept
             return place
 
         assert after(1, float("nan")).startswith("W² (5 to 6 neurons), by the step before: δ³")
         assert after(0, float("inf")).startswith("W¹")
         assert after(0, 1e20).startswith("z² (n = 5, relu): it reaches")
-        assert where_it_began(layers, x * float("inf")).startswith("z² (n = 5")
+        assert where_it_began(program, x * float("inf")).startswith("z² (n = 5")
 
 
 def interrupt(*_: object) -> None:

@@ -16,9 +16,8 @@ from torch import nn
 import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.training import run as training
-from manual_mlp.training.backprop import BACKPROP, torch_mlp
 from manual_mlp.training.module import MLPModule, resolve_output_activation
-from manual_mlp.training.nets import INITIALISATIONS, build_net
+from manual_mlp.training.strategies import BACKPROP, INITIALISATIONS
 from manual_mlp.training.summary import _table
 from tests.configs import ROOT, configured
 
@@ -317,17 +316,17 @@ class TestBackprop:
     @pytest.mark.parametrize("initialisation", INITIALISATIONS)
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
     def test_same_bits_to_begin_with_and_same_keys(self, initialisation: str, dropout: float) -> None:
-        arguments = {"sizes": [4, 3, 3, 2], "activation": "tanh", "output_activation": "identity", "dropout": dropout}
+        options = {"hidden": [3, 3], "activation": "tanh", "initialisation": initialisation, "dropout": dropout}
         nets = []
         for backprop in BACKPROP:
             torch.manual_seed(1)
-            nets.append(build_net(BACKPROP[backprop].make_net, initialisation, **arguments).state_dict())
+            nets.append(MLPModule(4, 2, backprop=backprop, **options).net.state_dict())
         assert list(nets[0]) == ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]
         for other in nets[1:]:
             torch.testing.assert_close(nets[0], other, rtol=0, atol=0)
 
     def test_twin_is_torch_alone(self) -> None:
-        net = torch_mlp([4, 3, 2], "gelu_tanh", "sigmoid", dropout=0.1)
+        net = MLPModule(4, 2, "ab", hidden=[3], activation="gelu_tanh", dropout=0.1, backprop="autograd").net
         assert all(type(module).__module__.startswith("torch.nn") for module in net.modules())
         assert not isinstance(net[0], mm.Affine)
         assert len({frozenset(strategy.costs) for strategy in BACKPROP.values()}) == 1
@@ -381,8 +380,8 @@ class TestModule:
 
     def test_targets_become_one_hot_for_all_but_cross_entropy(self) -> None:
         target = torch.tensor([2, 0])
-        assert self.make(loss="quadratic")._as_cost_wants(target).tolist() == [[0, 0, 1], [1, 0, 0]]
-        assert self.make(loss="cross_entropy")._as_cost_wants(target) is target
+        assert self.make(loss="quadratic").as_cost_takes(target).tolist() == [[0, 0, 1], [1, 0, 0]]
+        assert self.make(loss="cross_entropy").as_cost_takes(target) is target
 
     def test_cost_is_the_quadratic_cost(self) -> None:
         module, x, target = self.make(), torch.randn(7, 4), torch.randint(0, 3, (7,))

@@ -19,10 +19,10 @@ import manual_mlp as mm
 from manual_mlp import InputError, checkpoint
 from manual_mlp.checkpoint import FORMAT, read_checkpoint, write_whole
 from manual_mlp.training import run as training
-from manual_mlp.training.backprop import BACKPROP
 from manual_mlp.training.checkpoints import EpochCheckpoint, WholeFiles, in_own_folder
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.predict import Predictor
+from manual_mlp.training.strategies import BACKPROP
 from tests.configs import configured
 from tests.killed import outcome
 

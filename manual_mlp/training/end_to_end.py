@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from manual_mlp import functional
 from manual_mlp.errors import InputError
 from manual_mlp.modules import MLP
-from manual_mlp.training.backprop import BACKPROP, torch_mlp
 from manual_mlp.training.config import build
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.run import FIGURES, quieten, run
+from manual_mlp.training.strategies import BACKPROP
 
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENT = ("experiment=nielsen_fashion", "trainer.max_epochs=5")
@@ -75,7 +75,7 @@ def _train_py(*overrides: str) -> float:
 def _plain_loop(cfg: DictConfig, data: DataModule) -> float:
     """Take the same steps and nothing else: no figures, no validation, no files."""
     torch.set_num_threads(cfg.threads)
-    net = torch_mlp([data.input_size, *cfg.model.hidden, data.output_size], "sigmoid", "sigmoid")
+    net = MLP([data.input_size, *cfg.model.hidden, data.output_size]).to_torch()
     for parameter in net.parameters():
         nn.init.normal_(parameter)
     features, target = data.splits["train"].features, torch.eye(data.output_size)[data.splits["train"].target]

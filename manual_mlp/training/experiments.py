@@ -23,7 +23,7 @@ class Traced(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         features, target = trainer.datamodule.splits["train"][:1]  # type: ignore[attr-defined] # Lightning sets it
         device, lr = pl_module.device, trainer.optimizers[0].param_groups[0]["lr"]
-        target = pl_module._as_cost_wants(target.to(device))
+        target = pl_module.as_cost_takes(target.to(device))
         traced = trace(pl_module.net, features.to(device), target, pl_module.loss, lr)
         folder = Path(trainer.default_root_dir)
         (folder / "trace.md").write_text(traced.to_markdown() + "\n")

@@ -135,7 +135,7 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
 def as_net_takes(module: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return features and target as the module's net and cost take them: device, dtype, rows of 0 and 1."""
     features = batch[0].to(next(module.net.parameters()))
-    target = module._as_cost_wants(batch[1].to(features.device))
+    target = module.as_cost_takes(batch[1].to(features.device))
     return features, target.to(features) if target.is_floating_point() else target
 
 

@@ -3,32 +3,33 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanSquaredError, Metric, MetricCollection, R2Score
 
-from manual_mlp import formulas
+from manual_mlp import formulas as sheet
 from manual_mlp.checkpoint import FORMAT, read_checkpoint
 from manual_mlp.errors import InputError
-from manual_mlp.training.backprop import BACKPROP
-from manual_mlp.training.divergence import EVERY, EXPLODED, diverged
-from manual_mlp.training.nets import LOGIT_COSTS, build_net, choose
+from manual_mlp.training.strategies import choose, strategy
 
 Batch = tuple[Tensor, ...]  # features, target, and in training perhaps the weight of each row
+STAGES = ("train", "val", "test")
+EXPLODED = 1e9  # targets are standardised or 0 and 1, so a loss starts near 1
+EVERY = 50  # steps between two looks at the loss on a GPU, which each look makes wait
 
 
 class MLPModule(L.LightningModule):
-    """Trains an MLP for classification (class_names given) or regression.
+    """An MLP in training, for classification (class_names given) or regression.
 
     All hyper-parameters but `optimizer`, `scheduler` and `metrics` are plain values, so a checkpoint loads with
     `weights_only=True`.
     backprop: a name in `BACKPROP`: who differentiates and who takes the step.
     output_activation: a name, or "auto": sigmoid for classification under the quadratic cost, identity otherwise.
+        "threshold" makes a perceptron of two classes, without hidden layers, that learns by Rosenblatt's rule.
     target_mean, target_scale: lead from standardised regression targets back to their units.
     l1: λ of a penalty λ Σ |W| over all weights, whose gradient joins the cost's; the logged loss is without it.
     optimizer: a functools.partial that makes the optimizer from the parameters; only training needs it.
@@ -43,6 +44,7 @@ class MLPModule(L.LightningModule):
     classes: Tensor
     target_mean: Tensor
     target_scale: Tensor
+    scores: Any
 
     def __init__(
         self,
@@ -70,31 +72,22 @@ class MLPModule(L.LightningModule):
         if l1 < 0:
             raise InputError(f"expected model.l1 of at least 0, but got {l1}; correct it")
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "metrics"])
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.class_names, self.loss, self.l1 = class_names, loss, l1
-        self.backprop = choose(backprop, BACKPROP, "backprop")(loss)
-        self.sizes = [input_size, *hidden, output_size]
+        self.optimizer: Any = optimizer
+        self.scheduler, self.class_names, self.loss, self.l1 = scheduler, class_names, loss, l1
         self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))
-        self.hparams["output_activation"] = self.output_activation  # who reads a checkpoint need not resolve it
-        self.net = build_net(
-            self.backprop.make_net,
-            initialisation,
-            sizes=self.sizes,
-            activation=activation if isinstance(activation, str) else list(activation),
-            output_activation=self.output_activation,
-            bias=bias,
-            dropout=dropout,
-        )
+        self.hparams["output_activation"] = self.output_activation  # a reader of the checkpoint need not resolve it
+        self.backprop = strategy(self.hparams)
+        self.sizes, self.net = self.backprop.sizes, self.backprop.make_net()
         self.register_buffer("classes", torch.arange(output_size), persistent=False)
         self.register_buffer("target_mean", torch.tensor(target_mean), persistent=False)
         self.register_buffer("target_scale", torch.tensor(target_scale), persistent=False)
         self.figures_before: dict[str, float] = {}  # of the run that this one goes on from
-        self.sums = {stage: Sums() for stage in ("train", "val", "test")}
-        # what a mean over the rows cannot give; the metrics follow the module to its device
-        names: dict[str, Any] = {**({} if class_names else _regression_scores()), **(metrics or {})}
+        self.sums: dict[str, dict[str, Any]] = {stage: _nothing() for stage in STAGES}
+        # What a mean over the rows cannot give. The metrics follow the module to its device.
+        own = {} if class_names else {"rmse": MeanSquaredError(squared=False), "r2": R2Score()}
+        names: dict[str, Any] = {**own, **(metrics or {})}
         self.measured = list(names)
-        stages = ("val", "test") if names else ()
-        self.scores = nn.ModuleDict({stage: MetricCollection(names).clone() for stage in stages})
+        self.scores = nn.ModuleDict({stage: MetricCollection(names).clone() for stage in STAGES[1:] if names})
 
     def forward(self, features: Tensor) -> Tensor:
         """features: (N, input_size). Returns: prediction (N, output_size)."""
@@ -102,17 +95,14 @@ class MLPModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features, target, *weight = batch
-        wanted = self._as_cost_wants(target)
+        wanted = self.as_cost_takes(target)
         if weight and self.loss == "cross_entropy":  # −Σ t log softmax(z) with t = w ŷ is w times the row's cost
             wanted, weight = self._one_hot(target) * weight.pop().unsqueeze(-1), []
-        train = self.backprop.train_weighted if weight else self.backprop.train
-        loss, prediction = train(self, features, wanted, *weight)
+        elif weight:
+            self.backprop.check_weights()
+        loss, prediction = self.backprop.train(self.net, features, wanted, *weight)
         self._add("train", loss, prediction, target)
-        if (loss.is_cpu or batch_idx % EVERY == 0 or self.trainer.is_last_batch) and not loss.item() <= EXPLODED:
-            lr = self.optimizer.keywords.get("lr") if self.optimizer else None
-            features, since = self.backprop.rewind(self, features, wanted)
-            since *= 1 if loss.is_cpu else EVERY
-            raise diverged(loss.item(), self.net, features, f"epoch {self.current_epoch}, step {batch_idx}", lr, since)
+        self._check_loss(loss, features, batch_idx)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -125,12 +115,13 @@ class MLPModule(L.LightningModule):
         self.backprop.backward(loss, *arguments, **options)
 
     def batches_per_step(self, batch_size: int) -> int:
-        """How many mini-batches of so many rows a training step takes at once."""
-        return self.backprop.batches_per_step(self, batch_size)
+        """Return how many mini-batches of so many rows a training step takes at once."""
+        return self.backprop.batches_per_step(self.net, self.trainer, batch_size)
 
     def setup(self, stage: str) -> None:
         """Take on the trainer's precision before a checkpoint is restored: float64 must not pass through float32."""
         self.trainer.precision_plugin.convert_module(self)
+        self.backprop.trainer = self.trainer
 
     def teardown(self, stage: str) -> None:
         self.backprop.end()
@@ -145,12 +136,12 @@ class MLPModule(L.LightningModule):
         self._log_figures("test")
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """A checkpoint tells its own figures."""
+        """Store the current figures in the checkpoint."""
         checkpoint["format"] = FORMAT
         measured = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         checkpoint["figures"] = self.figures_before | measured
         checkpoint["optimizer"] = self.optimizer_in_words()
-        checkpoint["sums"] = vars(self.sums["train"])  # not empty in the middle of an epoch
+        checkpoint["sums"] = self.sums["train"]  # not empty in the middle of an epoch
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **arguments: Any) -> "MLPModule":  # type: ignore[override]
@@ -169,99 +160,113 @@ class MLPModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.figures_before = checkpoint["figures"]
-        vars(self.sums["train"]).update(checkpoint["sums"])
+        self.sums["train"] = {**_nothing(), **checkpoint["sums"]}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for parameter in self.net.parameters():
             if self.l1 and parameter.ndim == 2 and parameter.grad is not None:  # not for biases
-                parameter.grad += formulas.l1_gradient(parameter.detach(), self.l1)
+                parameter.grad += sheet.l1_gradient(parameter.detach(), self.l1)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> Any:
         if self.optimizer is None:
             raise InputError("expected an optimizer for training, but got none; pass MLPModule(..., optimizer=...)")
-        try:
-            optimizer = self.optimizer(self.parameters())
-        except (TypeError, ValueError) as error:  # torch's own words for a wrong value are clear
-            raise unfit("optimizer", error) from error
+        optimizer = _made("optimizer", self.optimizer, self.parameters())
         if not isinstance(optimizer, Optimizer):
             raise InputError(f"expected optimizer._target_ to make an optimizer, but got {optimizer!r}; name its class")
-        self.backprop.begin(self, optimizer)
+        self.backprop.begin(self.net, optimizer)
         if self.scheduler is None:
             return optimizer
-        try:
-            schedule = self.scheduler["scheduler"](optimizer)
-        except (TypeError, ValueError) as error:
-            raise unfit("scheduler", error) from error
-        return cast(
-            OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {**self.scheduler, "scheduler": schedule}}
-        )
+        schedule = _made("scheduler", self.scheduler["scheduler"], optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {**self.scheduler, "scheduler": schedule}}
 
     @property
     def lr(self) -> float:
         """The optimizer's step, for Lightning's LearningRateFinder to set."""
-        assert self.optimizer is not None
         return self.optimizer.keywords["lr"]
 
     @lr.setter
     def lr(self, value: float) -> None:
-        assert self.optimizer is not None
         self.optimizer.keywords["lr"] = value
 
     def optimizer_in_words(self) -> str:
-        """Its name and what it was given that is not zero, false or null."""
+        """Return the optimizer's name and what it was given that is not zero, false or null."""
         if self.optimizer is None:
             return "none"
         name = getattr(self.optimizer.func, "__name__", repr(self.optimizer.func))
         return ", ".join([name, *(f"{key} {value}" for key, value in self.optimizer.keywords.items() if value)])
 
     def plain_step(self) -> float:
-        """The step for plain gradient descent: a large one where sigmoids and the quadratic cost keep δ small."""
+        """Return the step for plain gradient descent: large where sigmoids and the quadratic cost keep δ small."""
         hidden = self.hparams["activation"]
         names = {self.output_activation, *([hidden] if isinstance(hidden, str) else hidden)}
         return 5.0 if self.loss == "quadratic" and names == {"sigmoid"} else 0.1
 
     def figure_names(self) -> list[str]:
-        """What is logged, by name."""
+        """Return the names of what is logged."""
         trained = ["loss", "accuracy"] if self.class_names else ["loss"]
-        evaluated = [*trained, *self.measured]
-        kinds = {"train": trained, "val": evaluated, "test": evaluated}
-        return [f"{stage}_{kind}" for stage, names in kinds.items() for kind in names]
+        return [f"{stage}_{kind}" for stage in STAGES for kind in trained + self.measured * (stage != "train")]
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
-        features, target = batch
-        prediction = self.net(features)
-        self._add(stage, self.backprop.cost(prediction, self._as_cost_wants(target)), prediction, target)
+    def as_net_takes(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows of the data module as net and cost take them: device, dtype, classes as rows of 0 and 1."""
+        features = features.to(next(self.net.parameters()))
+        target = self.as_cost_takes(target.to(features.device))
+        return features, target.to(features) if target.is_floating_point() else target
 
-    def _add(self, stage: str, loss: Tensor, prediction: Tensor, target: Tensor) -> None:
-        self.sums[stage].add(loss, prediction, target if self.class_names else None)
-        if stage in self.scores:
-            self._scores(stage).update(*self._as_metrics_want(prediction.detach().float(), target))
-
-    def _as_cost_wants(self, target: Tensor) -> Tensor:
-        """Class indices become rows of 0 and 1, except for cross-entropy, which takes indices."""
+    def as_cost_takes(self, target: Tensor) -> Tensor:
+        """Return class indices as rows of 0 and 1, except for cross-entropy, which takes indices."""
         return self._one_hot(target) if self.class_names and self.loss != "cross_entropy" else target
+
+    def in_units(self, values: Tensor) -> Tensor:
+        """Return standardised predictions or targets of a regression in the units of the target."""
+        return values.detach().float() * self.target_scale + self.target_mean
 
     def _one_hot(self, target: Tensor) -> Tensor:
         """(N,) class indices → (N, classes) of 0 and 1."""
         return (target.unsqueeze(-1) == self.classes).to(self.target_mean.dtype)
 
-    def _as_metrics_want(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        features, target = batch
+        prediction = self.net(features)
+        self._add(stage, self.backprop.cost(prediction, self.as_cost_takes(target)), prediction, target)
+
+    def _add(self, stage: str, loss: Tensor, prediction: Tensor, target: Tensor) -> None:
+        """Add a batch to the sums of an epoch. They are tensors: no step waits for a number, no step logs."""
+        sums, prediction = self.sums[stage], prediction.detach()
+        sums["loss"] = sums["loss"] + loss.detach().float() * len(prediction)
+        sums["rows"] += len(prediction)
         if self.class_names:
-            return formulas.probability(prediction, self.loss), target
-        return self._in_units(prediction), self._in_units(target)
+            sums["hits"] = sums["hits"] + (prediction.argmax(1) == target).sum()
+        if stage in self.scores and self.class_names:
+            self.scores[stage].update(sheet.probability(prediction.float(), self.loss), target)
+        elif stage in self.scores:
+            self.scores[stage].update(self.in_units(prediction), self.in_units(target))
 
-    def _in_units(self, values: Tensor) -> Tensor:
-        return values.detach().float() * self.target_scale + self.target_mean
-
-    def _scores(self, stage: str) -> MetricCollection:
-        return cast(MetricCollection, self.scores[stage])
+    def _check_loss(self, loss: Tensor, features: Tensor, step: int) -> None:
+        """Raise InputError if the loss is NaN or has exploded: say where, and what to try that is not done already."""
+        looked_back = 1 if loss.is_cpu else EVERY
+        if (step % looked_back and not self.trainer.is_last_batch) or loss.item() <= EXPLODED:
+            return
+        lr = self.optimizer.keywords.get("lr") if self.optimizer else None
+        advice = ["lower optimizer.lr" + ("" if lr is None else f" (now {lr})")]
+        if not getattr(self.trainer.datamodule, "standardise", False):  # type: ignore[attr-defined] # Lightning sets it
+            advice.append("set data.standardise=true")
+        if not self.trainer.gradient_clip_val:
+            advice.append("clip the gradients with trainer.gradient_clip_val=1")
+        place = self.backprop.place(self.net, features, step, looked_back)
+        raise InputError(
+            f"expected a finite loss, of {EXPLODED:.0e} at most, but got {loss.item():.3g} in epoch "
+            f"{self.current_epoch}, {place}; {', or '.join(advice)}"
+        )
 
     def _log_figures(self, stage: str) -> None:
-        figures = self.sums[stage].means(self.trainer.strategy.reduce)
-        self.sums[stage] = Sums()
+        sums, self.sums[stage] = self.sums[stage], _nothing()
+        like = torch.as_tensor(sums["loss"])
+        totals = torch.stack([torch.as_tensor(value).to(like) for value in sums.values()])
+        loss, hits, rows = self.trainer.strategy.reduce(totals, reduce_op="sum")  # over all processes
+        figures = {"loss": loss / rows} | ({"accuracy": hits / rows} if isinstance(sums["hits"], Tensor) else {})
         if stage in self.scores:
-            figures |= self._scores(stage).compute()
-            self._scores(stage).reset()
+            figures |= self.scores[stage].compute()
+            self.scores[stage].reset()
         for kind, value in figures.items():
             if value.numel() != 1:
                 raise InputError(f"expected one number of metrics.{kind}, but got {value.numel()}; average them")
@@ -269,47 +274,33 @@ class MLPModule(L.LightningModule):
             self.log(f"{stage}_{kind}", value, prog_bar=shown, sync_dist=True)
 
 
-class Sums:
-    """Loss and hits of an epoch, summed as tensors: no step waits for a number, no step logs."""
-
-    def __init__(self) -> None:
-        self.loss: Tensor | float = 0.0
-        self.hits: Tensor | int = 0
-        self.rows = 0
-
-    def add(self, loss: Tensor, prediction: Tensor, labels: Tensor | None) -> None:
-        """loss: (), mean over the batch. prediction: (N, output_size). labels: (N,) class indices, or None."""
-        self.loss = self.loss + loss.detach().float() * len(prediction)
-        self.rows += len(prediction)
-        if labels is not None:
-            self.hits = self.hits + (prediction.detach().argmax(1) == labels).sum()
-
-    def means(self, reduce: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """Means per row over all processes; `reduce` is the strategy's."""
-        loss = torch.as_tensor(self.loss)
-        totals = torch.stack([loss, torch.as_tensor(self.hits).to(loss), loss.new_tensor(self.rows)])
-        loss, hits, rows = reduce(totals, reduce_op="sum")
-        return {"loss": loss / rows} | ({"accuracy": hits / rows} if isinstance(self.hits, Tensor) else {})
-
-
 def unfit(name: str, error: Exception) -> InputError:
-    """Return what to tell of values that torch's optimizer or scheduler, as it says itself, does not take."""
+    """Return an InputError that quotes why torch's optimizer or scheduler refuses its values."""
     return InputError(f"expected values that the {name} takes, but: {error}; correct {name}.*")
-
-
-def _regression_scores() -> dict[str, Metric]:
-    return {"rmse": MeanSquaredError(squared=False), "r2": R2Score()}
 
 
 def resolve_output_activation(name: str, loss: str, classification: bool) -> str:
     """Resolve "auto", and refuse pairs of cost, output and task that would train wrongly without a sound."""
-    if loss in LOGIT_COSTS and not classification:
+    takes_logits = choose(loss, sheet.COSTS, "model.loss").logits
+    if takes_logits and not classification:
         raise InputError(f"expected model.loss quadratic or mse for a regression, but got {loss}, which is for classes")
     if name == "auto":
         return "sigmoid" if classification and loss == "quadratic" else "identity"
-    if loss in LOGIT_COSTS and name != "identity":
+    if takes_logits and name != "identity":
         raise InputError(
             f"expected model.output_activation=identity under {loss}, which takes logits, but got {name}; "
             "set it to identity or auto"
         )
     return name
+
+
+def _nothing() -> dict[str, Any]:
+    """Return the sums of no rows."""
+    return {"loss": 0.0, "hits": 0, "rows": 0}
+
+
+def _made(name: str, make: Callable[..., Any], argument: Any) -> Any:
+    try:
+        return make(argument)
+    except (TypeError, ValueError) as error:  # torch's own words for a wrong value are clear
+        raise unfit(name, error) from error

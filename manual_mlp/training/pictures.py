@@ -147,12 +147,12 @@ def _classes(module: MLPModule, data: DataModule, stages: Stages, prediction: Te
 
 
 def _curves(module: MLPModule, data: DataModule, stages: Stages, prediction: Tensor) -> Iterator[Picture]:
-    target = module._in_units(data.splits["test"].target.to(prediction)).cpu().numpy()[:DRAWN]
+    target = module.in_units(data.splits["test"].target.to(prediction)).cpu().numpy()[:DRAWN]
     if data.input_size == data.output_size == 1:
-        lines = _functions(module, data, stages, lambda a: module._in_units(a)[:, 0])
+        lines = _functions(module, data, stages, lambda a: module.in_units(a)[:, 0])
         figure = plots.fitted_curve(lines, _in_units(data)[:DRAWN, 0], target[:, 0])
         yield Picture("Fitted curve", "The net's answer along its input, and rows of the test part.", figure)
-    figure = plots.predicted_against_true(target.ravel(), module._in_units(prediction).cpu().numpy()[:DRAWN].ravel())
+    figure = plots.predicted_against_true(target.ravel(), module.in_units(prediction).cpu().numpy()[:DRAWN].ravel())
     yield Picture("Prediction and target", "Rows of the test part; those on the line are predicted rightly.", figure)
 
 

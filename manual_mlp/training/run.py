@@ -38,12 +38,11 @@ from manual_mlp.training.checkpoints import (
 from manual_mlp.training.config import SCHEDULE, build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
-from manual_mlp.training.nets import choose
-from manual_mlp.training.perceptron import PerceptronModule
 from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.precedence import Precedence
 from manual_mlp.training.predict import predict_file
 from manual_mlp.training.readers import MAX_BYTES
+from manual_mlp.training.strategies import choose
 from manual_mlp.training.summary import files, run_facts, summary
 from manual_mlp.training.sweep import FIGURES
 
@@ -187,8 +186,7 @@ def _test(cfg: DictConfig) -> float | None:
     content = read_checkpoint(_given(cfg, "ckpt_path"))
     data = _data(cfg)
     check_same_rows(content, cfg.ckpt_path, data)
-    kind = PerceptronModule if content["hyper_parameters"]["output_activation"] == "threshold" else MLPModule
-    module = kind.load_from_checkpoint(cfg.ckpt_path, metrics=_metrics(cfg, data))
+    module = MLPModule.load_from_checkpoint(cfg.ckpt_path, metrics=_metrics(cfg, data))
     _set_threads(cfg.threads, module, data)
     trainer = _trainer(cfg)
     with restoring(cfg.ckpt_path):

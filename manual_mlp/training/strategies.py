@@ -1,0 +1,336 @@
+"""Strategies of training: the same net, cost and data, differentiated and updated in several ways.
+
+`backprop` chooses between four; a threshold neuron has its own. A strategy makes the net and, in training, the cost and
+the prediction of each batch. Validation and test call the net itself, whatever the strategy.
+"""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from manual_mlp import functional
+from manual_mlp.engine import BackpropEngine
+from manual_mlp.errors import InputError
+from manual_mlp.modules import MLP
+from manual_mlp.network import cost_and_prediction
+from manual_mlp.perceptron import Perceptron
+from manual_mlp.program import Program, read
+from manual_mlp.tracing import up
+from manual_mlp.training.data import DataModule
+
+T = TypeVar("T")
+
+MOST_BATCHES = 128  # in a training step of the engine: enough to share Lightning's cost for a step,
+MOST_NUMBERS = 1 << 20  # the 4 MB of their inputs stay in the cache,
+MOST_PRODUCTS = 1 << 28  # and the progress bar moves several times a second
+PRECISIONS = {"32-true": None, "64-true": None, "bf16-true": None, "bf16-mixed": torch.bfloat16}  # to compute_dtype
+INITIALISATIONS: dict[str, Callable[[Tensor], object]] = {
+    "torch": lambda parameter: None,  # the layers have done it
+    # weights uniform with variance 2 / (fan in + fan out), biases 0
+    "glorot": lambda parameter: (nn.init.xavier_uniform_ if parameter.ndim == 2 else nn.init.zeros_)(parameter),
+    "nielsen": nn.init.normal_,  # weights and biases from N(0, 1)
+}
+
+
+def choose(name: str, known: Mapping[str, T], option: str) -> T:
+    """Return known[name], or raise an InputError that lists what is known."""
+    if name not in known:
+        raise InputError(f"expected {option} to be one of {', '.join(known)}, but got {name!r}; correct it")
+    return known[name]
+
+
+@torch.no_grad()
+def where_it_began(program: Program, features: Tensor) -> str:
+    """Return the first of what a pass computes that is not finite, in the sheet's letters; else what grows the most.
+
+    The step before goes from right to left, as δ does, so the rightmost W^l that is not finite became so first. If all
+    W^l are finite, the forward pass is followed from left to right.
+    """
+    for index, layer in reversed([*enumerate(program.layers, start=1)]):
+        if not _finite(layer.weight, layer.bias):
+            n_out, n_in = layer.weight.shape
+            return f"W{up(index)} ({n_in} to {n_out} neurons), by the step before: δ{up(index + 1)} overflowed"
+    slots = program.forward(features, program.by_node(program.parameters()), every=True)
+    before, growths = features, []
+    for index, layer in enumerate(program.layers, start=2):
+        z, a, largest = slots[layer.z], slots[layer.a], before.abs().max().item()
+        neurons = f"(n = {z.shape[1]}, {layer.row.name})"
+        if not _finite(z, a):
+            return f"{'a' if _finite(z) else 'z'}{up(index)} {neurons}"
+        reached = z.abs().max().item()
+        where = f"z{up(index)} {neurons}: it reaches {reached:.1e} from an a{up(index - 1)} of {largest:.1e}"
+        growths.append((reached / max(largest, 1.0), where))
+        before = slots[layer.out]
+    return max(growths)[1]
+
+
+def _finite(*tensors: Tensor | None) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+
+
+def _within(first: int, last: int) -> str:
+    batches = f"mini-batch {last}" if first == last else f"mini-batches {first} to {last}"
+    return f"{batches} (backprop=layers trainer.accelerator=cpu names the layer)"
+
+
+class ByLayers:
+    """Derivatives by hand in a Function for each layer; autograd joins them, the optimizer takes the step.
+
+    options: the hyper-parameters of the module.
+    """
+
+    costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = functional.COSTS
+    trainer: Any = None
+    weighted: ClassVar[Sequence[str]] = ("quadratic", "bce")  # costs that take weights: (1/N) Σ w_n C_n
+
+    def __init__(self, options: MutableMapping[str, Any]) -> None:
+        self.options, self.loss = options, options["loss"]
+        self.sizes = [options["input_size"], *options["hidden"], options["output_size"]]
+        self.cost = choose(self.loss, self.costs, "model.loss")
+
+    def make_net(self) -> Any:
+        """Return the net, its parameters initialised."""
+        initialise = choose(self.options["initialisation"], INITIALISATIONS, "model.initialisation")
+        names = ("activation", "output_activation", "bias", "dropout")
+        net = MLP(self.sizes, **{name: self.options[name] for name in names})
+        for parameter in net.parameters():
+            initialise(parameter)
+        return net
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Raise InputError for options that can't be honoured: before other processes are started."""
+
+    def check_weights(self) -> None:
+        """Raise InputError if rows can't count by weights. Cross-entropy takes them in its target."""
+        if self.loss not in self.weighted:
+            known = " or ".join([*self.weighted, "cross_entropy"])
+            fix = " or take backprop=layers" if self.loss in ByLayers.weighted else ""
+            raise InputError(
+                f"expected model.loss={known} for weighted rows under backprop={self.options['backprop']}, "
+                f"but got {self.loss}; change it{fix}"
+            )
+
+    def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
+        """Keep what `train` needs. The module has set `trainer` before."""
+
+    def end(self) -> None:
+        """Drop what can't be copied with the module."""
+        self.trainer = None
+
+    def batches_per_step(self, net: nn.Module, trainer: L.Trainer, batch_size: int) -> int:
+        """Return how many mini-batches of so many rows `train` gets at once."""
+        return 1
+
+    def train(self, net: nn.Module, features: Tensor, target: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
+        """features (N, n_1), target as the cost takes it, weight (N,) → C with its history, and a^L (N, n_L)."""
+        prediction = net(features)
+        weights = (each.to(prediction).unsqueeze(-1).expand_as(prediction) for each in weight)
+        return self.cost(prediction, target, *weights), prediction
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        loss.backward(*arguments, **options)
+
+    def place(self, net: nn.Module, features: Tensor, step: int, looked_back: int) -> str:
+        """Return where a loss diverged: step and layer if every step is looked at, else the mini-batches.
+
+        net: as it was before training step `step`, with the rows `features`. looked_back: steps since the last look.
+        """
+        if looked_back == 1:
+            return f"step {step}, and it began in {where_it_began(read(net), features)}"
+        return _within(max(0, step + 1 - looked_back), step)
+
+
+class ByNetwork(ByLayers):
+    """Net and cost as one Function, its gradients by the δ recursion; the optimizer takes the step."""
+
+    weighted = ()
+
+    def train(self, net: nn.Module, features: Tensor, target: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
+        return cost_and_prediction(net, features, target, self.loss)
+
+
+class ByEngine(ByLayers):
+    """`BackpropEngine`: no graph, several mini-batches in a training step, so that Lightning's cost is paid rarely.
+
+    Lightning calls optimizer.step(closure) once for a training step, and the closure `train`, which updates the
+    parameters. Lightning then sets the gradients to None, `backward` does nothing, and the optimizer finds nothing left
+    to do: the step is counted, with all that Lightning makes of it, and nothing is updated twice. (Lightning's manual
+    optimization would do the same, but refuses clipping, and leaves schedules and their monitors to the module.)
+    """
+
+    weighted = ()
+    engine: BackpropEngine | None = None
+    several = size = 1  # mini-batches in a training step, rows in a mini-batch
+
+    def check(self, trainer: L.Trainer) -> None:
+        strategy, accumulated = type(trainer.strategy), trainer.accumulate_grad_batches
+        if not issubclass(strategy, SingleDeviceStrategy):
+            fix = "set trainer.devices=1 trainer.strategy=auto"
+            raise _refused("one process", "whose gradients no other process would see", strategy.__name__, fix)
+        if trainer.precision not in PRECISIONS:
+            names = f"trainer.precision to be one of {', '.join(PRECISIONS)}"
+            raise _refused(names, "which computes in these", trainer.precision, "choose one of them")
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+            got = "trainer.gradient_clip_algorithm=value"
+            raise _refused("gradients to be clipped by their norm", "which knows no other way", got, "leave it out")
+        if accumulated != 1:
+            fix = "raise data.batch_size instead"
+            raise _refused("trainer.accumulate_grad_batches=1", "whose every mini-batch is a step", accumulated, fix)
+        if l1 := self.options["l1"]:
+            raise _refused("model.l1=0", "which takes the step of the cost alone", l1, "leave it out")
+
+    def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
+        self.check(self.trainer)
+        clip, compute_dtype = self.trainer.gradient_clip_val or None, PRECISIONS[self.trainer.precision]
+        try:
+            self.engine = BackpropEngine(net, optimizer, self.loss, clip, compute_dtype)
+        except InputError as error:
+            raise InputError(f"{error}; or take backprop=network") from None
+
+    def end(self) -> None:
+        self.engine = self.trainer = None
+
+    def batches_per_step(self, net: nn.Module, trainer: L.Trainer, batch_size: int) -> int:
+        """Return 1 if an option counts batches or steps, so that it counts what it says; else at most MOST_BATCHES."""
+        shares = trainer.limit_train_batches, trainer.val_check_interval
+        counted = any(not isinstance(share, float) or share != 1 for share in shares)
+        counted |= trainer.max_steps != -1 or bool(trainer.min_steps)
+        counted |= trainer.overfit_batches > 0  # type: ignore[attr-defined] # Lightning sets it
+        counted |= any(config.frequency != 1 for config in trainer.lr_scheduler_configs if config.interval == "step")
+        parameters = sum(parameter.numel() for parameter in net.parameters())
+        rows = min(MOST_NUMBERS // self.sizes[0], MOST_PRODUCTS // parameters)
+        self.several = 1 if counted else max(1, min(MOST_BATCHES, rows // batch_size))
+        return self.several
+
+    def train(self, net: nn.Module, features: Tensor, target: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.engine is not None
+        self.check(self.trainer)  # a callback may change an option at any time
+        data = self.trainer.datamodule
+        self.size = size = data.batch_size if isinstance(data, DataModule) else len(features)
+        schedules = [
+            config.scheduler
+            for config in self.trainer.lr_scheduler_configs
+            if config.interval == "step" and not config.reduce_on_plateau
+        ]
+        prediction = features.new_empty(len(features), self.sizes[-1])
+        parts = [part.split(size if schedules else len(features)) for part in (features, target, prediction)]
+        total = torch.zeros((), device=features.device)
+        with torch.autocast(features.device.type, enabled=False):
+            for index, (x, y, a) in enumerate(zip(*parts, strict=True)):
+                for scheduler in schedules if index else ():  # Lightning advances them after the last mini-batch only
+                    self.trainer.lightning_module.lr_scheduler_step(scheduler, None)
+                total = total + self.engine.train_batches(x, y, size, a) * len(x)
+        return total / len(features), prediction
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        """Do nothing: `train` has taken the step."""
+
+    def place(self, net: nn.Module, features: Tensor, step: int, looked_back: int) -> str:
+        last = step * self.several - (-len(features) // self.size) - 1
+        return _within(max(0, step + 1 - looked_back) * self.several, last)
+
+
+def _refused(expected: str, reason: str, got: object, fix: str) -> InputError:
+    return InputError(
+        f"expected {expected} for backprop=engine, {reason}, but got {got}; {fix}, or take backprop=network"
+    )
+
+
+def torch_quadratic_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """(1/N) Σ_N w Σ_i ½ (a_i − ŷ_i)² as torch operations, for autograd to differentiate."""
+    squares: Any = nn.functional.mse_loss  # torch's stubs do not know its weight
+    return squares(prediction, target, reduction="sum", weight=weight) / (2 * len(prediction))
+
+
+class ByAutograd(ByLayers):
+    """The same net in torch's own layers, with the same state_dict keys and initial bits, differentiated by torch."""
+
+    costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
+        "quadratic": torch_quadratic_loss,
+        "mse": nn.functional.mse_loss,
+        "bce": nn.functional.binary_cross_entropy_with_logits,
+        "cross_entropy": nn.functional.cross_entropy,
+    }
+
+    def make_net(self) -> Any:
+        return super().make_net().to_torch()
+
+
+class TwoClasses(Perceptron):
+    """A perceptron whose answer y stands in two columns, 1 − y and y, as the answers of other nets do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return torch.cat([1 - y, y], -1)
+
+
+class ByRosenblatt(ByLayers):
+    """One threshold neuron for two classes, learning w += LR (ŷ − y) x after each sample; see `Perceptron`.
+
+    Its loss is the share of mistakes, in training each counted before its correction. LR is the optimizer's lr; the
+    optimizer has nothing else to do, and counts the steps.
+    """
+
+    fixed: ClassVar[Mapping[str, object]] = {
+        **{"hidden": (), "activation": "sigmoid", "initialisation": "torch", "loss": "quadratic"},
+        **{"bias": True, "dropout": 0.0, "l1": 0.0},
+    }
+    optimizer: Optimizer | None = None
+
+    def __init__(self, options: MutableMapping[str, Any]) -> None:
+        options.update(backprop="none, Rosenblatt's rule", hidden=tuple(options["hidden"]))
+        super().__init__(options)
+        self.sizes = [options["input_size"], 1]
+        if (classes := len(options["class_names"])) != 2:
+            raise InputError(
+                f"expected two classes for a perceptron, whose neuron answers 0 or 1, but got {classes}; "
+                "choose data=halves, moons or xor"
+            )
+        for name, value in self.fixed.items():
+            if options[name] != value:
+                raise InputError(
+                    f"expected a perceptron without model.{name}, which its rule can't honour, but got "
+                    f"{options[name]}; leave it out, or take model=mlp with another output_activation"
+                )
+
+    def make_net(self) -> Any:
+        return TwoClasses(self.sizes[0])
+
+    def check_weights(self) -> None:
+        raise InputError(
+            "expected rows that count the same for model=perceptron, whose rule knows no weights, but got weights; "
+            "leave out data.class_weight and data.source.weight"
+        )
+
+    def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def train(self, net: Any, features: Tensor, target: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.optimizer is not None
+        rate = self.optimizer.param_groups[0]["lr"]
+        y = torch.stack([net.learn(x, label, rate) for x, label in zip(features, target[:, 1:], strict=True)])
+        prediction = torch.cat([1 - y, y], -1)
+        return self.cost(prediction, target), prediction
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        """Do nothing: there is no derivative."""
+
+
+BACKPROP: dict[str, type[ByLayers]] = {
+    "layers": ByLayers,
+    "network": ByNetwork,
+    "engine": ByEngine,
+    "autograd": ByAutograd,
+}
+
+
+def strategy(options: MutableMapping[str, Any]) -> ByLayers:
+    """Return the strategy that a module's hyper-parameters name, for its net, cost and way to train."""
+    if options["output_activation"] == "threshold":
+        return ByRosenblatt(options)
+    return choose(options["backprop"], BACKPROP, "backprop")(options)
