@@ -125,7 +125,7 @@ class TestPerceptron:
             training.run(configured(tmp_path, "data=halves", "model.output_activation=threshold"))
 
     def test_rows_with_weights_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"whose rule knows no weights, but got weights; leave out data.class_weig"):
+        with pytest.raises(InputError, match=r"whose rule knows no weights, but got weights; leave out data.class"):
             training.run(configured(tmp_path, "experiment=perceptron", "data.class_weight=balanced"))
 
     def test_two_classes_only(self, tmp_path: Path) -> None:
