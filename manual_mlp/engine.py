@@ -47,9 +47,9 @@ class BoundPlan(Plan):
     def __init__(self, engine: "BackpropEngine", input: Tensor, target: Tensor) -> None:
         self.engine, self.batches = engine, []  # type: ignore[var-annotated]
         self.bound_for: object = None
-        program, graphed, dtype = engine._program, engine._graphed, engine.compute_dtype
+        graphed, dtype = engine._graphed, engine.compute_dtype
         with torch.inference_mode():
-            super().__init__(program, program.by_node(engine._flat), engine._cost, input, dtype)
+            super().__init__(engine._program, engine._cost, input, dtype)
             self.input = self.like.new_empty(input.shape) if graphed or dtype is not None else None
             self.target = torch.empty_like(target) if graphed else None
             self.rates = [(self.cost.new_empty(()), self.cost.new_empty(())) for _ in engine.optimizer.param_groups]
@@ -111,8 +111,7 @@ class BoundPlan(Plan):
         with torch.inference_mode():
             read = [p if p is None or p.dtype == self.like.dtype else p.to(self.like.dtype) for p in own]
             sinks = [self._sink(place, rates) for place in range(len(own))]
-            by_node = self.program.by_node
-            self.compile(by_node(read), by_node(sinks), 0 if self.input is None else self.input)
+            self.compile([0 if self.input is None else self.input, *read], [None, *sinks])
         copies = [(copy, p) for copy, p in zip(read, own, strict=True) if copy is not None and copy is not p]
         self.up[:0] = [Instruction(partial(copy.copy_, p)) for copy, p in copies]
         # In runs of calls that read the moving input, and calls that read nothing.

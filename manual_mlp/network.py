@@ -65,22 +65,18 @@ def parameters_of(model: nn.Module, program: Program) -> list[Any]:
 class LossPlan(Plan):
     """Steps 1 to 4 on buffers; the gradients are new tensors. It keeps neither the parameters nor views of them."""
 
-    def __init__(
-        self, program: Program, flat: Sequence[Any], weighed: Weighed, x: Tensor, needs: Sequence[bool]
-    ) -> None:
+    def __init__(self, program: Program, tensors: Sequence[Any], weighed: Weighed, needs: Sequence[bool]) -> None:
         cost, self.total_weight, self.delta_weight = weighed
-        super().__init__(program, program.by_node(flat), cost, x)
-        self.shapes = _shapes(flat)
-        places = range(1, len(needs))
-        sinks = [Sink(place) if needs[place] else None for place in places]
-        operands = [None if own is None else place for own, place in zip(flat, places, strict=True)]
-        self.compile(program.by_node(operands), program.by_node(sinks), needs_input=needs[0])
+        super().__init__(program, cost, tensors[0])
+        self.shapes = _shapes(tensors)
+        operands = [None if tensor is None else place for place, tensor in enumerate(tensors)]
+        self.compile(operands, [Sink(place) if needed else None for place, needed in enumerate(needs)])
         self.nothing: list[Tensor | None] = [None] * len(needs)
 
     def gradients(
         self, tensors: Sequence[Any], target: Tensor, predictions: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Return C, and ∂C/∂x and the gradient of each parameter, None where not needed. tensors: x and parameters."""
+        """Return C, and the gradients of x and the parameters, None where not needed."""
         gradients = self.nothing.copy()
         run(self.up, tensors, gradients)
         if predictions is not None:  # step 2 may write over it
@@ -91,8 +87,8 @@ class LossPlan(Plan):
         return self.cost * self.total_weight, gradients
 
 
-def _shapes(flat: Sequence[Any]) -> list[Any]:
-    return [None if own is None else own.shape for own in flat]
+def _shapes(tensors: Sequence[Any]) -> list[Any]:
+    return [None if tensor is None else tensor.shape for tensor in tensors]
 
 
 def _at_once(
@@ -100,11 +96,11 @@ def _at_once(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return what the plan for such batches computes. While it runs, other threads make one of their own."""
     plan = reading.plans.pop(key, None)
-    if plan is None or _shapes(tensors[1:]) != plan.shapes:
+    if plan is None or _shapes(tensors) != plan.shapes:
         for oldest in list(reading.plans)[: len(reading.plans) + 1 - _PLANS]:
             reading.plans.pop(oldest, None)
         with torch.inference_mode(False):  # a backward may run in inference mode, and later ones outside
-            plan = LossPlan(reading.program, tensors[1:], weighed, tensors[0], key[1])
+            plan = LossPlan(reading.program, tensors, weighed, key[1])
     with _below_autograd():
         result = plan.gradients(tensors, target, predictions)
     if type(plan.cost) is Tensor:  # not a fake tensor, made while torch traces shapes
@@ -135,13 +131,13 @@ class NetworkCost(functions.ManualFunction):
     ) -> Tensor:
         program, needs = reading.program, ctx.needs_input_grad[6:]
         if key is not None and any(needs):
-            ctx.of = reading, weighed, (), (key, needs)
+            ctx.of, ctx.masks = (reading, weighed, (key, needs)), ()
             ctx.save_for_backward(target, *tensors)
             value, ctx.gradients = _at_once(reading, (key, needs), weighed, target, tensors, predictions)
             return value
-        slots = program.forward(tensors[0], program.by_node(tensors[1:], masks))
-        ctx.of = reading, weighed, [mask[1:] for mask in masks], None
-        ctx.save_for_backward(target, *tensors, *(mask[0] if mask else None for mask in masks), *slots[1:])
+        slots = program.forward([*tensors, *masks])
+        ctx.of, ctx.masks = (reading, weighed, None), masks[1::2]
+        ctx.save_for_backward(target, *tensors, *masks[::2], *slots[1:])
         if predictions is not None:
             predictions.append(slots[-1])
         cost, total_weight, _ = weighed
@@ -149,8 +145,8 @@ class NetworkCost(functions.ManualFunction):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        reading, weighed, keeps, key = ctx.of
-        program, count = reading.program, 1 + len(reading.program.sources)
+        (reading, weighed, key), keeps, needs = ctx.of, ctx.masks, ctx.needs_input_grad[6:]
+        program, count = reading.program, len(needs)
         target, *saved = ctx.saved_tensors  # which refuses what has changed since, or is gone
         tensors, drawn, slots = saved[:count], saved[count : count + len(keeps)], saved[count + len(keeps) :]
         if key is not None and kernels.plain(g):
@@ -158,15 +154,13 @@ class NetworkCost(functions.ManualFunction):
             if gradients is None:  # backward for the second time
                 _, gradients = _at_once(reading, key, weighed, target, tensors, None)
             return *(None,) * 6, *_times(gradients, g)
-        masks = [(mask, *keep) if keep else () for mask, keep in zip(drawn, keeps, strict=True)]
-        parameters = program.by_node(tensors[1:], masks)
+        tensors += chain.from_iterable(zip(drawn, keeps, strict=True))
         if torch.is_grad_enabled() or not slots:  # create_graph: what was saved has no history
-            slots = program.forward(tensors[0], parameters)[1:]
+            slots = program.forward(tensors)[1:]
         cost, _, delta_weight = weighed
-        needs_x, *needs = ctx.needs_input_grad[6:]
         g = kernels.cost_kernel(cost).delta(slots[-1], target) * (g * delta_weight)
-        arrived, gradients = program.backward(g, [tensors[0], *slots], parameters, needs_x, program.by_node(needs))
-        return *(None,) * 6, arrived[0], *chain.from_iterable(gradients)
+        _, gradients = program.backward(g, [tensors[0], *slots], tensors, needs)
+        return *(None,) * 6, *gradients
 
 
 def _times(gradients: list[Tensor | None], g: Tensor) -> list[Tensor | None]:

@@ -54,7 +54,6 @@ class Plan:
     def __init__(
         self,
         program: Program,
-        parameters: Sequence[tuple[Any, ...]],
         cost: Cost,
         input: Tensor,
         dtype: torch.dtype | None = None,
@@ -62,7 +61,7 @@ class Plan:
         self.program = program
         self.like = torch.empty(0, dtype=dtype or input.dtype, device=input.device)
         self.n, self.ones = len(input), self.like.new_ones(len(input))
-        self.widths = program.widths(parameters, input.shape[1])
+        self.widths = program.widths(input)
         largest = len(input) * max(self.widths)
         self.scratch, self.bits = self.like.new_empty(largest), self.like.new_empty(largest, dtype=torch.bool)
         self.by_columns = self._layouts()
@@ -117,21 +116,15 @@ class Plan:
     # Instructions
     # -----------------------------------------------------------------------------------------------------------------
 
-    def compile(
-        self,
-        parameters: Sequence[tuple[Operand, ...]],
-        sinks: Sequence[Sequence[Sink | None]],
-        input: Operand = 0,
-        needs_input: bool = False,
-    ) -> None:
-        """Make the instructions: for each node its parameters, and where their gradients go (None: nowhere)."""
+    def compile(self, operands: Sequence[Operand], sinks: Sequence[Sink | None]) -> None:
+        """Make the instructions. operands: the input and all parameters; sinks: where their gradients go, or None."""
         nodes = self.program.nodes
         self.up: list[Instruction] = []
         self.down: list[Instruction] = []
-        slots = [input, *self.slots[1:]]
-        for i, own in enumerate(parameters):
-            self._step_1(i, slots, own)
-        self.wanted = self.program.wanted(needs_input, [tuple(sink is not None for sink in of) for of in sinks])
+        slots = [operands[0], *self.slots[1:]]
+        for i in range(len(nodes)):
+            self._step_1(i, slots, operands[self.program.spans[i]])
+        self.wanted = self.program.wanted([sink is not None for sink in sinks])
         self.free = self.flats[1:]
         self.arrived: dict[int, Tensor] = {len(nodes): self.flats[0]}
         if self.copied:
@@ -139,8 +132,8 @@ class Plan:
             self._emit(self.down, self._laid(self.flats[0], len(nodes)).copy_, self.delta)
         for i in reversed(range(len(nodes))):
             if i + 1 in self.arrived:
-                self._steps_2_to_4(i, slots, parameters[i], sinks[i])
-        if needs_input:
+                self._steps_2_to_4(i, slots, operands[self.program.spans[i]], sinks[self.program.spans[i]])
+        if self.wanted[0]:
             self._emit(self.down, self._laid(self.arrived[0], 0).clone, place=0)
 
     def _emit(self, code: list[Instruction], call: Call, *operands: Operand, place: int | None = None) -> None:
@@ -149,7 +142,7 @@ class Plan:
         feeds = tuple(operand for operand in operands if isinstance(operand, int))
         code.append(Instruction(partial(call, *fixed) if fixed else call, feeds, place))
 
-    def _step_1(self, i: int, slots: list[Operand], own: tuple[Operand, ...]) -> None:
+    def _step_1(self, i: int, slots: list[Operand], own: Sequence[Operand]) -> None:
         """z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1})."""
         rule, reads, _ = self.program.nodes[i]
         read, out = slots[reads[0]], self.slots[i + 1]
@@ -180,7 +173,7 @@ class Plan:
             rows = bias if z.is_cuda else bias.expand(z.shape)
             self._emit(self.up, partial(torch.addmm, rows, mat2=weight.t(), out=z), a)
 
-    def _steps_2_to_4(self, i: int, slots: list[Operand], own: tuple[Any, ...], sinks: Sequence[Sink | None]) -> None:
+    def _steps_2_to_4(self, i: int, slots: list[Operand], own: Sequence[Operand], sinks: Sequence[Sink | None]) -> None:
         """δ^l = g ⊙ G′(z^l); the product δ^{l+1} W^l that goes on to the left; the gradients."""
         rule, reads, _ = self.program.nodes[i]
         flat = self.arrived[i + 1]

@@ -7,7 +7,7 @@ read twice adds up what comes back. Everything here is made of ordinary tensor o
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,8 +19,8 @@ from manual_mlp.errors import InputError
 from manual_mlp.formulas import ACTIVATIONS, COSTS, Cost, Row
 from manual_mlp.snapshot import hooks_of
 
-Needs = Sequence[Sequence[bool]]
-"""For each node, for each of its parameters: True if its gradient is wanted."""
+Tensors = Sequence[Any]
+"""All that a run reads: x, the parameters of all nodes (None for a missing bias), mask and 1 − p of each dropout."""
 
 
 class Rule(Protocol):
@@ -96,18 +96,18 @@ class Drop:
         """Return the probability with which it draws now, 0 for none."""
         return self.module.p if self.module.training else 0.0
 
-    def draw(self, n: int, width: int, device: torch.device) -> tuple[Tensor, float] | tuple[()]:
-        """Return the mask that functional.dropout draws, and 1 − p; nothing if it does not draw."""
+    def draw(self, n: int, width: int, device: torch.device) -> tuple[Tensor | None, float]:
+        """Return the mask that functional.dropout draws, or None if it draws none, and 1 − p."""
         keep = 1 - self.p
         if keep == 1:
-            return ()
+            return None, keep
         return torch.empty(n, width, dtype=torch.bool, device=device).bernoulli_(keep), keep or 1.0
 
-    def forward(self, a: Tensor, *mask_and_keep: Any) -> Tensor:
-        return sheet.dropout(a, *mask_and_keep) if mask_and_keep else a
+    def forward(self, a: Tensor, mask: Tensor | None = None, keep: float = 1.0) -> Tensor:
+        return a if mask is None else sheet.dropout(a, mask, keep)
 
-    def backward(self, g: Tensor, saved: None, *mask_and_keep: Any, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-        return (self.forward(g, *mask_and_keep),)
+    def backward(self, g: Tensor, saved: None, *drawn: Any, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        return (self.forward(g, *drawn),)
 
 
 @dataclass
@@ -140,9 +140,10 @@ class Layer:
 
 
 class Program:
-    """The nodes of a net, and what follows from which slots they read.
+    """The nodes of a net, and what follows from how they read their slots.
 
     sources   for each parameter the dict that holds it, and its name there
+    spans     for each node, the slice of a run's tensors that its rule reads beside its slots
     saved     for each node, the slots that its backward reads
     kept      the slots that a backward pass needs; it computes the others again
     freed     for each node, the slots that nobody reads after it
@@ -151,13 +152,14 @@ class Program:
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.nodes = tuple(nodes)
         self.sources = [(node.owner._parameters, name) for node in nodes for name in node.rule.names]
-        ends = [*accumulate(len(node.rule.names) for node in nodes)]
-        spans = [slice(end - len(node.rule.names), end) for node, end in zip(nodes, ends, strict=True)]
-        self.spans = [None if isinstance(node.rule, Drop) else span for node, span in zip(nodes, spans, strict=True)]
-        self.has_dropout = None in self.spans
-        self.saved = [
-            {"input": node.reads, "output": (i,), "nothing": ()}[node.rule.saves] for i, node in enumerate(nodes, 1)
-        ]
+        self.has_dropout = any(isinstance(node.rule, Drop) for node in nodes)
+        own, drawn, self.spans = 1, 1 + len(self.sources), []
+        for rule, _, _ in nodes:
+            start, length = (drawn, 2) if isinstance(rule, Drop) else (own, len(rule.names))
+            self.spans.append(slice(start, start + length))
+            own, drawn = (own, drawn + 2) if isinstance(rule, Drop) else (own + length, drawn)
+        of = [{"input": node.reads, "output": (i,), "nothing": ()}[node.rule.saves] for i, node in enumerate(nodes, 1)]
+        self.saved: list[tuple[int, ...]] = of
         self.kept = self._kept()
         last = {slot: i for i, node in enumerate(nodes) for slot in node.reads}
         self.freed = [[slot for slot in last if last[slot] == i and slot not in self.kept] for i in range(len(nodes))]
@@ -193,82 +195,71 @@ class Program:
         """Return the parameters of all nodes in one list, None for a missing bias."""
         return [owner[name] for owner, name in self.sources]
 
-    def by_node(self, flat: Sequence[Any], masks: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Return the parameters of each node from such a list; those of a dropout are what `draw` gave for it."""
-        drawn = iter(masks)
-        return [next(drawn, ()) if span is None else tuple(flat[span]) for span in self.spans]
-
-    def widths(self, parameters: Sequence[tuple[Any, ...]], width: int) -> list[int]:
-        """Return the number of neurons of each slot; width: that of the input."""
-        widths = [width]
-        for (rule, reads, _), own in zip(self.nodes, parameters, strict=True):
-            widths.append(len(own[0]) if isinstance(rule, Affine) else widths[reads[0]])
+    def widths(self, x: Tensor) -> list[int]:
+        """Return the number of neurons of each slot."""
+        widths, parameters = [x.shape[1]], [x, *self.parameters()]
+        for (rule, reads, _), span in zip(self.nodes, self.spans, strict=True):
+            widths.append(len(parameters[span][0]) if isinstance(rule, Affine) else widths[reads[0]])
         return widths
 
     def draw(self, x: Tensor) -> list[Any]:
-        """Return what each dropout draws for such a batch, in order; nothing if the net has none."""
+        """Return what the dropouts draw for such a batch, in order."""
         if not self.has_dropout:
             return []
-        widths = self.widths(self.by_node(self.parameters()), x.shape[1])
+        widths = self.widths(x)
         dropouts = [(rule, widths[reads[0]]) for rule, reads, _ in self.nodes if isinstance(rule, Drop)]
-        return [rule.draw(len(x), width, x.device) for rule, width in dropouts]
+        return [*chain.from_iterable(rule.draw(len(x), width, x.device) for rule, width in dropouts)]
 
-    def forward(self, x: Tensor, parameters: Sequence[tuple[Any, ...]], every: bool = False) -> list[Any]:
+    def forward(self, tensors: Tensors, every: bool = False) -> list[Any]:
         """Step 1: return the slots; None for those that are not kept, unless every is True."""
-        slots: list[Any] = [x]
-        for (rule, reads, _), own, freed in zip(self.nodes, parameters, self.freed, strict=True):
-            slots.append(rule.forward(*(slots[slot] for slot in reads), *own))
+        slots: list[Any] = [tensors[0]]
+        for (rule, reads, _), span, freed in zip(self.nodes, self.spans, self.freed, strict=True):
+            slots.append(rule.forward(*[slots[slot] for slot in reads], *tensors[span]))
             for slot in () if every else freed:
                 slots[slot] = None
         return slots
 
-    def wanted(self, needs_input: bool, needs: Needs) -> list[bool]:
+    def wanted(self, needs: Sequence[bool]) -> list[bool]:
         """Return for each slot whether a gradient that is needed lies upstream of it."""
-        key = needs_input, *needs
+        key = tuple(needs)
         if key not in self._wanted:
-            wanted = self._wanted[key] = [needs_input]
-            for (_, reads, _), own in zip(self.nodes, needs, strict=True):
-                wanted.append(any(own) or any(wanted[slot] for slot in reads))
+            wanted = self._wanted[key] = [needs[0]]
+            for (_, reads, _), span in zip(self.nodes, self.spans, strict=True):
+                wanted.append(any(needs[span]) or any(wanted[slot] for slot in reads))
         return self._wanted[key]
 
     def backward(
-        self,
-        g: Tensor,
-        slots: Sequence[Any],
-        parameters: Sequence[tuple[Any, ...]],
-        needs_input: bool,
-        needs: Needs,
-        every: bool = False,
-    ) -> tuple[list[Any], list[tuple[Any, ...]]]:
-        """Steps 2 to 4, from right to left: g = ∂C/∂a^L ↦ ∂C/∂slot of each slot, and the gradients of each node.
+        self, g: Tensor, slots: Sequence[Any], tensors: Tensors, needs: Sequence[bool], every: bool = False
+    ) -> tuple[list[Any], list[Any]]:
+        """Steps 2 to 4, from right to left: g = ∂C/∂a^L ↦ ∂C/∂slot of each slot, the gradients of x and the parameters.
 
-        ∂C/∂z^l is δ^l. None stands for what nothing needs; unless every is True, only ∂C/∂x is still there at the end.
+        ∂C/∂z^l is δ^l. None stands for what nothing needs, and for slots that have been read, unless every is True.
         """
-        wanted = self.wanted(needs_input, needs)
+        wanted, gradients = self.wanted(needs), [None] * len(needs)
         arrived: list[Any] = [None] * len(self.nodes) + [g]
-        gradients: list[tuple[Any, ...]] = [(None,) * len(rule.names) for rule, _, _ in self.nodes]
         for i in range(len(self.nodes) - 1, -1, -1):
-            rule, reads, _ = self.nodes[i]
-            g = arrived[i + 1]
+            (rule, reads, _), span, g = self.nodes[i], self.spans[i], arrived[i + 1]
             if not wanted[i + 1] or g is None:
                 continue
-            saved = [self._value(slot, slots, parameters) for slot in self.saved[i]]
-            flags = [*[wanted[slot] for slot in reads], *needs[i]]
-            parts = rule.backward(g, saved[0] if len(saved) == 1 else saved, *parameters[i], needs=flags)
+            saved = [self._value(slot, slots, tensors) for slot in self.saved[i]]
+            flags = [*[wanted[slot] for slot in reads], *needs[span]]
+            parts = rule.backward(g, saved[0] if len(saved) == 1 else saved, *tensors[span], needs=flags)
             for slot, part in zip(reads, parts):  # noqa: B905 # the gradients of the parameters follow
                 if wanted[slot]:
                     arrived[slot] = part if arrived[slot] is None else arrived[slot] + part
-            gradients[i] = parts[len(reads) :]
+            if rule.names:
+                gradients[span] = parts[len(reads) :]
             if not every:
                 arrived[i + 1] = None
+        gradients[0] = arrived[0]
         return arrived, gradients
 
-    def _value(self, slot: int, slots: Sequence[Any], parameters: Sequence[tuple[Any, ...]]) -> Tensor:
+    def _value(self, slot: int, slots: Sequence[Any], tensors: Tensors) -> Tensor:
         """Return the value of a slot, computed again if it was not kept."""
         if slots[slot] is not None:
             return slots[slot]
         rule, reads, _ = self.nodes[slot - 1]
-        return rule.forward(*[self._value(read, slots, parameters) for read in reads], *parameters[slot - 1])
+        return rule.forward(*[self._value(read, slots, tensors) for read in reads], *tensors[self.spans[slot - 1]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def trace(
         result.saturation[index] = flat.double().mean().item()
         result.weight[index - 1] = layer.weight.clone()
         result.bias[index - 1] = None if layer.bias is None else layer.bias.clone()
-        grad_weight, grad_bias = one.gradients[layer.z - 1]
+        grad_weight, grad_bias = one.gradients[program.spans[layer.z - 1]]
         result.grad_weight[index - 1], result.grad_bias[index - 1] = grad_weight, grad_bias
         result.new_weight[index - 1] = layer.weight - lr * grad_weight
         result.new_bias[index - 1] = None if layer.bias is None else layer.bias - lr * grad_bias
@@ -349,23 +349,22 @@ def trace(
 
 
 class Pass(NamedTuple):
-    """C, the slots of a program, ∂C/∂slot of each, and the gradients of each node."""
+    """C, the slots of a program, ∂C/∂slot of each, and the gradients of x and the parameters."""
 
     cost: Tensor
     slots: list[Any]
     arrived: list[Any]
-    gradients: list[tuple[Any, ...]]
+    gradients: list[Any]
 
 
 def one_pass(program: Program, x: Tensor, target: Tensor, loss: str, masks: Sequence[Any] = ()) -> Pass:
     """Steps 1 to 4 of one batch, every slot kept. Raises InputError as `program.cost_of`."""
-    cost, flat = cost_of(loss, program), program.parameters()
-    parameters = program.by_node(flat, masks)
-    slots = program.forward(x, parameters, every=True)
+    cost, tensors = cost_of(loss, program), [x, *program.parameters(), *masks]
+    slots = program.forward(tensors, every=True)
     kernel, (total_weight, delta_weight) = kernels.cost_kernel(cost), kernels.weights(cost, *slots[-1].shape)
     g = kernel.delta(slots[-1], target) * delta_weight
-    needs = program.by_node([own is not None for own in flat])
-    arrived, gradients = program.backward(g, slots, parameters, False, needs, every=True)
+    needs = [False, *(tensor is not None for tensor in tensors[1 : 1 + len(program.sources)])]
+    arrived, gradients = program.backward(g, slots, tensors, needs, every=True)
     return Pass(kernel.total(slots[-1], target) * total_weight, slots, arrived, gradients)
 
 

@@ -73,7 +73,7 @@ def net_of(name: str) -> tuple[Program, list[Any], Tensor, Tensor]:
 
 
 def by_autograd(program: Program, flat: list[Any], x: Tensor, target: Tensor) -> tuple[Tensor, list[Any]]:
-    slots = program.forward(x.requires_grad_(), program.by_node(flat), every=True)
+    slots = program.forward([x.requires_grad_(), *flat], every=True)
     cost = (slots[-1] - target).square().sum() / (2 * len(x))
     tensors = [x, *(own for own in flat if own is not None)]
     gradients = iter(torch.autograd.grad(cost, tensors))
@@ -92,31 +92,29 @@ def assert_same(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
 def test_program_equals_autograd(name: str, every: bool) -> None:
     program, flat, x, target = net_of(name)
     _, expected = by_autograd(program, flat, x, target)
-    parameters = program.by_node(flat)
     with torch.no_grad():
-        slots = program.forward(x, parameters, every)
+        slots = program.forward([x, *flat], every)
         assert [slot for slot, value in enumerate(slots) if value is not None] == (
             list(range(len(slots))) if every else sorted(program.kept)
         )
-        needs = program.by_node([own is not None for own in flat])
-        arrived, gradients = program.backward((slots[-1] - target) / len(x), slots, parameters, True, needs, every)
-    assert_same([arrived[0], *(gradient for of in gradients for gradient in of)], expected)
+        needs = [True, *(own is not None for own in flat)]
+        _, gradients = program.backward((slots[-1] - target) / len(x), slots, [x, *flat], needs, every)
+    assert_same(gradients, expected)
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_program_can_be_differentiated(name: str) -> None:
     """The backward pass is made of ordinary operations: its own derivative is autograd's second derivative."""
     program, flat, x, target = net_of(name)
-    needs = program.by_node([own is not None for own in flat])
+    needs = [True, *(own is not None for own in flat)]
     v = torch.randn_like(x)
 
     def gradient(x: Tensor) -> Tensor:
-        parameters = program.by_node(flat)
-        slots = program.forward(x, parameters)
-        return program.backward((slots[-1] - target) / len(x), slots, parameters, True, needs)[0][0]
+        slots = program.forward([x, *flat])
+        return program.backward((slots[-1] - target) / len(x), slots, [x, *flat], needs)[1][0]
 
     def cost(x: Tensor) -> Tensor:
-        slots = program.forward(x, program.by_node(flat), every=True)
+        slots = program.forward([x, *flat], every=True)
         return (slots[-1] - target).square().sum() / (2 * len(x))
 
     x.requires_grad_()
@@ -133,7 +131,7 @@ def test_plan_equals_autograd(name: str, needs_input: bool) -> None:
     cost, expected = by_autograd(program, flat, x, target)
     needs = [needs_input, *(own is not None for own in flat)]
     with torch.no_grad():
-        plan = LossPlan(program, flat, weigh(COSTS["quadratic"], 40, 3, double), x, needs)
+        plan = LossPlan(program, [x, *flat], weigh(COSTS["quadratic"], 40, 3, double), needs)
         for _ in range(2):  # the second run finds the buffers as the first one left them
             c, gradients = plan.gradients([x, *flat], target, None)
             torch.testing.assert_close(c, cost, rtol=1e-13, atol=0)
@@ -143,7 +141,7 @@ def test_plan_equals_autograd(name: str, needs_input: bool) -> None:
 def test_a_frozen_branch_costs_no_product() -> None:
     program, flat, x, _ = net_of("residual")
     needs = [False, *(place >= 4 and own is not None for place, own in enumerate(flat))]  # the last layer alone
-    plan = LossPlan(program, flat, weigh(COSTS["quadratic"], 40, 3, double), x, needs)
+    plan = LossPlan(program, [x, *flat], weigh(COSTS["quadratic"], 40, 3, double), needs)
     assert len(plan.down) == 2  # ∂C/∂W and ∂C/∂b
 
 

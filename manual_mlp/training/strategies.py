@@ -55,7 +55,7 @@ def where_it_began(program: Program, features: Tensor) -> str:
         if not _finite(layer.weight, layer.bias):
             n_out, n_in = layer.weight.shape
             return f"W{up(index)} ({n_in} to {n_out} neurons), by the step before: δ{up(index + 1)} overflowed"
-    slots = program.forward(features, program.by_node(program.parameters()), every=True)
+    slots = program.forward([features, *program.parameters()], every=True)
     before, growths = features, []
     for index, layer in enumerate(program.layers, start=2):
         z, a, largest = slots[layer.z], slots[layer.a], before.abs().max().item()
