@@ -36,8 +36,6 @@ GLOBALS = {  # all that a checkpoint may name: tensors and the containers of pla
 }
 DEEPEST = 30  # containers in containers; Lightning's own nest to 10
 MOST_TIMES = 4  # as much memory as the file has bytes: some tensors stand in it once and are named several times
-SHOWN = reprlib.Repr()
-SHOWN.maxstring = SHOWN.maxother = 60
 
 
 class Kind(NamedTuple):
@@ -61,7 +59,7 @@ def _states(words: str, generator: Callable[[Any], object]) -> Kind:
     def fits(value: Any) -> bool:
         try:
             generator(value)
-        except (TypeError, ValueError, RuntimeError):
+        except Exception:  # of any kind: each looks in its own way
             return False
         return True
 
@@ -283,11 +281,18 @@ def join(where: str, key: Any) -> str:
     return f"{where}.{name}" if where else name
 
 
-def shown(value: object) -> str:
-    """Return a value as a message shows it: short, control characters escaped, a tensor by its shape."""
-    if isinstance(value, Tensor):
+class _Shown(reprlib.Repr):
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "none"
+
+    def repr_Tensor(self, value: Tensor, level: int) -> str:
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    return "none" if value is None else SHOWN.repr(value)
+
+
+_SHOWN = _Shown()
+_SHOWN.maxstring = _SHOWN.maxother = 60
+shown = _SHOWN.repr
+"""A value as a message shows it: short, control characters escaped, a tensor by its shape."""
 
 
 def _of_callbacks(content: dict[str, Any]) -> Iterator[Misfit]:
@@ -328,7 +333,7 @@ def _of_sizes(content: dict[str, Any]) -> Iterator[Misfit]:
         value = table.get(name)
         if isinstance(value, list | tuple) and len(value) not in sizes:
             yield name, f"a list of {' or '.join(map(str, sorted(sizes)))}", value
-    net = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("net.")}
+    net = {name: tensor for name, tensor in content["state_dict"].items() if not name.startswith("scores.")}
     yield from _of_shapes(net, declared := _shapes(values), "state_dict")
     flow = content.get("callbacks", {}).get("DeltaFlow", {})
     for passed, state in flow.get("snapshots", {}).items():

@@ -5,11 +5,15 @@ Every input is a function of its number, so a find can be made again. `make test
 
 import gzip
 import io
+import json
 import pickle
 import random
 import resource
 import struct
+import subprocess
+import sys
 import tracemalloc
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -22,10 +26,12 @@ from pyarrow import parquet
 
 from manual_mlp import InputError
 from manual_mlp.training import readers, sources
+from manual_mlp.training import run as training
 from manual_mlp.training.config import check, explain
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.readers import read_idx
-from tests.configs import configured
+from tests.audited import audit
+from tests.configs import ROOT, configured
 from tests.test_data import idx_bytes
 
 SHARE, ALL = 250, 10_000  # inputs for each reader
@@ -327,3 +333,53 @@ def test_overrides(inputs: int, tmp_path: Path) -> None:
         outcomes["refused" if told else "composed"] += 1
     print(f"overrides: {dict(outcomes)}, 0 crashes")
     assert min(outcomes["composed"], outcomes["refused"]) > inputs // 40
+
+
+CHECKPOINTS, FOLDERS = 3000, 2000  # docs/trust.md states both counts
+
+
+def check_audited(found: dict) -> None:
+    """Nothing happened that should not, and both ends were reached."""
+    print(found["outcomes"])
+    assert found["finds"] == []
+    assert found["left"] == ["beside/kept.ckpt"]
+    assert found["memory"] < 200  # MiB, of files below 64 KiB
+    ends = {f"{made} {end}" for made in ("checkpoint_of", "overrides_of") for end in ("taken", "refused")}
+    assert found["outcomes"].keys() == ends
+
+
+def audited(*words: object) -> dict:
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "tests.audited", *map(str, words)]
+    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert job.returncode == 0, job.stderr[-3000:]
+    return json.loads(job.stdout)
+
+
+def test_foreign_checkpoints_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None runs code, touches a file outside of its folder, opens a socket, or ends in a traceback."""
+    monkeypatch.setattr(training, "learning_curves", lambda folder: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_audited(audit(tmp_path, range(80), range(60), ["adam", "perceptron"]))
+
+
+@pytest.mark.slow
+def test_thousands_of_foreign_checkpoints_and_folders(tmp_path: Path) -> None:
+    check_audited(audited(tmp_path, f"0:{CHECKPOINTS}", f"0:{FOLDERS}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("planted", "checkpoints", "folders", "events"),
+    [
+        ("paths", 250, 0, {"shutil.rmtree"}),
+        ("objects", 200, 0, {"os.mkdir", "import"}),
+        ("overrides", 0, 250, {"import"}),
+    ],
+)
+def test_planted_faults_are_found(
+    tmp_path: Path, planted: str, checkpoints: int, folders: int, events: set[str]
+) -> None:
+    found = audited(tmp_path, f"0:{checkpoints}", f"0:{folders}", planted)
+    assert events <= {event.split()[0] for find in found["finds"] for event in find["seen"]}

@@ -349,6 +349,12 @@ def check_same_net(content: dict[str, Any], path: str, module: MLPModule) -> Non
             _check_same(name, then.get(name), now[name], path)
 
 
+def check_same_size(content: dict[str, Any], path: str, hidden: Any) -> None:
+    """Raise InputError if a checkpoint has other hidden layers than a net that is not built yet."""
+    if hidden is not None:
+        _check_same("hidden", list(content["hyper_parameters"]["hidden"]), list(hidden), path)
+
+
 def _check_same(name: str, before: object, after: object, path: str) -> None:
     if before != after:
         raise InputError(

@@ -155,7 +155,8 @@ class MLPModule(L.LightningModule):
         own = {name: value for name, value in content["hyper_parameters"].items() if name in known}
         module = cls(**{**own, **arguments})
         module.on_load_checkpoint(content)
-        module.load_state_dict(content["state_dict"])
+        net = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("net.")}
+        module.load_state_dict(net, strict=False)  # metrics may have states, too
         return module
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

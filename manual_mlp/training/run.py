@@ -32,6 +32,7 @@ from manual_mlp.training.checkpoints import (
     Continuation,
     WholeFiles,
     check_same_rows,
+    check_same_size,
     check_same_training,
     restoring,
 )
@@ -124,6 +125,9 @@ def _set_threads(threads: int | str | None, module: MLPModule, data: DataModule)
 
 
 def _train(cfg: DictConfig) -> float:
+    before = None if cfg.ckpt_path is None else read_checkpoint(cfg.ckpt_path)
+    if before is not None:
+        check_same_size(before, cfg.ckpt_path, cfg.model.get("hidden"))
     data = _data(cfg)
     module = _module(cfg, data)
     _set_threads(cfg.threads, module, data)
@@ -134,7 +138,6 @@ def _train(cfg: DictConfig) -> float:
     trainer = _trainer(cfg, precedence)
     if getattr(trainer, f"limit_{_part(cfg)}_batches") == 0:
         raise _not_logged(cfg, f"trainer.limit_{_part(cfg)}_batches is 0")
-    before = None if cfg.ckpt_path is None else read_checkpoint(cfg.ckpt_path)
     if before is not None:
         precedence.take_found_step(before, cfg.ckpt_path, module)
         check_same_training(before, cfg.ckpt_path, module)
@@ -164,8 +167,8 @@ def _train(cfg: DictConfig) -> float:
         trainer.test(module, data, ckpt_path=best, verbose=False)
     figures |= _numbers(trainer)
     if trainer.is_global_zero:
-        content = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
-        (folder / FIGURES).write_text(json.dumps(content, indent=2))
+        left = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
+        (folder / FIGURES).write_text(json.dumps(left, indent=2))
         facts = run_facts(module, data, trainer, epoch, seconds)
         print(summary(module, data, facts, figures, cfg.optimized_metric))
         if cfg.report:
