@@ -270,7 +270,7 @@ def words(folder: Path) -> list[str]:
         "metrics={a:{_target_:os.getcwd}}", f"callbacks.best.dirpath={beside}", "callbacks.best.filename='../x'",
         "callbacks.lr_finder.min_lr=1", "~logger", "trainer.max_epochs=2", "trainer.precision=64-true",
         "trainer.profiler=simple", "trainer.logger._target_=os.system", f"trainer.default_root_dir={beside}",
-        f"logger.csv.save_dir={beside}", "logger=mlflow", "logger.mlflow.tracking_uri=http://127.0.0.1:9",
+        f"logger.csv.save_dir={beside}", "logger.mlflow.tracking_uri=http://127.0.0.1:9",
         f"run_dir={beside}", "input=/etc/passwd", "output=${oc.env:HOME}/x.csv", "task=predict",
         "ckpt_path=/etc/passwd", f"hydra.run.dir={beside}", "hydra.mode=MULTIRUN", "hydra.job.chdir=true",
         f"hydra.searchpath=[{beside}]", "hydra/launcher=joblib", "hydra.job.env_set.PYTHONSTARTUP=x",
