@@ -1,4 +1,4 @@
-"""The one error type of the package, so that a caller can tell a wrong input from a bug."""
+"""The one error type of the package, so that a caller can distinguish a wrong input from a bug."""
 
 
 class InputError(ValueError, RuntimeError):

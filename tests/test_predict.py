@@ -197,7 +197,7 @@ class TestPlainTorch:
             mm.MLP.from_checkpoint(tmp_path / "x.ckpt")
         del content["DataModule"]
         torch.save(content, tmp_path / "x.ckpt")
-        with pytest.raises(InputError, match="tells how to prepare rows"):
+        with pytest.raises(InputError, match="says how to prepare rows"):
             Predictor.from_checkpoint(tmp_path / "x.ckpt")
 
 

@@ -307,6 +307,15 @@ class TestLabels:
         with pytest.raises(InputError, match="text with NUL bytes, perhaps UTF-16; save it as UTF-8"):
             labelled(path)
 
+    @pytest.mark.parametrize("order", ["<", ">"])
+    @pytest.mark.parametrize("code", [0x110000, 0x7FFFFFFF, 0xFFFFFFFF])
+    def test_letters_beyond_unicode(self, tmp_path: Path, order: str, code: int) -> None:
+        text = np.array([code, 112, 113], f"{order}u4").view(f"{order}U1")
+        for columns in ({"a": np.arange(3), "y": text}, {"a": text, "y": np.arange(3)}):
+            np.savez(tmp_path / "t.npz", **columns)
+            with pytest.raises(InputError, match=r"reading failed \('[ay]' holds letters beyond Unicode\)"):
+                labelled(tmp_path / "t.npz")
+
     def test_too_many(self, tmp_path: Path) -> None:
         path = written(tmp_path, "npz", {"a": np.arange(30_003), "y": np.arange(30_003) % 10_001})
         with pytest.raises(InputError, match=r"got 10001 different ones; .*task=regression"):
@@ -495,7 +504,7 @@ class TestPredictions:
     ) -> None:
         pd.DataFrame({"a": [0.5, 1.5]}).to_csv(tmp_path / "new.csv")
         said = predict_file(str(trained), str(tmp_path / "new.csv"), str(tmp_path / "out.csv"))
-        assert said[1:] == ["left out: 'Unnamed: 0', which nobody named"]
+        assert said[1:] == ["left out 'Unnamed: 0': an index, or without a name"]
         assert len(pd.read_csv(tmp_path / "out.csv")) == 2
 
     def test_in_the_summary(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -503,7 +512,7 @@ class TestPredictions:
         words = ["data=table", f"data.source.path={tmp_path}/t.csv", "data.source.target=y", "trainer.max_epochs=1"]
         training.run(configured(tmp_path, *words))
         out = capsys.readouterr().out
-        assert re.search(r"\n  left out +'Unnamed: 0', which nobody named\n", out)
+        assert re.search(r"\n  left out +'Unnamed: 0': an index, or without a name\n", out)
         assert "  net         1-30-2" in out
 
     def test_a_checkpoint_that_has_learned_the_index_gets_it(self, tmp_path: Path, trained: Path) -> None:

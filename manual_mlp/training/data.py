@@ -183,8 +183,7 @@ class DataModule(L.LightningDataModule):
         try:
             indices = train_test_split(rows, test_size=size, random_state=self.seed, stratify=labels)
         except ValueError as error:  # scikit-learn's reason is right, but knows nothing of our options
-            least = None if labels is None else np.unique(labels, return_counts=True)[1].min()
-            smallest = f", {least} in the smallest class" if least else ""
+            smallest = "" if labels is None else f", {np.bincount(labels)[labels].min()} in the smallest class"
             raise InputError(
                 f"expected enough rows for a {name} part of {size}, but there are {len(rows)}{smallest} "
                 f"({shorten(str(error), 160, placeholder=' …').rstrip('.')}); "
@@ -215,7 +214,7 @@ class DataModule(L.LightningDataModule):
         return {name: _scaled(scaler, f"the {name} target", column) for name, column in columns.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: how to prepare new rows, and how to know these ones again."""
+        """Return what a checkpoint keeps: how to prepare new rows, and how to know these ones again."""
         values = {name: getattr(self, name) for name in ("name", "feature_mean", "feature_scale", "fingerprint")}
         return {**values, "feature_names": list(self.feature_names)}
 
@@ -238,7 +237,7 @@ class DataModule(L.LightningDataModule):
         return self._evaluation("test")
 
     def _evaluation(self, part: str) -> DataLoader:
-        """Every row once, spread over the processes in equally many batches, since DDP has them talk at each."""
+        """Every row once, spread over the processes in equally many batches, because DDP synchronises at each."""
         rows, (processes, rank) = self.splits[part], self._processes()
         if len(rows) < processes:
             raise InputError(
@@ -252,7 +251,7 @@ class DataModule(L.LightningDataModule):
         return _loader(rows, batch, sampler)
 
     def _processes(self) -> tuple[int, int]:
-        """How many there are, and the number of this one."""
+        """Return how many there are, and the number of this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
 
@@ -300,8 +299,8 @@ def _scaled(scaler: StandardScaler, name: str, values: np.ndarray) -> Tensor:
 
 
 def _loader(rows: Rows, batch_size: int, sampler: DistributedSampler) -> Batches:
-    """With a generator of its own: to make an iterator draws a number, which must not come out of a dropout's state."""
-    return Batches(rows, batch_size, sampler=sampler, collate_fn=lambda batch: batch, generator=torch.Generator())
+    """Make batches with a generator of their own: an iterator draws a number, which must not disturb dropout's."""
+    return Batches(rows, batch_size, sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())
 
 
 def _fingerprint(parts: dict[str, Part]) -> int:
@@ -314,3 +313,7 @@ def _fingerprint(parts: dict[str, Part]) -> int:
 
 def _tensor(values: np.ndarray) -> Tensor:
     return torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -53,7 +53,7 @@ class Predictor(nn.Module):
         """Raises InputError for a file that is no whole checkpoint of train.py, and for a perceptron's."""
         content = read_checkpoint(path)
         if "DataModule" not in content:
-            raise InputError(f"expected a checkpoint that tells how to prepare rows, but {path} does not; train anew")
+            raise InputError(f"expected a checkpoint that says how to prepare rows, but {path} does not; train anew")
         if content["hyper_parameters"]["output_activation"] == "threshold":
             raise InputError(
                 f"expected a net whose answers are probabilities or numbers, but {path} holds a perceptron, which says "
@@ -117,7 +117,7 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
             f"expected an output that can be written, but {destination} cannot ({error.strerror}); choose another"
         ) from error
     said = [f"predictions for {len(features)} rows in {shown(relpath(destination))}"]
-    said += [f"left out: {listed(left_out)}, which nobody named"] if left_out else []
+    said += [f"left out {listed(left_out)}: an index, or without a name"] if left_out else []
     odd = [name for name in names if _is_odd(name) and suffix == ".csv"]
     if odd:
         said.append(
@@ -150,7 +150,7 @@ def _csv(values: np.ndarray, names: list[str], chosen: list[int]) -> memoryview:
     writer.writerow(header)
     for start in range(0, len(values), ROWS):
         rows = slice(start, start + ROWS)
-        columns = [*values[rows].T.astype(str)]  # as many digits as the type tells apart
+        columns = [*values[rows].T.astype(str)]  # as many digits as the type has
         labels = [[names[index] for index in chosen[rows]]] if names else []
         writer.writerows(zip(*labels, *columns, strict=True))
     text.detach()

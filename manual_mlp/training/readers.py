@@ -47,15 +47,14 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     try:
         with path.open("rb") as raw:
             file: Any = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-            header = file.read(size)
-            if header[:4] != magic or len(header) < size:
-                begin = header[:4].hex() or "nothing"
-                what = f"ends after {len(header)}" if header[:4] == magic else f"begins with {begin}"
+            head = file.read(size)
+            if head[:4] != magic or len(head) < size:
+                it = f"ends after {len(head)}" if head[:4] == magic else f"begins with {head[:4].hex() or 'nothing'}"
                 raise InputError(
                     f"expected an IDX header of {size} bytes that begins with the magic number {magic.hex()}, but "
-                    f"{path} {what}; check that images and labels are not mixed up and download it again"
+                    f"{path} {it}; check that images and labels are not mixed up and download it again"
                 )
-            shape = struct.unpack(f">{dimensions}I", header[4:])
+            shape = struct.unpack(f">{dimensions}I", head[4:])
             expected, most = math.prod(shape), max(MOST_BYTES, MOST_TIMES * path.stat().st_size)
             if expected > most:  # before any memory is taken
                 raise InputError(
@@ -159,7 +158,7 @@ def read_features(path: Path, names: Sequence[str], max_bytes: float) -> tuple[n
 
 
 def matrix(table: Table, rows: int) -> np.ndarray:
-    """The columns side by side → (rows, n) float64. Takes them out of the table, so that no number is there twice.
+    """The columns side by side → (rows, n) float64. Takes them out of the table, so that each number is there once.
 
     Raises: InputError for columns of other lengths, of anything but numbers, and of one name.
     """
@@ -218,6 +217,8 @@ def _read_npz(table: Table, file: IO[bytes], labels: str | None) -> None:
                 table.allows(size)
                 array.seek(0)
                 values = np.lib.format.read_array(array, allow_pickle=False)  # a pickle could run code
+                if dtype.kind == "U" and np.frombuffer(values.tobytes(), dtype.str[0] + "u4").max(initial=0) > 0x10FFFF:
+                    raise ValueError(f"{quoted(names[place])} holds letters beyond Unicode")  # Python would fail later
                 with np.errstate(all="ignore"):  # a long double too large for float64 becomes infinite
                     table.columns[names[place]] = values.astype(np.float64, copy=False) if dtype.kind == "f" else values
 
@@ -225,6 +226,7 @@ def _read_npz(table: Table, file: IO[bytes], labels: str | None) -> None:
 def _read_csv(table: Table, file: IO[bytes], labels: str | None) -> None:
     import pandas as pd  # type: ignore[import-untyped]
 
+    table.allows(table.path.stat().st_size)
     rows, names = _count_lines(table.path, file), _header(table)
     table.allows(table.path.stat().st_size + len(names) * (8 * rows + COLUMN))
     places = table.places(names)
@@ -279,15 +281,13 @@ def _read_parquet(table: Table, file: IO[bytes], labels: str | None) -> None:
     names = [column.name for column in fields]
     if nested := [column.name for column in fields if pa.types.is_nested(column.type)]:
         raise ValueError(f"{listed(nested)} has more than one value in a cell; split it into columns")
-    size = COLUMN * about.num_columns
-    for group in map(about.row_group, range(about.num_row_groups)):
-        for chunk in map(group.column, range(group.num_columns)):
-            size += 8 * max(group.num_rows, chunk.num_values)
-            size += chunk.total_uncompressed_size * chunk.physical_type.endswith("BYTE_ARRAY")
-    table.allows(size)
+    # The columns say it one by one, but pyarrow ends the process if it meets damage there.
+    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    size = sum(max(8 * group.num_rows * len(schema), group.total_byte_size) for group in groups)
+    table.allows(size + COLUMN * len(schema))
     # Text stays a dictionary of different ones: a long one that comes often would fill the memory.
     source, parts, size = parquet.ParquetFile(file, metadata=about, read_dictionary=names), [], 0
-    for number in range(about.num_row_groups):
+    for number in range(len(groups)):
         parts.append(source.read_row_group(number, names, use_threads=False))
         size += parts[-1].nbytes
         table.allows(size)

@@ -1,4 +1,4 @@
-"""Where samples come from. `conf/data/*.yaml` names one of these functions in `source`; each returns `Samples`."""
+"""Sources of samples. `conf/data/*.yaml` names one of these functions in `source`; each returns `Samples`."""
 
 import re
 import warnings
@@ -45,7 +45,7 @@ class Samples:
 
 
 def bundled(name: str) -> Samples:
-    """What scikit-learn brings along: digits (images scaled to [0, 1]), iris, wine, breast_cancer, diabetes."""
+    """Load what scikit-learn brings along: digits (images scaled to [0, 1]), iris, wine, breast_cancer, diabetes."""
     if name not in BUNDLED:
         raise InputError(f"expected one of {', '.join(BUNDLED)}, but got {name!r}; correct data.source.name")
     bunch = getattr(datasets, f"load_{name}")()

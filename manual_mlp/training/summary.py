@@ -49,7 +49,7 @@ def run_facts(
     rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
     facts = {
         "data": f"{Path(str(data.name)).name} ({rows})",
-        "left out": f"{listed(data.left_out)}, which nobody named" if data.left_out else "",
+        "left out": f"{listed(data.left_out)}: an index, or without a name" if data.left_out else "",
         **({"classes": _imbalance(data)} if data.class_names else {}),
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
