@@ -52,12 +52,12 @@ def affine(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def grad_input(delta: Tensor, weight: Tensor) -> Tensor:
     """∂C/∂a = δ W, (…, n_out) → (…, n_in)."""
-    return delta @ weight
+    return torch.matmul(delta, weight)
 
 
 def grad_weight(delta: Tensor, a: Tensor) -> Tensor:
     """∂C/∂W = δᵀ a, summed over the batch: the dyadic product δ aᵀ of the lecture, (n_out, n_in)."""
-    return rows(delta).t() @ rows(a)
+    return torch.mm(rows(delta).t(), rows(a))
 
 
 def grad_bias(delta: Tensor) -> Tensor:

@@ -43,17 +43,21 @@ def rounded_once(formula: Formula) -> Formula:
     return evaluate
 
 
-_CONSTANTS = (
-    *(0.0, 0.5, 1.0, 2.0, -0.5),
+_SMALL = (0.0, 0.5, 1.0)
+_LARGE = (
+    *(*_SMALL, 2.0, -0.5),
     *(-0.7071067811865476, 0.3989422804014327),  # of gelu: −1/√2 and 1/√(2π)
     *(0.7978845608028654, 2 * 0.7978845608028654, 0.044715, 3 * 0.044715),  # of gelu_tanh: √(2/π) and the cubic term's
 )
+_CONSTANTS = {  # half precision would round the others, which it does not with a number
+    **{torch.float32: _LARGE, torch.float64: _LARGE, torch.bfloat16: _SMALL, torch.float16: _SMALL},
+    **{torch.int16: (1, 15), torch.int32: (1, 31), torch.int64: (1, 63)},
+}
 with torch.inference_mode(False):  # this file may be imported in inference mode
     _NUMBERS = {
         (value, dtype): torch.tensor(value, dtype=dtype, device="cpu")
-        for value in _CONSTANTS
-        for dtype in (torch.float32, torch.float64, *ROUNDED)
-        if dtype not in ROUNDED or value in (0, 0.5, 1)  # the others would be rounded, as a number is not
+        for dtype, values in _CONSTANTS.items()
+        for value in values
     }
 
 
@@ -131,7 +135,7 @@ def _bits_that_pass(a: Tensor, work: Tensor) -> Tensor:
     The sign of an integer is spread over all its bits: of the bits of 0.0, less 1, and of those of 1.0, less 1.
     """
     bits = torch.le(a, number(0, a), out=work).view(_INTEGERS[a.dtype])
-    return bits.sub_(1).bitwise_right_shift_(8 * a.element_size() - 1)
+    return bits.sub_(number(1, bits)).bitwise_right_shift_(number(8 * a.element_size() - 1, bits))
 
 
 def _leaky_relu_delta(g: Tensor, a: Tensor, s: float) -> Tensor:
