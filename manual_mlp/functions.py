@@ -1,14 +1,14 @@
-"""torch.autograd.Functions. Each binds formulas of the sheet to autograd: what is saved, and what is returned.
+"""torch.autograd.Functions: each binds formulas of the sheet to autograd, and chooses what is saved and returned.
 
 `Affine`, `Sigmoid` and `AffineSigmoid` are written out, because they are the lesson. The other activations come from
-their rows: `ACTIVATION[name, saves]` alone, `AFFINE_ACTIVATION[name, saves]` fused with the affine map. So do most
-costs.
+their rows: `ACTIVATION[name, saves]` alone, `AFFINE_ACTIVATION[name, saves]` fused with the affine map. Quadratic and
+binary cross-entropy costs come from theirs.
 
-Call a Function by `apply(Function, *arguments)`. In every backward g = ∂C/∂(output). It may be None (undefined),
-expanded or strided; it is read, never written. Tensors are saved only for a gradient that somebody needs.
+Call a Function by `apply(Function, *arguments)`. In every backward g is ∂C/∂(output). It may be None (undefined),
+expanded or strided; a backward reads it and never writes to it. A tensor is saved only for a gradient that is needed.
 
-A defect of torch 2.13 goes around these backwards (pytorch#193279): torch.compile(torch.func.grad(f)) differentiates
-the forward and calls no custom backward; so do vjp and jacrev. The numbers are right, but the formula is ATen's.
+torch itself can bypass these backwards (pytorch#193279, in torch 2.13): torch.compile(torch.func.grad(f)), like vjp and
+jacrev, differentiates the forward and calls no custom backward. The numbers are right, but the formula is ATen's.
 Compile f and call .backward() instead, or leave the transform uncompiled.
 """
 
@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, FunctionMeta
 
+from manual_mlp import checks, kernels
 from manual_mlp import formulas as sheet
-from manual_mlp import kernels
-from manual_mlp.errors import InputError
 from manual_mlp.formulas import Cost, Row
 from manual_mlp.kernels import sigmoid_delta
 
@@ -51,7 +50,7 @@ class ManualFunction(Function):
 
 
 def _nesting(tangent: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `tangent` with forward mode on, without which a tangent's own tangent would be 0 (pytorch#197867)."""
+    """Return `tangent` with forward mode on: torch switches it off, so a tangent's own tangent is 0 (pytorch#197867)."""
 
     @functools.wraps(tangent)
     def evaluate(*args: Any) -> Any:
@@ -67,10 +66,9 @@ def _primals(ctx: Any) -> tuple[Any, ...]:
 
 
 def apply(function: type[ManualFunction], *args: Any) -> Any:
-    """Call Function.apply without its cost: binding the signature in Python takes longer than a small layer.
+    """Call Function.apply without binding its signature in Python, which takes longer than a small layer.
 
-    Under a transform or a compiler the public `Function.apply` does the work; if no gradient is recorded, the formula
-    is called alone.
+    Under a transform or a compiler this is the public `Function.apply`; without a gradient mode, the formula alone.
     """
     if torch.compiler.is_compiling():
         return function.apply(*args) if _differentiated(args) else function.forward(*args)
@@ -84,24 +82,15 @@ def apply(function: type[ManualFunction], *args: Any) -> Any:
 def _differentiated(args: tuple[Any, ...]) -> bool:
     """Return True if a graph needs the backward.
 
-    If not, dynamo would fail on a forward that takes *parameters, and an exported program, which is for inference,
-    would not consist of plain operators.
+    If none does, a plain call is what dynamo can trace with *values, and what an exported program should consist of.
     """
     if torch.compiler.is_exporting() or not torch.is_grad_enabled():
         return False
     return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
-def _refuse_complex(tensor: Tensor) -> None:
-    if tensor.dtype.is_complex:
-        raise InputError(
-            f"expected a real tensor; got {tensor.dtype}, and the backward formulas have no conjugates: "
-            "split it into its real and imaginary parts"
-        )
-
-
 def _save_all(ctx: Any, first: Tensor, *more: Tensor | None) -> None:
-    _refuse_complex(first)
+    checks.real("tensor", first, whole=True)
     ctx.save_for_backward(first, *more)
     ctx.save_for_forward(first, *more)
     ctx.set_materialize_grads(False)
@@ -139,9 +128,10 @@ class Affine(ManualFunction):
 
 
 def _own(z: Tensor) -> Tensor:
-    """Return z as a non-view: unless the input is 2-D, F.linear returns a view.
+    """Return z as a non-view.
 
-    Autograd forbids in-place writes to a view that a Function returns, and gives it no tangent.
+    Unless the input has two dimensions, F.linear returns a view. autograd forbids in-place writes to a view that a
+    Function returns, and gives it no tangent.
     """
     if z.dim() == 2 or torch.compiler.is_compiling():
         return z
@@ -151,7 +141,7 @@ def _own(z: Tensor) -> Tensor:
 def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
     """Save a for ∂C/∂W and W for ∂C/∂a: a frozen weight keeps no input alive, a fixed input no weight."""
     needs_a, needs_weight, _ = ctx.needs_input_grad[:3]
-    _refuse_complex(weight)
+    checks.real("weight", weight)
     ctx.save_for_backward(a if needs_weight else None, weight if needs_a else None, *also)
     ctx.set_materialize_grads(False)
 
@@ -169,16 +159,18 @@ def _affine_gradients(ctx: Any, delta: Tensor, a: Tensor, weight: Tensor) -> tup
 def _affine_tangent(
     a: Tensor, weight: Tensor, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None
 ) -> Tensor:
-    """ż = ȧ Wᵀ + a Ẇᵀ + ḃ, without the terms whose tangent is missing."""
-    z_t = None
-    if a_t is not None:
-        z_t = sheet.affine(a_t, weight)
-    if weight_t is not None:
-        z_t = sheet.affine(a, weight_t) if z_t is None else z_t + sheet.affine(a, weight_t)
-    if bias_t is not None:
-        z_t = bias_t.expand(*a.shape[:-1], -1) if z_t is None else z_t + bias_t
-    assert z_t is not None  # autograd calls it only if there is some tangent
-    return z_t
+    """ż = ȧ Wᵀ + a Ẇᵀ + ḃ, the terms that are there."""
+    return _sum_of(
+        None if a_t is None else sheet.affine(a_t, weight),
+        None if weight_t is None else sheet.affine(a, weight_t),
+        None if bias_t is None else bias_t.expand(*a.shape[:-1], -1),
+    )
+
+
+def _sum_of(*terms: Tensor | None) -> Any:
+    """Return the sum of the terms that are there, None if there are none."""
+    there = [term for term in terms if term is not None]
+    return sum(there[1:], there[0]) if there else None
 
 
 class Sigmoid(ManualFunction):
@@ -238,28 +230,23 @@ class AffineSigmoid(ManualFunction):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _define(name: str, doc: str, **rules: Any) -> type[ManualFunction]:
-    """Return a Function made of its rules, by the metaclass, which names the graph's node after the class."""
-    members = {rule: staticmethod(function) for rule, function in rules.items()}
+def _define(name: str, doc: str, *rules: Callable[..., Any]) -> type[ManualFunction]:
+    """Return a Function made of its rules. The metaclass makes it, since that names the graph's node after the class."""
+    members: dict[str, Any] = {rule.__name__: staticmethod(rule) for rule in rules}
     return FunctionMeta(name, (ManualFunction,), members | {"__doc__": doc, "__module__": __name__})  # type: ignore
 
 
-def _plus(delta: Tensor | None, g_z: Tensor | None) -> Tensor | None:
-    """Return δ plus what arrives at z itself: something only in a second derivative."""
-    if delta is None or g_z is None:
-        return g_z if delta is None else delta
-    return delta + g_z
-
-
-def _activation_function(row: Row) -> type[ManualFunction]:
-    """a = G(z), componentwise."""
+def _activation_function(row: Row, inplace: bool = False) -> type[ManualFunction]:
+    """a = G(z), componentwise; in place z := G(z), for a row in a, outside transforms."""
     G, delta_of, keeps_z = kernels.G(row), kernels.delta(row), row.saves == "z"
 
     def forward(z: Tensor, *values: float) -> Tensor:
-        return G(z, *values)
+        return z.copy_(G(z, *values)) if inplace else G(z, *values)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         z, *ctx.values = inputs
+        if inplace:
+            ctx.mark_dirty(z)
         saved = z if keeps_z else output
         _save_all(ctx, saved)
 
@@ -273,28 +260,7 @@ def _activation_function(row: Row) -> type[ManualFunction]:
         return delta_of(z_t, saved, *ctx.values)
 
     doc = f"a = G(z) of the row {row.name!r}, componentwise.  Saves {row.saves}."
-    return _define(_title(row), doc, forward=forward, setup_context=setup_context, backward=backward, tangent=tangent)
-
-
-def _inplace_function(row: Row) -> type[ManualFunction]:
-    """z := G(z) for a row in a, outside transforms. For a row in z `functional` makes the copy that it must keep."""
-    G, delta_of = kernels.G(row), kernels.delta(row)
-
-    def forward(z: Tensor, *values: float) -> Tensor:
-        return z.copy_(G(z, *values))
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, *ctx.values = inputs
-        ctx.mark_dirty(z)
-        _save_all(ctx, output)
-
-    def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        (a,) = ctx.saved_tensors
-        delta = None if g is None else delta_of(g, a, *ctx.values)
-        return delta, *(None for _ in ctx.values)
-
-    doc = f"z := G(z) of the row {row.name!r}, componentwise, in place.  Saves a."
-    return _define(_title(row) + "_", doc, forward=forward, setup_context=setup_context, backward=backward)
+    return _define(_title(row) + "_" * inplace, doc, forward, setup_context, backward, tangent)
 
 
 def _affine_activation_function(row: Row) -> type[ManualFunction]:
@@ -317,7 +283,8 @@ def _affine_activation_function(row: Row) -> type[ManualFunction]:
 
     def backward(ctx: Any, g: Tensor | None, g_z: Tensor | None = None) -> Gradients:
         a, weight, saved = ctx.saved_tensors
-        delta = _plus(None if g is None else delta_of(g, saved, *ctx.values), g_z)
+        # Only a second derivative sends something to z itself.
+        delta = _sum_of(None if g is None else delta_of(g, saved, *ctx.values), g_z)
         gradients = (None, None, None) if delta is None else _affine_gradients(ctx, delta, a, weight)
         return *gradients, *(None for _ in ctx.values)
 
@@ -328,8 +295,7 @@ def _affine_activation_function(row: Row) -> type[ManualFunction]:
         return (activation_t, z_t) if keeps_z else activation_t
 
     doc = f"a^{{l+1}} = G(a Wᵀ + b) of the row {row.name!r}.  Saves a, W and {'z' if keeps_z else 'a^{l+1}'}."
-    rules = {"forward": forward, "setup_context": setup_context, "backward": backward, "tangent": tangent}
-    return _define(f"Affine{_title(row)}", doc, **rules)
+    return _define(f"Affine{_title(row)}", doc, forward, setup_context, backward, tangent)
 
 
 def _title(row: Row) -> str:
@@ -340,7 +306,7 @@ def _title(row: Row) -> str:
 # Each row in each letter that it can save. The identity alone needs no node; fused, it is the affine map.
 _FORMS = {(row.name, row.saves): row for of in sheet.ACTIVATIONS.values() for row in of.forms if row.name != "identity"}
 ACTIVATION = {form: _activation_function(row) for form, row in _FORMS.items()} | {("sigmoid", "a"): Sigmoid}
-INPLACE = {form: _inplace_function(row) for form, row in _FORMS.items() if row.saves == "a"}
+INPLACE = {form: _activation_function(row, inplace=True) for form, row in _FORMS.items() if row.saves == "a"}
 AFFINE_ACTIVATION = {form: _affine_activation_function(row) for form, row in _FORMS.items()} | {
     ("identity", "a"): Affine,
     ("sigmoid", "a"): AffineSigmoid,
@@ -380,12 +346,6 @@ class Dropout(ManualFunction):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _sum_of(*terms: Tensor | None) -> Tensor:
-    """Return the sum of the terms that are not None."""
-    first, *more = (term for term in terms if term is not None)
-    return sum(more, first)
-
-
 def _cost_function(title: str, cost: Cost, C: Callable[..., Tensor]) -> type[ManualFunction]:
     """C = Σ w C(a, ŷ) / divisor. prediction, target (…), weight broadcastable to it, *constants. Saves the tensors."""
     delta_of, target_delta_of = cost.delta, cost.delta_target
@@ -421,7 +381,7 @@ def _cost_function(title: str, cost: Cost, C: Callable[..., Tensor]) -> type[Man
         return sheet.reduce(_weighted(elements_t, weight), ctx.reduction)
 
     doc = f"C of the cost {cost.name!r}, reduced.  Saves prediction, target and weights."
-    return _define(title, doc, forward=forward, setup_context=setup_context, backward=backward, tangent=tangent)
+    return _define(title, doc, forward, setup_context, backward, tangent)
 
 
 def _weighted(elements: Tensor, weight: Tensor | None) -> Tensor:
@@ -435,11 +395,12 @@ WeightedBinaryCrossEntropy = _cost_function("WeightedBinaryCrossEntropy", sheet.
 _entropy = sheet.COSTS["cross_entropy"]
 
 
-class CrossEntropyOfClass(ManualFunction):
-    """C = −Σ_n Σ_c t_c log softmax(z)_c / divisor, over the samples whose class is not `ignored`.
+class CrossEntropy(ManualFunction):
+    """C = −Σ_n Σ_c t_c log softmax(z)_c / divisor, t_c = w_c ((1 − ε) ŷ_c + ε/classes).  Saves the tensors.
 
-    t_c = w_c ((1 − ε) onehot_c + ε/classes), so −w_class log softmax(z)_class if ε = 0; mean: divisor Σ w_class.
-    z (…, classes), target (…) class indices, class_weight (classes,) or None, smoothing ε.  Saves the tensors.
+    z (…, classes), class_weight (classes,) or None, smoothing ε. target: ŷ (…, classes), a probability for each class,
+    with the divisor N in the mean; or class indices (…), whose onehot ŷ is, without the samples whose class is
+    `ignored`, with the divisor Σ w_class.
     """
 
     @staticmethod
@@ -447,12 +408,11 @@ class CrossEntropyOfClass(ManualFunction):
         z: Tensor, target: Tensor, class_weight: Tensor | None, ignored: int, smoothing: float, reduction: str
     ) -> Tensor:
         target, kept, counts = _samples(z, target, class_weight, ignored)
-        if smoothing == 0:
+        if counts is not None and smoothing == 0:
             costs = sheet.cross_entropy_of_class(z, target) * counts
         else:
-            costs = _entropy.C(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing)).sum(-1)
-        # 0 for an ignored sample, even if its own cost is infinite
-        return sheet.reduce(torch.where(kept, costs, 0), reduction, counts)
+            costs = _entropy.C(z, _shares(z, target, class_weight, smoothing)).sum(-1)
+        return sheet.reduce(_if_kept(costs, kept), reduction, counts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -465,78 +425,55 @@ class CrossEntropyOfClass(ManualFunction):
             return (None,) * 6
         z, target, class_weight = ctx.saved_tensors
         target, kept, counts = _samples(z, target, class_weight, ctx.ignored)
-        share = torch.where(kept, sheet.share(g, target.shape, ctx.reduction, counts), 0)
-        delta, factor = _delta_of_class(z, target, class_weight, counts, ctx.smoothing)
-        return delta * (share if factor is None else share * factor).unsqueeze(-1), *(None,) * 5
+        share = _if_kept(sheet.share(g, z.shape[:-1], ctx.reduction, counts), kept)
+        delta = target_delta = None
+        if ctx.needs_input_grad[0]:
+            delta, factor = _class_delta(z, target, class_weight, counts, ctx.smoothing)
+            delta = delta * _weighted(share, factor).unsqueeze(-1)
+        if ctx.needs_input_grad[1]:
+            target_delta = _target_delta(z, target, class_weight, ctx.smoothing) * share.unsqueeze(-1)
+        return delta, target_delta, None, None, None, None
 
     @staticmethod
-    def tangent(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
+    def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
         z, target, class_weight = _primals(ctx)
         target, kept, counts = _samples(z, target, class_weight, ctx.ignored)
-        delta, factor = _delta_of_class(z, target, class_weight, counts, ctx.smoothing)
-        costs_t = (delta * z_t).sum(-1)
-        costs_t = costs_t if factor is None else costs_t * factor
-        return sheet.reduce(torch.where(kept, costs_t, 0), ctx.reduction, counts)
+        delta, factor = _class_delta(z, target, class_weight, counts, ctx.smoothing)
+        costs_t = _sum_of(
+            None if z_t is None else _weighted((delta * z_t).sum(-1), factor),
+            None if target_t is None else (_target_delta(z, target, class_weight, ctx.smoothing) * target_t).sum(-1),
+        )
+        return sheet.reduce(_if_kept(costs_t, kept), ctx.reduction, counts)
 
 
-def _samples(z: Tensor, target: Tensor, class_weight: Tensor | None, ignored: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each sample its class, 0 if it is ignored; True if it is kept; its weight w_class in the mean."""
+def _samples(z: Tensor, target: Tensor, class_weight: Tensor | None, ignored: int) -> tuple[Tensor, Any, Any]:
+    """Return class indices, 0 if ignored; which samples are kept; what each counts, w_class, in the mean."""
+    if target.is_floating_point():
+        return target, None, None
     kept = target != ignored
     target = torch.where(kept, target, 0).long()  # gather takes int64 only
     return target, kept, kept.to(z.dtype) if class_weight is None else kept * class_weight[target]
 
 
-def _delta_of_class(
-    z: Tensor, target: Tensor, class_weight: Tensor | None, counts: Tensor, smoothing: float
+def _if_kept(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Return 0 for a sample that is ignored, even where its own value is infinite."""
+    return values if kept is None else torch.where(kept, values, 0)
+
+
+def _shares(z: Tensor, target: Tensor, class_weight: Tensor | None, smoothing: float) -> Tensor:
+    target = target if target.is_floating_point() else sheet.onehot(z, target)
+    return sheet.class_shares(target, class_weight, smoothing)
+
+
+def _class_delta(
+    z: Tensor, target: Tensor, class_weight: Tensor | None, counts: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Return δ of each sample, and the sample's weight where δ does not contain it already."""
-    if smoothing == 0:
+    """Return δ of each sample, and the weight of the sample where δ does not hold it already."""
+    if counts is not None and smoothing == 0:
         return sheet.cross_entropy_delta_of_class(z, target), counts
-    return _entropy.delta(z, sheet.class_shares(sheet.onehot(z, target), class_weight, smoothing)), None
-
-
-class CrossEntropy(ManualFunction):
-    """C = −Σ_n Σ_c t_c log softmax(z)_c / divisor, t_c = w_c ((1 − ε) ŷ_c + ε/classes); mean: divisor N.
-
-    z and target (…, classes), a probability for each class; class_weight (classes,) or None; smoothing ε.  Saves the
-    tensors.
-    """
-
-    @staticmethod
-    def forward(z: Tensor, target: Tensor, class_weight: Tensor | None, smoothing: float, reduction: str) -> Tensor:
-        return sheet.reduce(_entropy.C(z, sheet.class_shares(target, class_weight, smoothing)).sum(-1), reduction)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.smoothing, ctx.reduction = inputs
-        _save_all(ctx, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        if g is None:
-            return (None,) * 5
-        z, target, class_weight = ctx.saved_tensors
-        share = sheet.share(g, z.shape[:-1], ctx.reduction).unsqueeze(-1)
-        needs_z, needs_target, *_ = ctx.needs_input_grad
-        shares = sheet.class_shares(target, class_weight, ctx.smoothing)
-        return (
-            _entropy.delta(z, shares) * share if needs_z else None,
-            _target_delta(z, target, class_weight, ctx.smoothing) * share if needs_target else None,
-            *(None, None, None),
-        )
-
-    @staticmethod
-    def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        z, target, class_weight = _primals(ctx)
-        shares = sheet.class_shares(target, class_weight, ctx.smoothing)
-        costs_t = _sum_of(
-            None if z_t is None else (_entropy.delta(z, shares) * z_t).sum(-1),
-            None if target_t is None else (_target_delta(z, target, class_weight, ctx.smoothing) * target_t).sum(-1),
-        )
-        return sheet.reduce(costs_t, ctx.reduction)
+    return _entropy.delta(z, _shares(z, target, class_weight, smoothing)), None
 
 
 def _target_delta(z: Tensor, target: Tensor, class_weight: Tensor | None, smoothing: float) -> Tensor:
     """∂C/∂ŷ_c = −w_c (1 − ε) log softmax(z)_c."""
-    delta = _entropy.delta_target(z, target) * (1 - smoothing)
-    return delta if class_weight is None else delta * class_weight
+    return _weighted(_entropy.delta_target(z, target) * (1 - smoothing), class_weight)

@@ -4,26 +4,18 @@
 initialisation and state_dict are torch's own.
 """
 
-import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from manual_mlp import checks, functional, functions
 from manual_mlp import formulas as sheet
-from manual_mlp import functional, functions
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
-
-
-def _size(name: str, size: Any) -> int:
-    """Return a number of neurons, given in any whole type (NumPy's too)."""
-    if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
-        raise InputError(f"expected {name} to be a positive whole number of neurons; got {size!r}")
-    return operator.index(size)
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -42,69 +34,71 @@ class Affine(nn.Linear):
 
     input (…, in_features) → (…, out_features); weight (out_features, in_features), bias (out_features,).
     Same names, shapes, initialisation (the same bits from the same seed) and state_dict as nn.Linear.
-    Raises InputError for a size below 1, and from forward for an input that does not fit.
+    Raises InputError for a size below 0, and from forward for an input that does not fit.
     """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
-        super().__init__(_size("in_features", in_features), _size("out_features", out_features), bias, device, dtype)
+        n_in, n_out = checks.size("in_features", in_features), checks.size("out_features", out_features)
+        super().__init__(n_in, n_out, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.apply_affine(functions.Affine, input, *_weight_and_bias(self))
 
 
-class Identity(nn.Identity):
+# torch's activation classes to ours, and both to their rows; a subclass may compute something else.
+OURS: dict[type[nn.Module], type[nn.Module]] = {}
+ACTIVATION_MODULES: dict[type[nn.Module], sheet.Row] = {}
+
+
+class _Activation:
+    """A class of torch with the forward and backward of a row: arguments, printing and state_dict stay torch's."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, row: str = "", **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if row:
+            kind, theirs = cast(type[nn.Module], cls), sheet.ACTIVATIONS[row].module
+            OURS[theirs] = kind
+            ACTIVATION_MODULES[theirs] = ACTIVATION_MODULES[kind] = sheet.ACTIVATIONS[row]
+
+    def forward(self, input: Tensor) -> Tensor:
+        name, values = name_and_values(self)
+        return functional.activation(name, input, *values, inplace=getattr(self, "inplace", False))
+
+
+class Identity(_Activation, nn.Identity, row="identity"):
     """a = z, the linear neuron."""
 
 
-class Sigmoid(nn.Sigmoid):
+class Sigmoid(_Activation, nn.Sigmoid, row="sigmoid"):
     """a = 1/(1 + e^−z), δ = (g · (1 − a)) · a."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.sigmoid(input)
 
-
-class Tanh(nn.Tanh):
+class Tanh(_Activation, nn.Tanh, row="tanh"):
     """a = tanh z, δ = g (1 − a²)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.tanh(input)
 
-
-class ReLU(nn.ReLU):
+class ReLU(_Activation, nn.ReLU, row="relu"):
     """a = max(z, 0), δ = 0 where a ≤ 0, else g."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.relu(input, self.inplace)
 
-
-class LeakyReLU(nn.LeakyReLU):
+class LeakyReLU(_Activation, nn.LeakyReLU, row="leaky_relu"):
     """a = z where z > 0, else s z; δ = g, or s g."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.leaky_relu(input, self.negative_slope, self.inplace)
 
-
-class Softplus(nn.Softplus):
+class Softplus(_Activation, nn.Softplus, row="softplus"):
     """a = log(1 + e^βz)/β, linear above the threshold; δ = g · (−expm1(−βa))."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.softplus(input, self.beta, self.threshold)
 
-
-class SiLU(nn.SiLU):
+class SiLU(_Activation, nn.SiLU, row="silu"):
     """a = z σ(z), δ = g σ(z)(1 + z(1 − σ(z)))."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.silu(input, self.inplace)
 
-
-class GELU(nn.GELU):
+class GELU(_Activation, nn.GELU, row="gelu"):
     """a = z Φ(z), δ = g (Φ(z) + z φ(z)); or the tanh form of both."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.gelu(input, self.approximate)
 
 
 class Dropout(nn.Dropout):
@@ -114,37 +108,28 @@ class Dropout(nn.Dropout):
         return functional.dropout(input, self.p, self.training, self.inplace)
 
 
-# torch's activation classes to ours, and both to the names of their rows; a subclass may compute something else.
-OURS: dict[type[nn.Module], type[nn.Module]] = {
-    kind.__mro__[1]: kind for kind in (Identity, Sigmoid, Tanh, ReLU, LeakyReLU, Softplus, SiLU, GELU)
-}
-_ROWS = {row.module: row.name for row in reversed(sheet.ACTIVATIONS.values())}
-ACTIVATION_MODULES: dict[type[nn.Module], str] = {
-    kind: _ROWS[theirs] for theirs, ours in OURS.items() for kind in (theirs, ours)
-}
-
-
-def activation_row(activation: str | nn.Module) -> sheet.Row:
+def activation_row(activation: Any) -> sheet.Row:
     """Return the row of an activation, with its values, from what `name_and_values` takes."""
     return functional.bound_row(*name_and_values(activation))
 
 
-def name_and_values(activation: str | nn.Module) -> tuple[str, tuple[float, ...]]:
+def name_and_values(activation: Any) -> tuple[str, tuple[float, ...]]:
     """Return a row's name and values, from its name, or from a module of torch's or ours with its arguments.
 
     Raises InputError for anything else.
     """
+    row = ACTIVATION_MODULES.get(type(activation))
+    if row is not None:
+        if not row.parameters and not row.options:
+            return row.name, ()
+        names = [name for name, _ in (*row.parameters, *row.options)]
+        return functional.name_and_values(row.name, {name: getattr(activation, name) for name in names})
     if isinstance(activation, str):
         return functional.name_and_values(activation, {})
-    kind = type(activation)
-    if kind not in ACTIVATION_MODULES:
-        raise InputError(
-            "expected the name of an activation or an activation module, one of "
-            f"{', '.join(sheet.ACTIVATIONS)}; "
-            f"got {activation!r}" + (": call it, as in nn.ReLU()" if isinstance(activation, type) else "")
-        )
-    names = set(getattr(kind, "__constants__", ())) - {"inplace"}
-    return functional.name_and_values(ACTIVATION_MODULES[kind], {key: getattr(activation, key) for key in names})
+    raise InputError(
+        f"expected the name of an activation or an activation module, one of {', '.join(sheet.ACTIVATIONS)}; "
+        f"got {activation!r}" + (": call it, as in nn.ReLU()" if isinstance(activation, type) else "")
+    )
 
 
 class AffineActivation(nn.Module):
@@ -169,7 +154,8 @@ class AffineActivation(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = _size("in_features", in_features), _size("out_features", out_features)
+        self.in_features = checks.size("in_features", in_features)
+        self.out_features = checks.size("out_features", out_features)
         self.activation = activation  # type: ignore[assignment]
         self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
         self.register_parameter(
@@ -267,8 +253,7 @@ class MLP(nn.Sequential):
         super().__init__()
         self.sizes = _checked_sizes(sizes)
         activations = [*_one_per_hidden_layer(activation, len(self.sizes) - 2), output_activation]
-        if not 0 <= dropout <= 1:
-            raise InputError(f"expected a dropout probability between 0 and 1; got {dropout}")
+        checks.fraction("dropout probability", dropout)
         for index, (n_in, n_out, G) in enumerate(zip(self.sizes, self.sizes[1:], activations, strict=False)):
             layer = AffineActivation(n_in, n_out, G, bias, device, dtype)
             self.add_module(str(2 * index), layer)
@@ -330,7 +315,7 @@ def _checked_sizes(sizes: Sequence[int]) -> list[int]:
         raise InputError(
             f"expected at least two sizes, of the input and the output, such as [784, 30, 10]; got {sizes}"
         )
-    return [_size(f"sizes[{index}]", size) for index, size in enumerate(sizes)]
+    return [checks.size(f"sizes[{index}]", size, smallest=1) for index, size in enumerate(sizes)]
 
 
 def _one_per_hidden_layer(

@@ -98,7 +98,7 @@ def _activation_cases(sizes: Sizes) -> list[Case]:
 
         def in_place(z: Tensor, row: Row = row, values: tuple[float, ...] = row.values) -> Tensor:
             """On a copy, since a leaf that requires a gradient can't be written."""
-            return F._activation(row.name, z.clone(), *values, inplace=True)
+            return F.activation(row.name, z.clone(), *values, inplace=True)
 
         cases.append(Case(label(row), ours, twin_of(row), z))
         if row == next(other for other in ROWS if (other.name, other.saves) == (row.name, row.saves)):

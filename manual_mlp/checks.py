@@ -1,0 +1,203 @@
+"""What a tensor, a size or an option must be, and the sentence for one that is not: each is written here once.
+
+Every function returns nothing if all is well, and raises InputError otherwise. torch checks most of it anyway: those
+functions are called only after torch has refused.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manual_mlp.errors import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers and words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def size(name: str, value: Any, smallest: int = 0) -> int:
+    """Return a number of neurons, given in any whole type (NumPy's too)."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < smallest:
+        raise InputError(f"expected {name} to be a whole number of neurons, at least {smallest}; got {value!r}")
+    return operator.index(value)
+
+
+def fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"expected a {name} between 0 and 1; got {value}")
+
+
+def reduction(value: str) -> None:
+    if value not in ("none", "mean", "sum"):
+        raise InputError(f"expected a reduction of 'none', 'mean' or 'sum'; got {value!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any tensor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tensors(**named: object) -> None:
+    """Refuse what is no tensor, such as an array of NumPy (a tracer's proxy has what a tensor has)."""
+    for name, value in named.items():
+        if not hasattr(value, "requires_grad"):
+            raise InputError(
+                f"expected a torch.Tensor as {name}; got {type(value).__name__}: call torch.as_tensor() on it"
+            )
+
+
+def real(name: str, tensor: Tensor, whole: bool = False) -> None:
+    """Refuse complex numbers, of which the backward formulas have no conjugates, and unless `whole` integers."""
+    try:
+        if tensor.dtype.is_floating_point or (whole and not tensor.dtype.is_complex):
+            return
+    except AttributeError:
+        tensors(**{name: tensor})
+        raise
+    fix = "split it into its real and imaginary parts" if tensor.dtype.is_complex else "call .float() on it"
+    raise InputError(f"expected a real floating-point {name}; got {tensor.dtype}: {fix}")
+
+
+def one_kind(**named: Tensor | None) -> None:
+    """Refuse tensors of several dtypes or devices; the last one is what the first should be moved to."""
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    for what in ("dtype", "device"):
+        kinds = {name: getattr(tensor, what) for name, tensor in given.items()}
+        if len(set(kinds.values())) > 1:
+            came = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+            first, *_, last = kinds
+            raise InputError(f"expected one {what} for all tensors; got {came}: call .to({kinds[last]}) on the {first}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The affine map
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            real(f"{name} of an affine map", tensor)
+    if weight.dim() != 2:
+        raise InputError(f"expected a weight of shape (out_features, in_features); got shape {tuple(weight.shape)}")
+    n_out, n_in = weight.shape
+    if input.dim() == 0 or input.shape[-1] != n_in:
+        fix = "transpose the input" if n_in in input.shape else "flatten or select the features, or change in_features"
+        raise InputError(
+            f"expected an input whose last dimension is in_features={n_in}; got shape {tuple(input.shape)} "
+            f"for a weight of shape {tuple(weight.shape)}: {fix}"
+        )
+    if bias is not None and bias.shape != (n_out,):
+        raise InputError(f"expected a bias of shape ({n_out},), one for each output; got shape {tuple(bias.shape)}")
+    one_kind(input=input, weight=weight, bias=bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def samples(prediction: Tensor) -> None:
+    """Refuse a prediction without a dimension of samples, whose 1/N would be lost."""
+    if prediction.dim() < 2:
+        raise InputError(
+            f"expected a prediction of shape (N, outputs); got {tuple(prediction.shape)}, "
+            "whose 1/N would be lost: call .unsqueeze(-1) for one output, .unsqueeze(0) for one sample"
+        )
+
+
+def same_shape(prediction: Tensor, target: Tensor) -> None:
+    if prediction.shape != target.shape:
+        fix = "the target" if prediction.dim() > target.dim() else "the prediction"
+        hint = f": call .unsqueeze(-1) on {fix}" if abs(prediction.dim() - target.dim()) == 1 else ""
+        raise InputError(
+            f"expected prediction and target of the same shape; got {tuple(prediction.shape)} and "
+            f"{tuple(target.shape)}, which would broadcast to something else{hint}"
+        )
+
+
+def factor(name: str, weight: Tensor, prediction: Tensor) -> None:
+    """Refuse a weight of a cost that is no constant beside the prediction, or would broadcast the prediction."""
+    try:
+        fits = torch.broadcast_shapes(weight.shape, prediction.shape) == prediction.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"expected a {name} that broadcasts to the input's shape {tuple(prediction.shape)}; "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.requires_grad:
+        raise InputError(f"expected a {name} without a gradient, as torch takes it; got one with: call .detach() on it")
+    one_kind(**{name: weight.to(prediction.dtype), "prediction": prediction})
+
+
+def logits(z: Tensor, class_dim: int, weight: Tensor | None) -> None:
+    if z.dim() == 0 or (weight is not None and weight.shape != (z.shape[class_dim],)):
+        came = f"{tuple(z.shape)}" + ("" if weight is None else f" with a weight of shape {tuple(weight.shape)}")
+        raise InputError(f"expected logits (N, classes) and a weight (classes,); got {came}")
+
+
+def target_of_logits(z: Tensor, class_dim: int, target: Tensor, ignore_index: int) -> None:
+    """Refuse what is neither a probability for each class nor a class index for each sample."""
+    if target.dtype.is_floating_point:
+        fits = target.shape == z.shape
+        if fits and ignore_index >= 0:
+            raise InputError(
+                f"expected class indices beside ignore_index={ignore_index}; got a probability for each class"
+            )
+    else:
+        of_samples = (*z.shape[:class_dim], *z.shape[class_dim + 1 :])
+        fits = target.dtype in (torch.int64, torch.uint8) and target.shape == of_samples
+    if not fits:
+        raise InputError(
+            f"expected class indices (int64, the shape of the logits {tuple(z.shape)} without the classes) or "
+            f"probabilities of the logits' shape and dtype; got {target.dtype} of shape {tuple(target.shape)}: "
+            "call .long() on class indices, .squeeze(-1) on a column of them"
+        )
+
+
+def labels(target: Tensor, classes: int, ignore_index: int | None = None) -> None:
+    """Refuse class labels out of range. On a GPU it waits for them."""
+    kept = target if ignore_index is None else target[target != ignore_index]
+    if kept.numel() == 0 or (int(kept.min()) >= 0 and int(kept.max()) < classes):
+        return
+    ignored = "leave out the rows to be ignored" if ignore_index is None else f"or ignore them by {ignore_index}"
+    raise InputError(
+        f"expected class labels from 0 to {classes - 1}; got labels from {int(kept.min())} to {int(kept.max())}: "
+        f"renumber them from 0, {ignored}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A batch for a whole net
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
+    """Refuse an input (N, n_1) or a target that the first W^l and the cost can't take."""
+    tensors(input=input, target=target)
+    if input.dim() != 2 or input.shape[1] != weight.shape[1]:
+        raise InputError(f"expected an input of shape (N, {weight.shape[1]}); got {tuple(input.shape)}: .flatten(1) it")
+    if input.dtype != weight.dtype or input.device != weight.device:
+        raise InputError(
+            f"expected an input of {weight.dtype} on {weight.device}, as the weights; "
+            f"got {input.dtype} on {input.device}: call .to() on it"
+        )
+    if loss == "cross_entropy" and target.dim() == 1:
+        fits = target.dtype == torch.int64 and target.shape == input.shape[:1]
+    else:
+        fits = target.dtype == input.dtype and target.shape == (input.shape[0], outputs)
+    if not fits or target.device != input.device:
+        indices = f", or class indices ({input.shape[0]},) of torch.int64" if loss == "cross_entropy" else ""
+        raise InputError(
+            f"expected a target of shape ({input.shape[0]}, {outputs}) and {input.dtype}{indices}, on {input.device}; "
+            f"got {tuple(target.shape)} of {target.dtype} on {target.device}: reshape it, or call .to() on it"
+        )
+
+
+def batch_labels(outputs: int, target: Tensor, loss: str) -> None:
+    if loss == "cross_entropy" and target.dim() == 1:
+        labels(target, outputs)
