@@ -1,10 +1,11 @@
-"""What a tensor, a size or an option must be, and the sentence for one that is not: each is written here once.
+"""The sentences about a wrong tensor, size or option: each is written here once.
 
 Every function returns nothing if all is well, and raises InputError otherwise. torch checks most of it anyway: those
 functions are called only after torch has refused.
 """
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -164,10 +165,9 @@ def labels(target: Tensor, classes: int, ignore_index: int | None = None) -> Non
     kept = target if ignore_index is None else target[target != ignore_index]
     if kept.numel() == 0 or (int(kept.min()) >= 0 and int(kept.max()) < classes):
         return
-    ignored = "leave out the rows to be ignored" if ignore_index is None else f"or ignore them by {ignore_index}"
     raise InputError(
         f"expected class labels from 0 to {classes - 1}; got labels from {int(kept.min())} to {int(kept.max())}: "
-        f"renumber them from 0, {ignored}"
+        "renumber them from 0, or leave out what is to be ignored"
     )
 
 
@@ -181,6 +181,8 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
     tensors(input=input, target=target)
     if input.dim() != 2 or input.shape[1] != weight.shape[1]:
         raise InputError(f"expected an input of shape (N, {weight.shape[1]}); got {tuple(input.shape)}: .flatten(1) it")
+    if input.layout != torch.strided or target.layout != torch.strided:
+        raise InputError("expected dense tensors as input and target; got a sparse one: call .to_dense() on it")
     if input.dtype != weight.dtype or input.device != weight.device:
         raise InputError(
             f"expected an input of {weight.dtype} on {weight.device}, as the weights; "
@@ -201,3 +203,12 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
 def batch_labels(outputs: int, target: Tensor, loss: str) -> None:
     if loss == "cross_entropy" and target.dim() == 1:
         labels(target, outputs)
+
+
+def trainable(parameters: Iterable[Tensor | None]) -> None:
+    """Refuse parameters that were made in inference mode."""
+    if any(parameter is not None and parameter.is_inference() for parameter in parameters):
+        raise InputError(
+            "expected parameters made outside torch.inference_mode, which can't be trained; got a model made inside: "
+            "make the model before, or train a copy.deepcopy of it"
+        )

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manual_mlp import kernels
+from manual_mlp import checks, kernels
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
-from manual_mlp.functional import autocasting, check_tensors
-from manual_mlp.network import check_batch, check_labels, check_trainable, parameters_of, reading_of
+from manual_mlp.functional import autocasting
+from manual_mlp.network import parameters_of, reading_of
 from manual_mlp.plan import Instruction, Plan, Sink, weigh
 from manual_mlp.program import Drop, cost_of
 from manual_mlp.snapshot import Training, hooks_of_parameter
@@ -297,7 +297,7 @@ class BackpropEngine:
 
     def _check_parameters(self, group_of: dict[int, int]) -> None:
         owned, first = self._owned, self._owned[0]
-        check_trainable(owned)
+        checks.trainable(owned)
         trained = {id(parameter) for parameter in owned if parameter.requires_grad}
         if any(p.dtype != first.dtype or p.device != first.device or not p.is_floating_point() for p in owned):
             raise InputError("expected parameters of one floating-point dtype on one device: call model.to() with both")
@@ -336,7 +336,7 @@ class BackpropEngine:
             autocast = autocasting(input)
             key: object = input.shape, target.shape, target.dtype
         except AttributeError:
-            check_tensors(input=input, target=target)
+            checks.tensors(input=input, target=target)
             raise
         if autocast:
             raise InputError(
@@ -365,7 +365,7 @@ class BackpropEngine:
     def _check_prediction(self, prediction: Any, input: Tensor) -> None:
         """Raise InputError for a buffer that can't be filled with the predictions."""
         expected = torch.Size([len(input), self._outputs]), input.dtype, input.device, False
-        check_tensors(prediction=prediction)
+        checks.tensors(prediction=prediction)
         if (prediction.shape, prediction.dtype, prediction.device, prediction.requires_grad) == expected:
             (n, m), (row, column) = prediction.shape, prediction.stride()
             if m == 1 or n == 1 or (column > 0 and row > column * (m - 1)) or (row > 0 and column > row * (n - 1)):
@@ -378,11 +378,10 @@ class BackpropEngine:
 
     def _check(self, input: Tensor, target: Tensor) -> None:
         """Raise InputError for a batch that does not fit, or is empty, or has labels out of range."""
-        check_tensors(input=input, target=target)
-        check_batch(self._owned[0], self._outputs, input, target, self.loss)
+        checks.batch(self._owned[0], self._outputs, input, target, self.loss)
         if len(input) == 0:
             raise InputError("expected a batch with at least one row; got none, whose mean cost is NaN")
-        check_labels(self._outputs, target, self.loss)
+        checks.batch_labels(self._outputs, target, self.loss)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Step 5

@@ -288,7 +288,7 @@ def reduce(elements: Tensor, reduction: str, weight: Tensor | None = None) -> Te
     """Σ elements / divisor, or the elements themselves for "none". NaN at N = 0, as in torch."""
     if reduction == "none":
         return elements
-    if weight is None and reduction != "sum":  # by way of the mean, since a sum overflows in float16
+    if weight is None and reduction != "sum":  # by way of the mean, because a sum overflows in float16
         mean = elements.mean()
         return mean * elements.shape[-1] if reduction == "samples" else mean
     return elements.sum() / divisor(elements.shape, reduction, weight)

@@ -50,7 +50,7 @@ class ManualFunction(Function):
 
 
 def _nesting(tangent: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `tangent` with forward mode on: torch switches it off, so a tangent's own tangent is 0 (pytorch#197867)."""
+    """Return `tangent` with forward mode on: without it, a tangent's own tangent is 0 (pytorch#197867)."""
 
     @functools.wraps(tangent)
     def evaluate(*args: Any) -> Any:
@@ -141,7 +141,7 @@ def _own(z: Tensor) -> Tensor:
 def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
     """Save a for ∂C/∂W and W for ∂C/∂a: a frozen weight keeps no input alive, a fixed input no weight."""
     needs_a, needs_weight, _ = ctx.needs_input_grad[:3]
-    checks.real("weight", weight)
+    checks.real("weight", weight, whole=True)
     ctx.save_for_backward(a if needs_weight else None, weight if needs_a else None, *also)
     ctx.set_materialize_grads(False)
 
@@ -231,7 +231,7 @@ class AffineSigmoid(ManualFunction):
 
 
 def _define(name: str, doc: str, *rules: Callable[..., Any]) -> type[ManualFunction]:
-    """Return a Function made of its rules. The metaclass makes it, since that names the graph's node after the class."""
+    """Return a Function made of its rules, by the metaclass, which names the graph's node after the class."""
     members: dict[str, Any] = {rule.__name__: staticmethod(rule) for rule in rules}
     return FunctionMeta(name, (ManualFunction,), members | {"__doc__": doc, "__module__": __name__})  # type: ignore
 

@@ -7,7 +7,7 @@ initialisation and state_dict are torch's own.
 from collections import OrderedDict
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,17 +52,15 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {}
 ACTIVATION_MODULES: dict[type[nn.Module], sheet.Row] = {}
 
 
-class _Activation:
+class _Activation(nn.Module):
     """A class of torch with the forward and backward of a row: arguments, printing and state_dict stay torch's."""
-
-    __slots__ = ()
 
     def __init_subclass__(cls, row: str = "", **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         if row:
-            kind, theirs = cast(type[nn.Module], cls), sheet.ACTIVATIONS[row].module
-            OURS[theirs] = kind
-            ACTIVATION_MODULES[theirs] = ACTIVATION_MODULES[kind] = sheet.ACTIVATIONS[row]
+            theirs = sheet.ACTIVATIONS[row].module
+            OURS[theirs] = cls
+            ACTIVATION_MODULES[theirs] = ACTIVATION_MODULES[cls] = sheet.ACTIVATIONS[row]
 
     def forward(self, input: Tensor) -> Tensor:
         name, values = name_and_values(self)
@@ -327,5 +325,5 @@ def _one_per_hidden_layer(
                 f"expected one activation for each of the {hidden} hidden layers; got {len(activation)}: {activation}"
             )
         return list(activation)
-    activation_row(activation)  # type: ignore[arg-type] # refused here, in its words, even without a hidden layer
+    name_and_values(activation)  # refused here, even without a hidden layer
     return [activation] * hidden  # type: ignore[list-item]

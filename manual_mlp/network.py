@@ -14,9 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from manual_mlp import functional, functions, kernels
-from manual_mlp.errors import InputError
-from manual_mlp.functional import check_tensors
+from manual_mlp import checks, functional, functions, kernels
 from manual_mlp.plan import Plan, Sink, Weighed, run, weigh
 from manual_mlp.program import Program, cost_of, read
 from manual_mlp.snapshot import Snapshot
@@ -200,7 +198,7 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
     try:
         special = kernels.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
     except AttributeError:
-        check_tensors(input=input, target=target)
+        checks.tensors(input=input, target=target)
         raise
     if special or functional.autocasting(input):
         return _by_layers(model, reading, input, target, loss, predictions)
@@ -212,9 +210,9 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
         return NetworkCost.direct(reading, key, weighed, masks, predictions, target, input, *flat)
     except (IndexError, RuntimeError):
         read(model)  # `p.data =` can leave layers that do not fit each other
-        check_batch(flat[0], len(flat[-2]), input, target, loss)
-        check_labels(len(flat[-2]), target, loss)
-        check_trainable(flat)
+        checks.batch(flat[0], len(flat[-2]), input, target, loss)
+        checks.batch_labels(len(flat[-2]), target, loss)
+        checks.trainable(flat)
         raise
 
 
@@ -239,7 +237,7 @@ def _checked(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tenso
     if reading.last_checked[0] == key:
         return reading.last_checked
     cost = cost_of(loss, reading.program)
-    check_batch(flat[0], len(last), input, target, loss)
+    checks.batch(flat[0], len(last), input, target, loss)
     checked = key, weigh(cost, len(input), len(last), input.dtype), _has_plan(reading, flat, input, target)
     if type(checked[1][1]) in (Tensor, float):  # not a fake tensor, made while torch traces shapes
         reading.last_checked = checked
@@ -260,50 +258,6 @@ def _has_plan(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tens
         return False
     neurons = sum(len(layer.weight) for layer in program.layers)
     return input.dtype in (torch.float32, torch.float64) and 0 < len(input) * neurons <= _KEPT
-
-
-def check_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
-    """Raises InputError for an input (N, n_1) or a target that the first W^l and the cost can't take."""
-    if input.dim() != 2 or input.shape[1] != weight.shape[1]:
-        raise InputError(f"expected an input of shape (N, {weight.shape[1]}); got {tuple(input.shape)}: .flatten(1) it")
-    if input.layout != torch.strided or target.layout != torch.strided:
-        raise InputError("expected dense tensors as input and target; got a sparse one: call .to_dense() on it")
-    if input.dtype != weight.dtype or input.device != weight.device:
-        raise InputError(
-            f"expected an input of {weight.dtype} on {weight.device}, as the weights; "
-            f"got {input.dtype} on {input.device}: call .to() on it"
-        )
-    if loss == "cross_entropy" and target.dim() == 1:
-        fits = target.dtype == torch.int64 and target.shape == input.shape[:1]
-    else:
-        fits = target.dtype == input.dtype and target.shape == (input.shape[0], outputs)
-    if not fits or target.device != input.device:
-        indices = f", or class indices ({input.shape[0]},) of torch.int64" if loss == "cross_entropy" else ""
-        raise InputError(
-            f"expected a target of shape ({input.shape[0]}, {outputs}) and {input.dtype}{indices}, on {input.device}; "
-            f"got {tuple(target.shape)} of {target.dtype} on {target.device}: reshape it, or call .to() on it"
-        )
-
-
-def check_trainable(parameters: Sequence[Any]) -> None:
-    """Raise InputError for parameters that were made in inference mode."""
-    if any(parameter is not None and parameter.is_inference() for parameter in parameters):
-        raise InputError(
-            "expected parameters made outside torch.inference_mode, which can't be trained; got a model made inside: "
-            "make the model before, or train a copy.deepcopy of it"
-        )
-
-
-def check_labels(classes: int, target: Tensor, loss: str) -> None:
-    """Raises InputError for class labels out of range. On a GPU it waits for them."""
-    if loss != "cross_entropy" or target.dim() != 1 or len(target) == 0:
-        return
-    low, high = int(target.min()), int(target.max())
-    if low < 0 or high >= classes:
-        raise InputError(
-            f"expected class labels from 0 to {classes - 1}; got labels from {low} to {high}: "
-            "renumber them, or leave out the rows to be ignored"
-        )
 
 
 class NetworkLoss(nn.Module):

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from manual_mlp import checks, kernels, notation, tables
 from manual_mlp import formulas as sheet
-from manual_mlp import kernels, notation, tables
 from manual_mlp.errors import InputError
-from manual_mlp.network import check_batch, reading_of
+from manual_mlp.network import reading_of
 from manual_mlp.program import Program, cost_of
 
 WIDTH = 80
@@ -316,7 +316,7 @@ def trace(
     if len(set(map(id, weights))) < len(weights):
         raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
     x, target = _batch(x, target, weights[0], loss)
-    check_batch(weights[0], len(weights[-1]), x, target, loss)
+    checks.batch(weights[0], len(weights[-1]), x, target, loss)
     if len(x) == 0:
         raise InputError("expected at least one sample to trace; got none")
     one = one_pass(program, x, target, loss, program.draw(x))

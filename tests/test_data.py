@@ -139,7 +139,7 @@ class TestImages:
 
     def test_label_out_of_range(self, tmp_path: Path) -> None:
         write_idx(idx_folder(tmp_path) / "t10k-labels-idx1-ubyte.gz", np.arange(50) % 11)
-        with pytest.raises(InputError, match=r"labels from 0 to 9, but they reach from 0 to 10"):
+        with pytest.raises(InputError, match=r"labels from 0 to 9; got labels from 0 to 10"):
             check(sources.mnist(str(tmp_path)))
 
     def test_test_size_beside_an_official_test_set(self, tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ class TestSplits:
             ),
             (Samples(np.ones((0, 1)), np.ones(0)), {}, "the data is empty"),
             (Samples(np.ones((5, 0)), np.ones(5)), {}, "the data is empty"),
-            (Samples(np.ones((5, 1)), np.array([0, 1, 2, -1, 0]), ("a", "b", "c")), {}, "reach from -1 to 2"),
+            (Samples(np.ones((5, 1)), np.array([0, 1, 2, -1, 0]), ("a", "b", "c")), {}, "got labels from -1 to 2"),
         ],
     )
     def test_what_cannot_be_split(self, samples: Samples, options: dict, sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -203,12 +204,40 @@ PUBLIC: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_complex_and_integers_are_refused_in_a_sentence(name: str) -> None:
-    with pytest.raises(mm.InputError, match=r"expected .*; got torch.complex64: split it"):
+@pytest.mark.parametrize("grad", [True, False])
+def test_complex_is_refused_in_a_sentence(name: str, grad: bool) -> None:
+    with torch.set_grad_enabled(grad), pytest.raises(mm.InputError, match=r"expected .*; got torch.complex64: split it"):
         PUBLIC[name](torch.ones(3, 3, dtype=torch.complex64))
-    integers = torch.arange(9).reshape(3, 3)
-    if name == "affine":  # has no derivative to get wrong, and torch's own works
-        assert torch.equal(PUBLIC[name](integers), nn.functional.linear(integers, integers))
-    elif name != "affine_activation":
-        with pytest.raises(mm.InputError, match=r"expected .*; got torch.int64: call \.float\(\)"):
-            PUBLIC[name](integers)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name in ("dropout", "cross_entropy") or "loss" in name])
+def test_integers_are_refused_in_a_sentence(name: str) -> None:
+    """Where torch would refuse them, or average them."""
+    with pytest.raises(mm.InputError, match=r"expected .*; got torch.int64: call \.float\(\)"):
+        PUBLIC[name](torch.arange(9).reshape(3, 3))
+
+
+def outcome(function: Callable[..., Tensor], *arguments: Any, **more: Any) -> Any:
+    try:
+        return function(*arguments, **more)
+    except RuntimeError as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "relu", "leaky_relu", "softplus", "silu", "gelu", "linear"])
+def test_integers_do_as_in_torch(name: str, dtype: torch.dtype, grad: bool) -> None:
+    """They are promoted, kept or refused; in place, too."""
+    numbers = torch.arange(9).reshape(3, 3).sub(4).to(dtype)
+    ours, theirs = getattr(mm.functional, "affine" if name == "linear" else name), getattr(nn.functional, name)
+    arguments = (numbers, numbers) if name == "linear" else (numbers,)
+    with torch.set_grad_enabled(grad):
+        for more in ({}, {"inplace": True}) if name in ("relu", "leaky_relu", "silu") else ({},):
+            found, expected = (outcome(function, *(a.clone() for a in arguments), **more) for function in (ours, theirs))
+            if isinstance(expected, Tensor):
+                assert found.dtype == expected.dtype
+                assert torch.equal(found, expected)
+            else:
+                assert isinstance(found, type)
+                assert issubclass(found, expected)

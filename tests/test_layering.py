@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each layer imports only from the ones before it.
 LAYERS = [
     ["errors", "cuda_graph", "tables"],
-    ["formulas"],
+    ["formulas", "checks"],
     ["checkpoint", "kernels", "notation"],
     ["functions"],
     ["functional"],

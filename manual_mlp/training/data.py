@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from manual_mlp import checks
 from manual_mlp.errors import InputError
 from manual_mlp.training.readers import brief, check_numbers
 from manual_mlp.training.sources import Samples
@@ -285,11 +286,8 @@ def _check_part(part: Samples) -> None:
         raise InputError(f"expected samples with features, but the data is empty, of shape {features.shape}; check it")
     check_numbers("the features", features, part.feature_names)
     check_numbers("the target", target)
-    if classes and not (target.min() >= 0 and target.max() < classes):
-        raise InputError(
-            f"expected class labels from 0 to {classes - 1}, but they reach from {target.min()} to {target.max()}; "
-            "correct the labels or the list of classes"
-        )
+    if classes:
+        checks.labels(torch.as_tensor(target), classes)
 
 
 def _scaled(scaler: StandardScaler, name: str, values: np.ndarray) -> Tensor:
