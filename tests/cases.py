@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as torch_functional
 
 from manual_mlp import functional as F
-from manual_mlp import functions
+from manual_mlp import functions, modules
 from manual_mlp.formulas import ACTIVATIONS, Row
 
 Inputs = tuple[Tensor, ...]
@@ -69,6 +69,23 @@ def label(row: Row) -> str:
 ROWS = list(_rows())
 """Every row of the sheet as it is used, in each letter that it saves."""
 rows = pytest.mark.parametrize("row", ROWS, ids=label)
+
+
+def ours_of(row: Row, **more: Any) -> nn.Module:
+    """Our module of a row."""
+    return modules.OURS[row.module](**dict(row.options), **dict(row.parameters), **more)
+
+
+def _torchs() -> Iterator[nn.Module]:
+    """Yield torch's modules of all rows; written in place too, except with a negative slope, which torch refuses."""
+    for row in ROWS:
+        yield row.twin()
+        if hasattr(twin := row.twin(), "inplace") and row.saves == ACTIVATIONS[row.name].saves:
+            twin.inplace = True
+            yield twin
+
+
+TORCHS = list(_torchs())
 
 
 def twin_of(row: Row) -> Callable[[Tensor], Tensor]:

@@ -16,24 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import manual_mlp as mm
 from manual_mlp.testing.checks import nodes_of
-from tests.cases import CASES, Case
-
-ACTIVATIONS: list[nn.Module] = [
-    nn.Identity(),
-    nn.Sigmoid(),
-    nn.Tanh(),
-    nn.ReLU(),
-    nn.ReLU(inplace=True),
-    nn.LeakyReLU(),
-    nn.LeakyReLU(-0.2),
-    nn.LeakyReLU(0.2, inplace=True),
-    nn.Softplus(),
-    nn.Softplus(2.0, 1.0),
-    nn.SiLU(),
-    nn.SiLU(inplace=True),
-    nn.GELU(),
-    nn.GELU("tanh"),
-]
+from tests.cases import CASES, TORCHS, Case
 
 
 def kept(function: Callable[..., Tensor], *inputs: Tensor) -> dict[int, int]:
@@ -64,7 +47,7 @@ def rows() -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", TORCHS, ids=str)
 def test_bytes_alone_fused_and_in_a_net(activation: nn.Module) -> None:
     def layers(*sizes: int) -> nn.Sequential:
         pairs = [(nn.Linear(n_in, n_out), activation) for n_in, n_out in pairwise(sizes)]
@@ -253,7 +236,7 @@ def test_an_output_can_be_changed_where_torchs_can() -> None:
 
 def test_activations_in_place_on_a_view() -> None:
     """As torch's: the base sees it, and the gradient goes through it."""
-    for activation in ACTIVATIONS:
+    for activation in TORCHS:
         if not getattr(activation, "inplace", False):
             continue
         ours, theirs = mm.convert(type(activation)(inplace=True)), type(activation)(inplace=True)

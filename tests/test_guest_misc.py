@@ -20,20 +20,20 @@ from torch.nn.utils import parametrizations, prune
 
 import manual_mlp as mm
 from manual_mlp import functional as F
+from manual_mlp.formulas import ACTIVATIONS
 from manual_mlp.network import network_loss
 from tests.cases import Case
 
 # The same formulas, summed in another order: a few eps of float64 on numbers of order 1.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-ACTIVATIONS = ["sigmoid", "tanh", "relu", "leaky_relu", "softplus", "silu", "gelu"]
+NAMES = [name for name in ACTIVATIONS if name != "identity"]
 
 
 def nets() -> tuple[nn.Module, nn.Module]:
     """Ours, with each activation, and torch's with the same weights."""
-    modules = [nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.SiLU, nn.GELU]
     torch.manual_seed(0)
-    model = mm.MLP([4, *[5] * 7, 3], ACTIVATIONS, "identity", dtype=torch.float64)
-    layers = [layer for module in modules for layer in (nn.Linear(5, 5), module())]
+    model = mm.MLP([4, *[5] * len(NAMES), 3], NAMES, "identity", dtype=torch.float64)
+    layers = [layer for name in NAMES for layer in (nn.Linear(5, 5), ACTIVATIONS[name].twin())]
     layers[0] = nn.Linear(4, 5)
     twin = nn.Sequential(*layers, nn.Linear(5, 3)).double()
     twin.load_state_dict(model.state_dict())

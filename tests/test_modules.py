@@ -1,7 +1,13 @@
 """The modules beside torch's own: the same bits, the same initialisation, the same state_dict, the same training."""
 
+import copy
+import inspect
 import itertools
-from functools import partial
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +15,10 @@ import torch
 from torch import nn
 
 import manual_mlp as mm
-from manual_mlp.formulas import ACTIVATIONS
+from manual_mlp.formulas import ACTIVATIONS, Row
+from tests.cases import ROWS, ours_of, rows
 
 NAMES = list(ACTIVATIONS)
-TORCH = {name: row.twin for name, row in ACTIVATIONS.items()}
-OURS = {
-    name: partial(getattr(mm, row.module.__name__), **dict(row.options), **dict(row.parameters))
-    for name, row in ACTIVATIONS.items()
-}
 
 
 def seeded(make: object) -> nn.Module:
@@ -29,7 +31,7 @@ def torch_net(sizes: list[int], activation: str, output_activation: str, dropout
     layers: list[nn.Module] = []
     for n_in, n_out in itertools.pairwise(sizes):
         last = len(layers) == 2 * (len(sizes) - 2)
-        G = TORCH[output_activation if last else activation]()
+        G = ACTIVATIONS[output_activation if last else activation].twin()
         layers += [nn.Linear(n_in, n_out), nn.Sequential(G, nn.Dropout(dropout)) if dropout and not last else G]
     return nn.Sequential(*layers)
 
@@ -56,19 +58,114 @@ def test_affine_and_sigmoid_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ..
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_activation_modules(name: str) -> None:
-    """Each is its torch counterpart by type, print and result."""
-    ours, theirs = OURS[name](), TORCH[name]()
+@rows
+def test_activation_modules(row: Row) -> None:
+    """Each is its torch counterpart by type, signature, print, state and result; the fused layer takes it over."""
+    ours, theirs = ours_of(row), row.twin()
     assert isinstance(ours, type(theirs))
-    assert repr(ours).replace("()", "") == repr(theirs).replace("()", "")
+    assert inspect.signature(type(ours)) == inspect.signature(type(theirs))
+    assert repr(ours) == repr(theirs)
+    assert ours.state_dict() == theirs.state_dict()
+    assert (type(ours).__doc__ or "").startswith("a = ")
     z = torch.randn(7, 3, dtype=torch.float64)
     torch.testing.assert_close(ours(z), theirs(z), rtol=1e-12, atol=1e-12)
     fused = seeded(lambda: mm.AffineActivation(3, 2, ours, dtype=torch.float64))
     apart = seeded(lambda: nn.Linear(3, 2, dtype=torch.float64))
     torch.testing.assert_close(fused(z), theirs(apart(z)), rtol=1e-12, atol=1e-12)
-    by_name = seeded(lambda: mm.AffineActivation(3, 2, name, dtype=torch.float64))
-    assert torch.equal(by_name(z), fused(z))
+    assert fused.row == row
+    assert repr(fused.row.twin()) == repr(theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_the_row_at_its_defaults(name: str) -> None:
+    layers = [
+        seeded(lambda given=given: mm.AffineActivation(3, 2, given)) for given in (name, ours_of(ACTIVATIONS[name]))
+    ]
+    x = torch.randn(5, 3)
+    assert torch.equal(layers[0](x), layers[1](x))
+    assert layers[0].activation == name
+
+
+def copies(module: nn.Module, folder: Path) -> Iterator[nn.Module]:
+    yield copy.deepcopy(module)
+    yield pickle.loads(pickle.dumps(module))
+    torch.save(module, folder / "module.pt")
+    yield torch.load(folder / "module.pt", weights_only=False)
+
+
+@rows
+def test_modules_are_copied(row: Row, tmp_path: Path) -> None:
+    """A module holds the name of its row, never the row: a lambda can't be pickled."""
+    for module in (ours_of(row), mm.AffineActivation(3, 2, ours_of(row)), mm.MLP([3, 4, 2], ours_of(row), "identity")):
+        x = torch.randn(5, 3)
+        for other in copies(module, tmp_path):
+            assert type(other) is type(module)
+            assert torch.equal(other(x), module(x))
+            assert repr(other) == repr(module)
+
+
+def _in_another_process(modules: list[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    return [module(x).detach() for module in modules]
+
+
+def test_modules_in_a_spawned_process() -> None:
+    modules, x = [mm.AffineActivation(3, 2, ours_of(row)) for row in ROWS], torch.randn(5, 3)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(_in_another_process, modules, x).result()
+    for values, module in zip(found, modules, strict=True):
+        assert torch.equal(values, module(x))
+
+
+def test_the_activation_can_be_changed() -> None:
+    """The forward reads it at each call, its parameters follow, and a wrong one is refused and changes nothing."""
+    layer, linear = seeded(lambda: mm.AffineActivation(3, 2, nn.LeakyReLU(0.3))), seeded(lambda: nn.Linear(3, 2))
+    x = torch.randn(5, 3)
+    for given, twin, values in (
+        ("relu", nn.ReLU(), ()),
+        ("softplus", nn.Softplus(), (1.0, 20.0)),
+        (nn.Softplus(2.0, 3.0), nn.Softplus(2.0, 3.0), (2.0, 3.0)),
+        (mm.LeakyReLU(-0.2), nn.LeakyReLU(-0.2), (-0.2,)),
+        ("leaky_relu", nn.LeakyReLU(), (0.01,)),
+        (nn.GELU("tanh"), nn.GELU("tanh"), ()),
+    ):
+        layer.activation = given
+        assert layer.parameter_values == values
+        assert repr(layer.row.twin()) == repr(twin)
+        torch.testing.assert_close(layer(x), twin(linear(x)))
+        assert list(layer.children()) == []
+        for wrong in ("sigmoyd", nn.ReLU, nn.Softmax(-1), None, 3):
+            with pytest.raises(mm.InputError, match="name of an activation"):
+                layer.activation = wrong
+        assert layer.parameter_values == values
+        torch.testing.assert_close(layer(x), twin(linear(x)))
+    layer.parameter_values = ()
+    net = mm.MLP([3, 4, 2])
+    before = net(x)
+    net[0].activation = "relu"
+    assert not torch.equal(net(x), before)
+    assert isinstance(net.to_torch()[1], nn.ReLU)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (), (2, 5)], ids=str)
+def test_layers_of_no_neurons(sizes: tuple[int, int], shape: tuple[int, ...]) -> None:
+    """As torch's, with its warning: bits, shapes and gradients."""
+    make = {
+        "theirs": lambda: nn.Linear(*sizes),
+        "ours": lambda: mm.Affine(*sizes),
+        "fused": lambda: mm.AffineActivation(*sizes, "tanh"),
+    }
+    results = {}
+    x = torch.randn(*shape, sizes[0])
+    for name, layer in make.items():
+        with pytest.warns(UserWarning, match="zero-element"):
+            module = seeded(layer)
+        leaf = x.clone().requires_grad_()
+        output = module(leaf) if name == "fused" else module(leaf).tanh()
+        results[name] = [output, *torch.autograd.grad(output.sum(), [leaf, *module.parameters()])]
+    for name in ("ours", "fused"):
+        for mine, theirs in zip(results[name], results["theirs"], strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def test_activation_arguments_are_taken_over() -> None:
@@ -85,10 +182,10 @@ def test_activation_arguments_are_taken_over() -> None:
         torch.testing.assert_close(fused(z), theirs(z), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(ACTIVATIONS[name].twin(), "inplace")])
 def test_inplace(name: str) -> None:
     """Written in place as torch's, and a leaf that requires a gradient is refused as torch refuses it."""
-    ours, theirs = (type(kinds[name]())(inplace=True) for kinds in (OURS, TORCH))
+    ours, theirs = ours_of(ACTIVATIONS[name], inplace=True), type(ACTIVATIONS[name].twin())(inplace=True)
     leaf = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     written = []
     for G in (ours, theirs):

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import manual_mlp as mm
 from manual_mlp import formulas as sheet
+from manual_mlp.formulas import Row
 from manual_mlp.tracing import WIDTH, _latex, steepest
+from tests.cases import rows
 
 double = torch.float64
 LOSSES = tuple(sheet.COSTS)
@@ -92,22 +94,10 @@ def by_autograd(model: nn.Module, x: Tensor, target: Tensor, loss: str) -> dict[
     }
 
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(-0.3),
-    "softplus": lambda: nn.Softplus(2.0, 1.5),
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-}
-
-
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_equals_autograd(name: str, loss: str) -> None:
-    make = ACTIVATIONS[name]
+@rows
+def test_equals_autograd(row: Row, loss: str) -> None:
+    make = row.twin
     model = nn.Sequential(nn.Linear(4, 5), make(), nn.Linear(5, 3), nn.Linear(3, 6), make(), nn.Linear(6, 3)).double()
     x, target = torch.randn(7, 4, dtype=double), torch.rand(7, 3, dtype=double)
     if loss == "cross_entropy":
@@ -265,12 +255,12 @@ def test_fits_80_columns_and_leaves_out_what_is_large() -> None:
     }
     for sizes, small in nets.items():
         net = mm.MLP(list(sizes), "leaky_relu", "identity", dtype=double)
-        for rows in (1, 6, 7):
-            x = 1e-7 * torch.randn(rows, sizes[0], dtype=double)
-            text = str(mm.trace(net, x, -1e5 * torch.rand(rows, sizes[-1], dtype=double)))
+        for n in (1, 6, 7):
+            x = 1e-7 * torch.randn(n, sizes[0], dtype=double)
+            text = str(mm.trace(net, x, -1e5 * torch.rand(n, sizes[-1], dtype=double)))
             assert max(map(len, text.splitlines())) <= WIDTH
-            assert ("forward pass" in text) == (small and rows < 7)
-            assert repr(mm.trace(net, x, x.new_zeros(rows, sizes[-1])))
+            assert ("forward pass" in text) == (small and n < 7)
+            assert repr(mm.trace(net, x, x.new_zeros(n, sizes[-1])))
 
 
 def test_markdown_and_latex() -> None:
