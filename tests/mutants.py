@@ -154,8 +154,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "needs_input_grad of the input ignored": ("functions", "if needs_a else None,\n        sheet", "if True else None,\n        sheet"),
     "needs_input_grad of the bias ignored": ("functions", "sheet.grad_bias(delta) if needs_bias", "sheet.grad_bias(delta) if True"),
-    "tangent of the weight forgotten": ("functions", "z_t + sheet.affine(a, weight_t)", "z_t", "gradients"),
-    "second derivative lost at z": ("functions", "    return delta + g_z\n", "    return delta\n"),
+    "tangent of the weight forgotten": ("functions", "None if weight_t is None else sheet.affine(a, weight_t)", "None", "gradients"),
+    "second derivative lost at z": ("functions", "delta_of(g, saved, *ctx.values), g_z)", "delta_of(g, saved, *ctx.values))"),
     "undefined gradient not expected": (
         "functions",
         "delta = None if g is None else delta_of(g, saved, *ctx.values)\n        return delta, *",
