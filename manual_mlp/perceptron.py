@@ -27,7 +27,7 @@ class Perceptron(nn.Module):
 
     @torch.no_grad()
     def fit(self, input: Tensor, target: Tensor, rate: float = 1.0, max_epochs: int = 100) -> list[int]:
-        """Rosenblatt's rule, sample by sample, until an epoch makes no mistake.
+        """Learn by Rosenblatt's rule, sample by sample, until an epoch makes no mistake.
 
         input (N, in_features), target (N, out_features) of zeros and ones → the number of mistakes in each epoch;
         the last is 0 if it converged. Raises InputError for another target, or shapes that do not fit.
@@ -45,7 +45,7 @@ class Perceptron(nn.Module):
 
     @torch.no_grad()
     def learn(self, x: Tensor, target: Tensor, rate: float = 1.0) -> Tensor:
-        """One sample: x (in_features,), target (out_features,) → the answer before the step, (out_features,)."""
+        """Learn one sample: x (in_features,), target (out_features,) → the answer before the step, (out_features,)."""
         prediction = sheet.threshold(self.affine(x))
         step_weight, step_bias = sheet.perceptron_step(prediction, target, x, rate)
         self.affine.weight.add_(step_weight)

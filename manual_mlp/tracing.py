@@ -1,4 +1,4 @@
-"""One pass made visible: z, a, δ and the gradients of every layer, in the order in which one works them out by hand."""
+"""Show one pass: z, a, δ and the gradients of every layer, in the order in which one works them out by hand."""
 
 import functools
 import re
@@ -28,7 +28,7 @@ LATEX: dict[Any, Any] = {
 
 
 def up(index: int) -> str:
-    """2 as ²."""
+    """Return ² for 2."""
     return str(index).translate(str.maketrans("0123456789", SUPERSCRIPTS))
 
 
@@ -54,7 +54,7 @@ class Trace:
     activation, drops    G's name, and whether dropout drew a mask, l = 2 … L
     cost                 C, a scalar tensor; target: ŷ, class indices as rows of 0 and 1
 
-    `print` gives two tables and, where no layer and no batch is larger than 6, the numbers step by step.
+    `print` gives two tables, and if no layer and no batch is larger than 6, the numbers step by step.
     """
 
     sizes: list[int]
@@ -77,7 +77,7 @@ class Trace:
     new_bias: dict[int, Tensor | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as numbers, lists and dicts, for json."""
+        """Return all of it as numbers, lists and dicts, for json."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -87,7 +87,7 @@ class Trace:
         return {name: plain(value) for name, value in vars(self).items()}
 
     def steps(self) -> dict[str, str]:
-        """The text of each step under its title, "given" to "5. update"; of a net or batch that is too large, none."""
+        """Return the text of each step by its title, "given" to "5. update"; none if the net or batch is too large."""
         return {title: self._text_step(title, lines) for title, lines in self._steps()}
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class Trace:
     __repr__ = __str__
 
     def to_markdown(self) -> str:
-        """The same as tables of Markdown, and the steps as a block of text."""
+        """Return the same as tables of Markdown, and the steps as a block of text."""
         steps = "\n\n".join(self._titled_steps())
         return "\n\n".join(
             [self._title(), *map(tables.markdown, self._tables())] + [f"```text\n{steps}\n```"] * bool(steps)
@@ -106,7 +106,7 @@ class Trace:
     _repr_markdown_ = to_markdown  # what a notebook shows
 
     def to_latex(self) -> str:
-        """Arrays and, of small nets, an align* environment; for amsmath, MathJax and KaTeX."""
+        """Return arrays, and for small nets an align* environment; for amsmath, MathJax and KaTeX."""
         arrays = [f"\\[\n{tables.latex(_latex_cells(table))}\n\\]" for table in self._tables()]
         lines = []
         for title, step in self._steps():
@@ -138,7 +138,7 @@ class Trace:
         return [neurons, weights]
 
     def _steps(self) -> list[tuple[str, list[Line]]]:
-        """The five steps with their numbers; none of a net or batch too large for that."""
+        """Return the five steps with their numbers; none if the net or batch is too large."""
         if max(len(self.a[1]), *self.sizes) > SMALL:
             return []
         known: dict[str, Tensor] = {"LR": torch.tensor(self.lr, dtype=torch.float64)}
@@ -154,11 +154,11 @@ class Trace:
 
     @property
     def _is_chain(self) -> bool:
-        """One sample through one neuron a layer: the formulas are of numbers, as the lecture first writes them."""
+        """Return True for one sample through one neuron a layer: numbers, as the lecture first writes the formulas."""
         return len(self.a[1]) == 1 and set(self.sizes) == {1} and not any(self.drops.values())
 
     def _formulas(self) -> Iterator[list[tuple[str, str, Any]]]:
-        """The parts of `formulas`, without their titles."""
+        """Yield the parts of `formulas`, without their titles."""
         chain, last = self._is_chain, len(self.sizes)
         W = "w" if chain else "W"
         biases = {layer: bias for layer, bias in self.bias.items() if bias is not None}
@@ -204,7 +204,7 @@ class Trace:
         yield updates
 
     def _delta_lines(self, layer: int, incoming: str) -> list[tuple[str, str, Any]]:
-        """G′(z^l), unless it is 1, and δ^l made of it and of ∂C/∂a^l."""
+        """Return G′(z^l), unless it is 1, and δ^l, which is made of it and of ∂C/∂a^l."""
         delta, value = f"δ{up(layer)}", self.delta[layer]
         incoming += self._mask(layer)
         if self.activation[layer] == "identity":
@@ -239,7 +239,7 @@ def _number(value: float, digits: int = 5) -> str:
 
 
 def _numbers(value: Tensor) -> list[list[str]]:
-    """Its rows; a matrix or vector in four digits, so that six numbers fit into a line."""
+    """Return its rows; a matrix or vector in four digits, so that six numbers fit into a line."""
     rows = (value if value.dim() == 2 else value.reshape(1, -1)).tolist()
     return [[_number(number, 5 if value.numel() == 1 else 4) for number in row] for row in rows]
 
@@ -249,7 +249,7 @@ def _norm(values: Tensor | None) -> str:
 
 
 def _substituted(formula: str, known: dict[str, Tensor]) -> str:
-    """The formula with numbers for its symbols, negative ones in parentheses where they follow something."""
+    """Return the formula with numbers for its symbols; negative ones that follow something are in parentheses."""
     symbols = "|".join(re.escape(symbol) for symbol in sorted(known, key=len, reverse=True))
     pattern = rf"(?<![A-Za-z])(?:{symbols})(?![A-Za-z])"
     numbers = {symbol: _number(value.item()) for symbol, value in known.items()}
@@ -271,7 +271,7 @@ def _text_line(line: Line) -> str:
 
 
 def _latex(text: str) -> str:
-    """Words as operators, superscripts as exponents, letters as commands."""
+    """Return a formula in LaTeX: words as operators, superscripts as exponents, letters as commands."""
     text = re.sub(r"[A-Za-z_]{2,}", lambda m: rf"\operatorname{{{m[0]}}}".replace("_", r"\_"), text)
     text = re.sub(f"[{SUPERSCRIPTS}]+", lambda m: "^{" + "".join(str(SUPERSCRIPTS.index(c)) for c in m[0]) + "}", text)
     return text.translate(str.maketrans(LATEX))
@@ -301,15 +301,15 @@ def _latex_cells(table: list[list[str]]) -> Iterator[list[str]]:
 def trace(
     model: nn.Module, x: Tensor | Sequence, target: Tensor | Sequence, loss: str = "quadratic", lr: float = 1.0
 ) -> Trace:
-    """z, a, δ and the gradients of every layer of one pass, computed by the recursion; the model stays as it is.
+    """Return z, a, δ and the gradients of every layer of one pass, by the recursion; the model stays as it is.
 
     model   an mm.MLP or an nn.Sequential of affine maps, each with at most one activation and one dropout after it
     x       (N, n_1), or one sample (n_1,); a list becomes a tensor of the model's dtype
-    target  (N, n_L), or class indices (N,) for "cross_entropy"; of one sample (n_L,) or ()
+    target  (N, n_L), or class indices (N,) for "cross_entropy"; for one sample (n_L,) or ()
     loss    "quadratic", "mse", "bce" or "cross_entropy"; lr: the LR of the step that `new_weight` shows
 
     Raises InputError for a net that is no such chain, a shared weight, hooks, an unknown loss, a logits cost after an
-    activation, and for x or target of another shape, dtype or device, or without a sample.
+    activation, and for an x or target with another shape, dtype or device, or without a sample.
     """
     program = reading_of(model).program
     weights = [layer.weight for layer in program.layers]
@@ -349,7 +349,7 @@ def trace(
 
 
 class Pass(NamedTuple):
-    """C, the slots of a program, ∂C/∂slot of each, and the gradients of x and the parameters."""
+    """C, the slots of a program, ∂C/∂slot for each, and the gradients of x and the parameters."""
 
     cost: Tensor
     slots: list[Any]
