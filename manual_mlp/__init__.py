@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from manual_mlp.tracing import trace as trace
     from manual_mlp.training.predict import Predictor as Predictor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The submodule of each public name; every public class of `modules` is one, too.
 _HOME = {
