@@ -169,8 +169,7 @@ def _idx_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _idx_path(folder: Path, name: str) -> Path:
-    gzipped = folder / f"{name}.gz"
-    return gzipped if gzipped.exists() else folder / name
+    return next(filter(Path.exists, [folder / f"{name}.gz"]), folder / name)
 
 
 def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
@@ -207,21 +206,21 @@ def _classes(values: np.ndarray, target: str) -> tuple[tuple[str, ...], np.ndarr
     try:
         if values.dtype.kind not in "biufOSU":
             raise ValueError(f"values such as {readers.example(values)}")
-        if values.dtype.kind == "O":
-            import pandas as pd  # type: ignore[import-untyped]
-
-            indices, found = pd.factorize(values)
+        if values.dtype.kind == "O":  # text keeps its hash: a long one that comes often costs no time
+            codes = {value: code for code, value in enumerate(dict.fromkeys(values.tolist()))}
+            found = np.array([*codes], dtype=object)
+            indices = np.fromiter(map(codes.__getitem__, values.tolist()), dtype=np.int64)
         else:
             found, indices = np.unique(values, return_inverse=True)
+        if len(found) > MOST_CLASSES:
+            raise ValueError(f"{len(found)} different ones")
         labels = [_label(value) for value in found.tolist()]
-        if len({*labels}) > MOST_CLASSES:
-            raise ValueError(f"{len({*labels})} different ones")
     except ValueError as error:
         raise InputError(
             f"expected class labels in the target {quoted(target)}, but got {error}; write them as whole numbers or "
             "short text in UTF-8; for a regression set data.source.task=regression"
         ) from error
-    missing = np.array([label is None for label in [*labels, None]])[indices]  # pandas' index of a missing one is -1
+    missing = np.array([label is None for label in labels])[indices]
     if missing.any():
         raise InputError(
             f"expected a class label in every row, but {quoted(target)} has none in row {missing.argmax()} (counted "
@@ -241,7 +240,7 @@ def _label(value: Any) -> bool | int | str | None:
         return None if np.isnan(value) else int(value)
     text = value.decode() if isinstance(value, bytes) else value
     if not isinstance(text, str):
-        return text if isinstance(text, int) else str(text)  # a date
+        return text if isinstance(text, int | None) else str(text)  # a date
     if len(text.encode()) > LONGEST_NAME or "\0" in text:
         raise ValueError(f"text of more than {LONGEST_NAME} bytes, or with NUL in it: {quoted(text)}")
     return text or None
