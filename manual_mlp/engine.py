@@ -59,7 +59,7 @@ class BoundPlan(Plan):
     def gathered(self, input: Tensor, target: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rows of `order`, which are whole batches, batch by batch."""
         if not self.batches:
-            count = min(max(1, _CHUNK // (self.n * input.shape[1])), _BATCHES)
+            count = min(max(1, _CHUNK // (self.n * max(1, input.shape[1]))), _BATCHES)
             with torch.inference_mode(False):  # Adam's steps fill it outside of inference mode
                 self.chunk = [data.new_empty(count * self.n, *data.shape[1:]) for data in (input, target)]
             self.batches = list(zip(*(data.split(self.n) for data in self.chunk), strict=True))
@@ -107,7 +107,7 @@ class BoundPlan(Plan):
                     tensor.fill_(number)
         if self.bound_for == (numbers,):
             return
-        self.bound_for = (numbers,)
+        self.bound_for = None  # until all of it is done
         with torch.inference_mode():
             read = [p if p is None or p.dtype == self.like.dtype else p.to(self.like.dtype) for p in own]
             sinks = [self._sink(place, rates) for place in range(len(own))]
@@ -119,6 +119,7 @@ class BoundPlan(Plan):
             [(fed, [call for call, _, _ in calls]) for fed, calls in groupby(code, lambda step: step.feeds != ())]
             for code in (self.up, self.down)
         )
+        self.bound_for = (numbers,)
         if self.target is not None:
             self.launch = Launch(partial(self.steps, None, self.target, self.out), self.ones.device)
 
@@ -221,7 +222,8 @@ class BackpropEngine:
             raise
         if not rates:
             self._give_gradients()
-        return torch.mul(plan.cost, plan.total_weight)
+        cost = torch.mul(plan.cost, plan.total_weight)
+        return cost if cost.dtype == input.dtype else cost.to(input.dtype)
 
     def _train_rows(
         self, input: Tensor, target: Tensor, batch_size: int, order: Tensor | None, prediction: Tensor | None
@@ -233,7 +235,9 @@ class BackpropEngine:
                 "expected rows with memory of their own; they share that of a parameter or its .grad: .clone() them"
             )
         rates, whole = self._rates(), len(input) // batch_size * batch_size
-        costs = torch.empty(math.ceil(len(input) / batch_size), dtype=input.dtype, device=input.device)
+        input, target = input.detach(), target.detach()
+        dtype = kernels.sum_dtype(input.dtype)
+        costs = torch.empty(math.ceil(len(input) / batch_size), dtype=dtype, device=input.device)
         outs = costs.split(1)
         for n, of, out in ((batch_size, slice(whole), outs), (len(input) - whole, slice(whole, None), outs[-1:])):
             if n and len(input[of]):
@@ -243,7 +247,7 @@ class BackpropEngine:
                 else:
                     batches = plan.gathered(input, target, order[of])
                 self._train(plan, zip(batches, out, strict=False), rates)
-        return costs.sum() * kernels.weights(self._cost, len(input), self._outputs)[0]
+        return (costs.sum() * kernels.weights(self._cost, len(input), self._outputs)[0]).to(input.dtype)
 
     def _train(self, plan: BoundPlan, batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]], rates: Rates) -> None:
         """Take a step for each (input, target), out; out := the cost, undivided."""

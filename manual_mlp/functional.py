@@ -164,7 +164,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     checks.real("input of dropout", input)
     if not training or p == 0:
         return input
-    mask = torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p)
+    mask = kernels.draw_(torch.empty_like(input, dtype=torch.bool), 1 - p)
     # At p = 1 the mask is 0 everywhere and there is nothing to rescale.
     output = apply(functions.Dropout, input, mask, 1 - p or 1.0)
     return input.copy_(output) if inplace else output

@@ -83,6 +83,11 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def draw_(mask: Tensor, keep: float) -> Tensor:
+    """Fill a bool tensor with ones of probability `keep`. As in torch's dropout, keep = 0 draws nothing."""
+    return mask.bernoulli_(keep) if keep > 0 else mask.zero_()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The affine map
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,6 +447,31 @@ def cost_kernel(cost: Cost) -> CostKernel:
         return both
 
     return CostKernel(cost.C, lambda a, ŷ: cost.C(a, ŷ).sum(), cost.delta, both_of)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a cost before 1/per: a sum overflows in float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def total(cost: Cost, prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the cost's sum, in `sum_dtype`."""
+    if prediction.dtype == torch.float16:
+        prediction, target = prediction.float(), target.float() if target.is_floating_point() else target
+    return cost_kernel(cost).total(prediction, target)
+
+
+def both(cost: Cost, delta: Tensor) -> Both:
+    """Return the function that fills delta and out with what `CostKernel.both` says, out in `sum_dtype`."""
+    both = cost_kernel(cost).both(delta)
+    if delta.dtype != torch.float16:
+        return both
+
+    def in_float16(prediction: Tensor, target: Tensor, out: Tensor) -> None:
+        both(prediction, target, delta.new_empty(1))
+        out.copy_(total(cost, prediction, target))
+
+    return in_float16
 
 
 def weights(cost: Cost, n: int, outputs: int) -> tuple[float, float]:

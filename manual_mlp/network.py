@@ -139,7 +139,7 @@ class NetworkCost(functions.ManualFunction):
         if predictions is not None:
             predictions.append(slots[-1])
         cost, total_weight, _ = weighed
-        return kernels.cost_kernel(cost).total(slots[-1], target) * total_weight
+        return (kernels.total(cost, slots[-1], target) * total_weight).to(slots[-1].dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

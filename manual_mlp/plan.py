@@ -23,7 +23,7 @@ _linear: Any = torch._C._nn.linear  # F.linear, whose stub does not know out=
 
 
 class Instruction(NamedTuple):
-    """call(tensors of the run, by position). Its result is the run's gradient number `place`, if that is set."""
+    """`call` takes the run's tensors at the positions `feeds`. If `place` is set, the result is that gradient."""
 
     call: Call
     feeds: tuple[int, ...] = ()
@@ -31,7 +31,7 @@ class Instruction(NamedTuple):
 
 
 class Sink(NamedTuple):
-    """The place where step 4 goes: to := beta · to + alpha · product, or the run's new gradient, if `to` is its number.
+    """The place where step 4 goes. A tensor becomes beta · to + alpha · product; a number is that of a new gradient.
 
     decay, rate   tensors instead of beta and a factor of alpha, because a CUDA graph would keep the numbers
     """
@@ -73,12 +73,15 @@ class Plan:
         self.masks = {i: (torch.empty_like(a, dtype=torch.bool), torch.empty_like(a)) for i, a in dropped}
         self.flats = [self.like.new_empty(largest)]
         a, delta = self.slots[-1], self._laid(self.flats[0], len(program.nodes))
-        # The cost reads the parameters' dtype, and its softmax wants the numbers of a row side by side.
+        # The cost works in the parameters' dtype, and its softmax wants the numbers of a row side by side.
         self.copied = self.like.dtype != input.dtype or (self.by_columns[-1] and cost.logits)
+        # δ of a row that saves z writes over a.
+        last = [rule for rule, _, _ in program.nodes if not isinstance(rule, Drop)][-1]
+        self.copied |= isinstance(last, Activate) and last.saves == "input"
         self.prediction = torch.empty(a.shape, dtype=input.dtype, device=input.device) if self.copied else a
         self.delta = torch.empty_like(self.prediction) if self.copied else delta
-        self.both = kernels.cost_kernel(cost).both(self.delta)
-        self.cost = self.prediction.new_empty(())
+        self.both = kernels.both(cost, self.delta)
+        self.cost = self.prediction.new_empty((), dtype=kernels.sum_dtype(self.prediction.dtype))
         self.out = self.cost.view(1)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -106,11 +109,17 @@ class Plan:
     def _slot(self, i: int) -> Any:
         """Return the buffer that node i writes. G writes over z, if G′ is written in a and nobody else reads z."""
         rule, reads, _ = self.program.nodes[i]
-        readers = sum(reads[0] in node.reads for node in self.program.nodes)
-        over_z = isinstance(rule, Activate) and rule.saves == "output" and readers == 1 and reads[0] > 0
+        over_z = isinstance(rule, Activate) and rule.saves == "output" and self._alone(i) and reads[0] > 0
         if over_z or (isinstance(rule, Drop) and rule.p == 0):
             return self.slots[reads[0]]
         return self._laid(self.like.new_empty(self.n * self.widths[i + 1]), i + 1)
+
+    def _alone(self, i: int) -> bool:
+        """Return True if node i alone reads its slot; a dropout before it that draws nothing only hands the slot on."""
+        slot = self.program.nodes[i].reads[0]
+        same = {j for j, buffer in enumerate(self.slots[: i + 1]) if buffer is self.slots[slot]}
+        others = [node for j, node in enumerate(self.program.nodes) if j != i and same & {*node.reads}]
+        return all(isinstance(rule, Drop) and rule.p == 0 and i >= min(reads) for rule, reads, _ in others)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Instructions
@@ -154,7 +163,10 @@ class Plan:
                 self._emit(self.up, out.copy_, read)
                 read = out
             to: Any = {"out": out} if rule.saves == "input" else {}
-            self._emit(self.up, partial(G_, read, *rule.row.values, **to))
+            if isinstance(read, Tensor):
+                self._emit(self.up, partial(G_, read, *rule.row.values, **to))
+            else:
+                self._emit(self.up, lambda z: G_(z, *rule.row.values, **to), read)
         elif isinstance(rule, Drop):
             if rule.p > 0:
                 drawn, scale = self.masks[i + 1]
@@ -186,10 +198,13 @@ class Plan:
                     self._step_4(delta, a, sink, i + 1)
             self.free.append(flat)
             return
-        if isinstance(rule, Activate):
+        if isinstance(rule, Activate) and rule.saves == "input" and (reads[0] == 0 or not self._alone(i)):
+            # Somebody else still reads z, which the form in place would overwrite.
+            self._emit(self.down, lambda z: delta.copy_(rule.backward(delta, z, needs=())[0]), slots[reads[0]])
+        elif isinstance(rule, Activate):
             _, delta_ = kernels.in_place(rule.row)
             a, z = self.slots[i + 1], slots[reads[0]] if rule.saves == "input" else None
-            # Step 4 has read a^l. Writing over it keeps the cache smaller; only the prediction stays.
+            # Step 4 has read a^l, so δ may use it as scratch. The prediction is read later.
             free = z is None and a is not self.slots[-1]
             work, mask = a if free else self._laid(self.scratch, i + 1), self._laid(self.bits, i + 1)
             self._emit(self.down, partial(delta_, delta, a, z, work, mask, *rule.row.values))
@@ -266,7 +281,7 @@ class Plan:
 
 def _draw(drawn: Tensor, scale: Tensor, keep: float) -> None:
     """scale := m / (1 − p), with the mask that functional.dropout draws."""
-    scale.copy_(drawn.bernoulli_(keep)).div_(keep or 1.0)
+    scale.copy_(kernels.draw_(drawn, keep)).div_(keep or 1.0)
 
 
 def _add_rounded(sink: Sink, product: Call, rounded: Tensor, of: Tensor) -> None:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from manual_mlp import checks, kernels, modules
 from manual_mlp import formulas as sheet
-from manual_mlp import kernels, modules
 from manual_mlp.errors import InputError
 from manual_mlp.formulas import ACTIVATIONS, COSTS, Cost, Row
 from manual_mlp.snapshot import hooks_of
@@ -94,6 +94,7 @@ class Drop:
     @property
     def p(self) -> float:
         """Return the probability with which it draws now, 0 for none."""
+        checks.fraction("dropout probability", self.module.p)
         return self.module.p if self.module.training else 0.0
 
     def draw(self, n: int, width: int, device: torch.device) -> tuple[Tensor | None, float]:
@@ -101,7 +102,7 @@ class Drop:
         keep = 1 - self.p
         if keep == 1:
             return None, keep
-        return torch.empty(n, width, dtype=torch.bool, device=device).bernoulli_(keep), keep or 1.0
+        return kernels.draw_(torch.empty(n, width, dtype=torch.bool, device=device), keep), keep or 1.0
 
     def forward(self, a: Tensor, mask: Tensor | None = None, keep: float = 1.0) -> Tensor:
         return a if mask is None else sheet.dropout(a, mask, keep)
@@ -145,7 +146,7 @@ class Program:
     sources   for each parameter the dict that holds it, and its name there
     spans     for each node, the slice of a run's tensors that its rule reads beside its slots
     saved     for each node, the slots that its backward reads
-    kept      the slots that a backward pass needs; it computes the others again
+    kept      the slots that forward stores; backward computes any other slot that it reads again
     freed     for each node, the slots that nobody reads after it
     """
 
@@ -343,7 +344,7 @@ def cost_of(loss: str, program: Program) -> Cost:
     """Return the row of a cost. Raises InputError for an unknown name, and for a logits cost after an activation."""
     if loss not in COSTS:
         raise InputError(f"expected a loss, one of {', '.join(COSTS)}; got {loss!r}")
-    last = program.nodes[-1].rule
+    last = next(node.rule for node in reversed(program.nodes) if not isinstance(node.rule, Drop))
     if COSTS[loss].logits and isinstance(last, Activate):
         raise InputError(
             f"expected a net that gives logits, for the loss {loss!r}; got one that ends in {last.row.name}, "

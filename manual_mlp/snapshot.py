@@ -41,7 +41,7 @@ def _arguments(module: nn.Module) -> Any:
 
 
 class Hooks:
-    """The question whether there is a hook; it looks for one only after torch has counted a new one."""
+    """The question whether there is a hook; it searches the dicts only when torch's counter of hooks has changed."""
 
     def __init__(self, find: Callable[[], Iterable[Any]]) -> None:
         self.find, self.found, self.settled, self.seen = find, False, -1, -1
@@ -59,7 +59,7 @@ class Hooks:
 class Snapshot:
     """Everything that a call of the model honours beside the values of its parameters, as it was when it was read.
 
-    It refers to what the model is made of, but not to the model itself, which may so be collected.
+    It holds what the model is made of, but not the model itself, so that the model can be collected.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,7 +68,7 @@ class Snapshot:
         self.hooks = Hooks(lambda: hooks)
         self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential)]
         self.below = everything[1:]
-        self.dicts, self.kinds = list(map(vars, everything)), list(set(map(type, everything)))
+        self.dicts, self.kinds = list(map(vars, self.below)), list(set(map(type, everything)))
         self.fused = [m for m in self.below if isinstance(m, modules.AffineActivation)]
         self.arguments = [(get, module) for module in self.below if (get := _arguments(module))]
         self.state = self._state(model)
@@ -82,6 +82,7 @@ class Snapshot:
             *map(len, self.parents),
             *chain.from_iterable(map(dict.values, self.parents)),
             type(model),
+            vars(model).get("forward"),
             *map(type, self.below),
             *map(_CALLS, self.kinds),
             *map(dict.get, self.dicts, repeat("forward")),

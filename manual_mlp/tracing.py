@@ -365,7 +365,7 @@ def one_pass(program: Program, x: Tensor, target: Tensor, loss: str, masks: Sequ
     g = kernel.delta(slots[-1], target) * delta_weight
     needs = [False, *(tensor is not None for tensor in tensors[1 : 1 + len(program.sources)])]
     arrived, gradients = program.backward(g, slots, tensors, needs, every=True)
-    return Pass(kernel.total(slots[-1], target) * total_weight, slots, arrived, gradients)
+    return Pass((kernels.total(cost, slots[-1], target) * total_weight).to(g.dtype), slots, arrived, gradients)
 
 
 def _batch(x: Any, target: Any, like: Tensor, loss: str) -> tuple[Tensor, Tensor]:

@@ -557,3 +557,59 @@ def test_bfloat16_products_with_float32_parameters(name: str) -> None:
     before = ours[0].weight.clone()
     engine.step(*data[0])
     assert not torch.equal(before, ours[0].weight)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "softplus", "leaky_relu", "relu", "tanh"])
+def test_predictions_are_kept_from_what_step_2_writes_over(name: str) -> None:
+    torch.manual_seed(0)
+    net = mm.MLP([3, 4, 2], activation=name, output_activation=name, dtype=double)
+    input, target = torch.randn(4, 3, dtype=double), torch.rand(4, 2, dtype=double)
+    expected, prediction = net(input).detach(), torch.empty(4, 2, dtype=double)
+    BackpropEngine(net, sgd(net.parameters())).train_batches(input, target, 4, prediction)
+    assert torch.equal(prediction, expected)
+
+
+@pytest.mark.parametrize("loss", ["quadratic", "mse"])
+def test_a_float16_cost_is_finite_where_the_layers_are(loss: str) -> None:
+    """Its sum is 80,000, beyond the largest float16; its mean is not."""
+    net = nn.Sequential(nn.Linear(1, 1)).half()
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    input, target = torch.zeros(2, 1, dtype=torch.float16), torch.full((2, 1), 200.0, dtype=torch.float16)
+    expected = mm.functional.COSTS[loss](net(input), target).detach()
+    engine = BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.0), loss)
+    for cost in (
+        mm.network.network_loss(net, input, target, loss).detach(),
+        engine.step(input, target),
+        engine.train_batches(input, target, 1),
+    ):
+        assert cost.dtype == torch.float16
+        assert torch.equal(cost, expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_rows_of_an_epoch_that_require_a_gradient_or_hold_nothing(name: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 2)).double()
+    engine = BackpropEngine(net, OPTIMIZERS.get(name, sgd)(net.parameters()))
+    input = torch.randn(5, 3, dtype=double, requires_grad=True)
+    assert engine.train_epoch(input, torch.rand(5, 2, dtype=double), 2) > 0
+    with pytest.warns(UserWarning, match="zero-element"):
+        net = nn.Sequential(nn.Linear(0, 2)).double()
+    engine = BackpropEngine(net, OPTIMIZERS.get(name, sgd)(net.parameters()))
+    assert engine.train_epoch(torch.empty(5, 0, dtype=double), torch.rand(5, 2, dtype=double), 2) > 0
+
+
+def test_an_interrupt_while_calls_are_bound_leaves_no_old_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = mm.MLP([3, 2], dtype=double)
+    optimizer = sgd(net.parameters())
+    engine = BackpropEngine(net, optimizer)
+    input, target = torch.randn(4, 3, dtype=double), torch.rand(4, 2, dtype=double)
+    engine.step(input, target)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = net[0].weight.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module.BoundPlan, "compile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step(input, target)
+    engine.step(input, target)
+    assert torch.equal(net[0].weight, before)

@@ -505,3 +505,48 @@ def test_refused_losses_and_batches() -> None:
     ):
         with pytest.raises(mm.InputError, match=message):
             network_loss(model, wrong, right)
+
+
+def test_dropout_of_everything_draws_nothing() -> None:
+    """Like torch's, so that the masks after it are the same."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(1.0), nn.Linear(8, 8), nn.Dropout(0.5)).double()
+    x, target = torch.randn(5, 3, dtype=torch.float64), torch.rand(5, 8, dtype=torch.float64)
+    costs = []
+    for cost in (
+        lambda: mm.functional.quadratic_loss(net(x), target),
+        lambda: network_loss(net, x, target),
+        lambda: mm.functional.quadratic_loss(mm.convert(copy.deepcopy(net))(x), target),
+        lambda: mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.0)).step(x, target),
+    ):
+        torch.manual_seed(0)
+        costs.append(cost().detach())
+    for cost in costs:
+        torch.testing.assert_close(cost, costs[0], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("kept", ["engine", "itself"])
+def test_a_model_that_holds_itself_is_collected(kept: str) -> None:
+    net = mm.MLP([2, 3, 1])
+    network_loss(net, torch.randn(4, 2), torch.rand(4, 1)).backward()
+    net.kept = (  # type: ignore[assignment]
+        mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.1)) if kept == "engine" else [net]
+    )
+    reference = weakref.ref(net)
+    del net
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_dropout_whose_p_is_no_probability() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    net[1].p = -0.1
+    with pytest.raises(mm.InputError, match="dropout probability"):
+        network_loss(net, torch.randn(5, 3), torch.rand(5, 2))
+    with pytest.raises(mm.InputError, match="dropout probability"):
+        mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.1)).step(torch.randn(5, 3), torch.rand(5, 2))
+
+
+def test_logits_behind_an_activation_and_a_dropout_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Sigmoid(), nn.Dropout(0.5))
+    with pytest.raises(mm.InputError, match="ends in sigmoid"):
+        network_loss(net, torch.randn(5, 3), torch.rand(5, 2), "bce")

@@ -13,7 +13,7 @@ import manual_mlp as mm
 from manual_mlp.formulas import ACTIVATIONS, COSTS
 from manual_mlp.network import LossPlan
 from manual_mlp.plan import weigh
-from manual_mlp.program import Activate, Affine, Node, Program
+from manual_mlp.program import Activate, Affine, Drop, Node, Program
 
 double = torch.float64
 PACKAGE = Path(mm.__file__).parent
@@ -62,6 +62,15 @@ NETS = {
     "input twice": lambda: [affine(4, 5, 0), affine(4, 5, 0), Node(Multiply(), (1, 2)), affine(5, 3, 3)],
     "squared": lambda: [affine(4, 5, 0), activate("relu", 1), Node(Multiply(), (2, 2)), affine(5, 3, 3)],
     "z beside G": lambda: [affine(4, 5, 0), activate("sigmoid", 1), Node(Add(), (1, 2)), affine(5, 3, 3)],
+    "affine beside silu's z": lambda: [
+        *(affine(4, 5, 0), affine(5, 5, 1), activate("silu", 1), Node(Add(), (2, 3)), affine(5, 3, 4)),
+    ],
+    "a dropout that hands on": lambda: [
+        *(affine(4, 5, 0), Node(Drop(nn.Dropout(0.0)), (1,)), activate("sigmoid", 2), Node(Add(), (1, 3))),
+        affine(5, 3, 4),
+    ],
+    "G of the input": lambda: [activate("silu", 0), affine(4, 5, 1), activate("tanh", 2), affine(5, 3, 3)],
+    "σ of the input": lambda: [activate("sigmoid", 0), affine(4, 3, 1), activate("gelu", 2)],
     "gelu beside z": lambda: [affine(4, 5, 0), activate("gelu", 1), Node(Multiply(), (1, 2)), affine(5, 3, 3)],
 }
 
