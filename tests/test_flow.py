@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import manual_mlp as mm
 from manual_mlp import InputError
-from manual_mlp.training import flow
+from manual_mlp.training import callbacks
 from manual_mlp.training import run as training
-from manual_mlp.training.flow import DeltaFlow, signals
+from manual_mlp.training.callbacks import DeltaFlow, signals
 from manual_mlp.training.strategies import BACKPROP
 from tests.configs import configured
 
@@ -84,7 +84,7 @@ def test_it_changes_nothing(tmp_path: Path, backprop: str) -> None:
 
 
 def test_long_training_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flow, "RECORDS", 4)
+    monkeypatch.setattr(callbacks, "RECORDS", 4)
     trainer, _, _ = trained(tmp_path, "callbacks.delta_flow.every=1", epochs=2)  # 22 steps: every, second, fourth …
     callback = records(trainer)
     assert [round(epoch * 11) for epoch in callback.epochs] == [0, 8, 16, 22]
@@ -92,7 +92,7 @@ def test_long_training_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_values_are_thinned() -> None:
-    (kept,) = flow._thinned({2: torch.arange(2500.0).reshape(50, 50)}).values()
+    (kept,) = callbacks._thinned({2: torch.arange(2500.0).reshape(50, 50)}).values()
     assert kept.tolist() == list(range(0, 2500, 3))
     assert kept.untyped_storage().nbytes() == 4 * len(kept)
 

@@ -29,7 +29,6 @@ LATER = {
     "manual_mlp/checkpoint.py",
     "manual_mlp/training/checkpoints.py",
     "manual_mlp/training/config.py",
-    "manual_mlp/training/pictures.py",
     "manual_mlp/training/run.py",
 }
 

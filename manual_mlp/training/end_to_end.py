@@ -24,7 +24,7 @@ from manual_mlp.training.strategies import BACKPROP
 
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENT = ("experiment=nielsen_fashion", "trainer.max_epochs=5")
-PLAIN = "eager torch"
+PLAIN, LIGHTNING = "eager torch", "Lightning alone"
 
 
 def trainings(*overrides: str) -> tuple[int, dict[str, Callable[[], float]]]:
@@ -40,12 +40,9 @@ def trainings(*overrides: str) -> tuple[int, dict[str, Callable[[], float]]]:
     data: DataModule = build(cfg.data)
     data.setup()
     steps = cfg.trainer.max_epochs * -(-len(data.splits["train"]) // data.batch_size)
-    by_train_py = {f"train.py {name}": partial(_train_py, *overrides, f"backprop={name}") for name in BACKPROP}
-    return steps, {
-        PLAIN: partial(_plain_loop, cfg, data),
-        "Lightning alone": partial(_lightning_alone, cfg, data),
-        **by_train_py,
-    }
+    each: dict[str, Callable[[], float]] = {PLAIN: partial(_plain, cfg, data), LIGHTNING: partial(_alone, cfg, data)}
+    each |= {f"train.py {name}": partial(_train_py, *overrides, f"backprop={name}") for name in BACKPROP}
+    return steps, each
 
 
 def interleaved(seconds: float, *overrides: str) -> dict[str, list[float]]:
@@ -72,7 +69,7 @@ def _train_py(*overrides: str) -> float:
         return json.loads((Path(folder) / FIGURES).read_text())["seconds"]
 
 
-def _plain_loop(cfg: DictConfig, data: DataModule) -> float:
+def _plain(cfg: DictConfig, data: DataModule) -> float:
     """Take the same steps and nothing else: no figures, no validation, no files."""
     torch.set_num_threads(cfg.threads)
     net = MLP([data.input_size, *cfg.model.hidden, data.output_size]).to_torch()
@@ -94,9 +91,10 @@ def _plain_loop(cfg: DictConfig, data: DataModule) -> float:
 class _Alone(L.LightningModule):
     """The layers and the quadratic cost: `backprop=layers` without figures, validation and files."""
 
-    def __init__(self, net: nn.Module, targets: Tensor, lr: float) -> None:
+    def __init__(self, cfg: DictConfig, data: DataModule) -> None:
         super().__init__()
-        self.net, self.targets, self.lr = net, targets, lr
+        self.net = MLP([data.input_size, *cfg.model.hidden, data.output_size])
+        self.targets, self.lr = torch.eye(data.output_size), cfg.optimizer.lr
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         features, target = batch
@@ -106,21 +104,12 @@ class _Alone(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-def _lightning_alone(cfg: DictConfig, data: DataModule) -> float:
+def _alone(cfg: DictConfig, data: DataModule) -> float:
     """Take the same steps with a Trainer that has everything off."""
     quieten()
     torch.set_num_threads(cfg.threads)
-    net = MLP([data.input_size, *cfg.model.hidden, data.output_size])
-    trainer = L.Trainer(
-        max_epochs=cfg.trainer.max_epochs,
-        accelerator="cpu",
-        logger=False,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = _Alone(net, torch.eye(data.output_size), cfg.optimizer.lr)
+    trainer = L.Trainer(max_epochs=cfg.trainer.max_epochs, accelerator="cpu", barebones=True)
+    module = _Alone(cfg, data)
     started = time.perf_counter()
     trainer.fit(module, data.train_dataloader())
     return time.perf_counter() - started

@@ -196,6 +196,11 @@ class MLPModule(L.LightningModule):
         name = getattr(self.optimizer.func, "__name__", repr(self.optimizer.func))
         return ", ".join([name, *(f"{key} {value}" for key, value in self.optimizer.keywords.items() if value)])
 
+    def lower_lr(self) -> str:
+        """Return the advice to lower the optimizer's step, and what it is now."""
+        lr = self.optimizer.keywords.get("lr")
+        return "lower optimizer.lr" + ("" if lr is None else f" (now {lr})")
+
     def plain_step(self) -> float:
         """Return the step for plain gradient descent: large where sigmoids and the quadratic cost keep δ small."""
         hidden = self.hparams["activation"]
@@ -247,9 +252,8 @@ class MLPModule(L.LightningModule):
         looked_back = 1 if loss.is_cpu else EVERY
         if (step % looked_back and not self.trainer.is_last_batch) or loss.item() <= EXPLODED:
             return
-        lr = self.optimizer.keywords.get("lr") if self.optimizer else None
-        advice = ["lower optimizer.lr" + ("" if lr is None else f" (now {lr})")]
-        if not getattr(self.trainer.datamodule, "standardise", False):  # type: ignore[attr-defined] # Lightning sets it
+        advice = [self.lower_lr()]
+        if not getattr(self.trainer.datamodule, "standardise", True):  # type: ignore[attr-defined] # Lightning sets it
             advice.append("set data.standardise=true")
         if not self.trainer.gradient_clip_val:
             advice.append("clip the gradients with trainer.gradient_clip_val=1")

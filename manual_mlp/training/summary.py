@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -16,19 +17,10 @@ from manual_mlp.training.readers import listed
 WIDTH = 60
 IMBALANCED = 1.5  # times as many rows in the largest class as in the smallest are worth a line
 MARGIN = 0.05  # a net that got less of the way from the largest class's share to 100 % has learned nothing
-FILES = (
-    "best.ckpt",
-    "last.ckpt",
-    "metrics.csv",
-    "figures.json",
-    "learning_curves.png",
-    "report.html",
-    "trace.md",
-    "flow.png",
-    "tensorboard",
-    "train.log",
-    ".hydra",
-)  # in a run's folder
+FILES = (  # in a run's folder
+    *("best.ckpt", "last.ckpt", "metrics.csv", "figures.json", "learning_curves.png", "report.html"),
+    *("trace.md", "flow.png", "tensorboard", "train.log", ".hydra"),
+)
 
 
 def summary(module: MLPModule, data: DataModule, facts: dict[str, str], figures: dict[str, float], metric: str) -> str:
@@ -50,7 +42,7 @@ def run_facts(
     facts = {
         "data": f"{Path(str(data.name)).name} ({rows})",
         "left out": f"{listed(data.left_out)}: an index, or without a name" if data.left_out else "",
-        **({"classes": _imbalance(data)} if data.class_names else {}),
+        "classes": _imbalance(data) if data.class_names else "",
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
         "cost": module.loss,
@@ -84,11 +76,11 @@ def _imbalance(data: DataModule) -> str:
     (most, greatest), (least, smallest) = (getattr(counts, end)(0) for end in ("max", "min"))
     if most < IMBALANCED * least:
         return ""
-    text = " ".join(
-        f"{100 * n / counts.sum():.1f} % {data.class_names[i]}," for n, i in ((most, greatest), (least, smallest))
+    ends = ((most, greatest), (least, smallest))
+    shares = "".join(f"{100 * n / counts.sum():.1f} % {data.class_names[i]}, " for n, i in ends)
+    return shares + (
+        "weighted by data.class_weight" if data.class_weight else "data.class_weight=balanced weights them equally"
     )
-    weight = "weighted by data.class_weight" if data.class_weight else "data.class_weight=balanced weights them equally"
-    return f"{text} {weight}"
 
 
 def _activations(module: MLPModule) -> str:
@@ -107,12 +99,10 @@ def _hint(module: MLPModule, data: DataModule, figures: dict[str, float]) -> lis
         failed, reason = figures.get("val_r2", 0.0) < 0, "always guessing the mean gives r2 0"
     if not failed or module.optimizer is None:
         return []
+    advice = module.lower_lr() + ("" if module.optimizer.func is Adam else " or use optimizer=adam")
     if module.output_activation == "threshold":
-        return ["", _wrapped("  ", f"hint: {reason}; if no straight line separates the classes, use model=mlp")]
-    lr = module.optimizer.keywords.get("lr")
-    now = "" if lr is None else f" (now {lr})"
-    other = "" if module.optimizer.func is Adam else " or use optimizer=adam"
-    return ["", _wrapped("  ", f"hint: {reason}; lower optimizer.lr{now}{other}")]
+        advice = "if no straight line separates the classes, use model=mlp"
+    return ["", _wrapped("  ", f"hint: {reason}; {advice}")]
 
 
 def _table(figures: dict[str, float]) -> str:
@@ -130,7 +120,5 @@ def _table(figures: dict[str, float]) -> str:
 
 
 def _wrapped(indent: str, text: str) -> str:
-    hanging = " " * len(indent)
-    return textwrap.fill(
-        text, WIDTH, initial_indent=indent, subsequent_indent=hanging, break_on_hyphens=False, break_long_words=False
-    )
+    filled = partial(textwrap.fill, break_on_hyphens=False, break_long_words=False)
+    return filled(text, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent))

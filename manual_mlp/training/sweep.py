@@ -7,10 +7,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -31,8 +30,7 @@ NARROWEST = 15  # columns in which settings are worth wrapping
 ERRORS = ("loss", "rmse")  # less is better
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One run of a sweep. settings: its overrides, as written. error: one sentence if it failed, else empty."""
 
     name: str
@@ -59,9 +57,7 @@ class Comparison(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
             return
-        error = job_return._return_value
-        sentence = explain(error)
-        if sentence is not None:
+        if (sentence := explain(job_return._return_value)) is not None:
             print(f"Error: {visible(sentence)}", file=sys.stderr)
             path = Path(config.hydra.runtime.output_dir, FIGURES)
             path.write_text(json.dumps({"metric": config.optimized_metric, "figures": {}, "error": sentence}))
@@ -83,8 +79,7 @@ class Comparison(Callback):
             figure.savefig(folder / "sweep.png", dpi=120)
             files += "  sweep.png"
         print(f"\nfiles in {config.hydra.sweep.dir}\n  {files}\n")
-        failed = sum(bool(run.error) for run in runs)
-        if failed:
+        if failed := sum(bool(run.error) for run in runs):
             sys.exit(f"Error: {failed} of the {len(runs)} runs failed; their reasons stand above and in sweep.csv")
 
 
@@ -99,20 +94,14 @@ def read_runs(folder: Path, started: float = 0.0) -> list[Run]:
             continue
         found = path.parents[1] / FIGURES
         complete = found.exists() and found.stat().st_mtime >= started
-        content: dict[str, Any] = json.loads(found.read_text()) if complete else {"error": "it did not end"}
-        settings = dict(_setting(str(override)) for override in OmegaConf.load(path))
-        name = str(path.parents[1].relative_to(folder))
-        runs.append(
-            Run(name, settings, content.get("metric", ""), content.get("figures", {}), content.get("error", ""))
-        )
+        left = json.loads(found.read_text()) if complete else {"error": "it did not end"}
+        left = {"metric": "", "figures": {}, "error": ""} | left
+        words = (str(override).partition("=") for override in OmegaConf.load(path))
+        settings, name = {key.lstrip("+"): value for key, _, value in words}, str(path.parents[1].relative_to(folder))
+        runs.append(Run(name, settings, left["metric"], left["figures"], left["error"]))
     shared = set.intersection(*({*run.settings.items()} for run in runs)) if runs else set()
     runs.sort(key=lambda run: (not run.name.isdigit(), run.name.zfill(9)))
-    return [replace(run, settings=dict(item for item in run.settings.items() if item not in shared)) for run in runs]
-
-
-def _setting(override: str) -> tuple[str, str]:
-    name, _, value = override.partition("=")
-    return name.lstrip("+"), value
+    return [run._replace(settings=dict(item for item in run.settings.items() if item not in shared)) for run in runs]
 
 
 def ranked(runs: Sequence[Run], minimize: bool | None = None) -> list[Run]:
@@ -139,15 +128,15 @@ def table(runs: Sequence[Run], order: Sequence[Run], width: int = WIDTH) -> str:
     """
     metric = next((run.metric for run in runs if run.metric), "")
     many, best = len(runs) > SHOWN and order, order[0] if order else None
-    shown = order[:SHOWN] if many else runs
-    first = ["  run", *(f"{'*' if run is best else ' '} {run.name}" for run in shown)]
-    values = [metric, *("failed" if run.error else tables.figure(metric, run.value) for run in shown)]
-    columns = [first, *_settings(shown, width - _width([first, values])), values]
-    for name in (name for part in ("val", "test", "train") for name in _figures(runs) if name.startswith(part)):
-        cells = [name, *(tables.figure(name, run.figures.get(name)) for run in shown)]
-        if name != metric and _width([*columns, cells]) <= width:
-            columns.append(cells)
-    title = f"sweep of {len(runs)} runs" + (f", the best {len(shown)}" if many else "")
+    rows = order[:SHOWN] if many else runs
+    first = ["  run", *(f"{'*' if run is best else ' '} {run.name}" for run in rows)]
+    values = [metric, *("failed" if run.error else tables.figure(metric, run.value) for run in rows)]
+    columns = [first, *_settings(rows, width - _width([first, values])), values]
+    others = [name for part in ("val", "test", "train") for name in _figures(runs) if name.startswith(part)]
+    for name in (name for name in others if name != metric):
+        cells = [name, *(tables.figure(name, run.figures.get(name)) for run in rows)]
+        columns += [cells] * (_width([*columns, cells]) <= width)
+    title = f"sweep of {len(runs)} runs" + (f", the best {len(rows)}" if many else "")
     return "\n".join(["", title + (f" (* best {metric})" if best else ""), "", _printed(columns)])
 
 

@@ -1,16 +1,21 @@
-"""A callback that records δ during training, so that a vanishing gradient can be seen."""
+"""Callbacks that show a net at work: δ recorded during training, a traced step, a sweep's δ drawn together."""
 
-import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from hydra.experimental.callback import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from manual_mlp import plots
+from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.network import reading_of
-from manual_mlp.tracing import one_pass
+from manual_mlp.tracing import one_pass, trace
+from manual_mlp.training.sweep import read_runs
 
 Values = dict[str, dict[int, Tensor]]
 """z, a and δ of a pass, indexed by the sheet's l: {"z": {2: (N, n_2), …}, "a": {1: …}, "delta": {2: …}}."""
@@ -82,38 +87,32 @@ class DeltaFlow(L.Callback):
             values = signals(module, trainer.datamodule.splits["train"][: self.rows])  # type: ignore[attr-defined]
         except InputError:  # another kind of net, or hooks in it
             return
-        if not self.first:
-            self.first = {letter: _thinned(values[letter]) for letter in values}
+        self.first = self.first or {letter: _thinned(values[letter]) for letter in values}
         if len(self.epochs) == RECORDS:
             self.stride *= 2
             self.epochs = self.epochs[::2]
             self.norms = {layer: norms[::2] for layer, norms in self.norms.items()}
         self.epochs.append(epoch)
-        of_now = torch.stack([delta.float().norm() for delta in values["delta"].values()]) * math.sqrt(
-            len(values["a"][1])
-        )
-        for layer, norm in zip(values["delta"], of_now.tolist(), strict=True):
+        norms = torch.stack([delta.float().norm() for delta in values["delta"].values()]) * len(values["a"][1]) ** 0.5
+        for layer, norm in zip(values["delta"], norms.tolist(), strict=True):
             self.norms.setdefault(layer, []).append(norm)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                self._tell(logger.experiment, trainer.global_step, values if histograms or self._is_tenth() else {})
+                self._show(logger.experiment, trainer.global_step, values, histograms)
 
-    def _is_tenth(self) -> bool:
-        return len(self.epochs) % HISTOGRAMS == 1
-
-    def _tell(self, experiment: Any, step: int, values: Values) -> None:
+    def _show(self, tensorboard: Any, step: int, values: Values, histograms: bool) -> None:
         for layer, norms in self.norms.items():
-            experiment.add_scalar(f"norm of delta/{layer}", norms[-1], step)
-        for letter, layers in values.items():
-            for layer, value in layers.items():
-                experiment.add_histogram(f"{letter}/{layer}", value, step, bins=64)
+            tensorboard.add_scalar(f"norm of delta/{layer}", norms[-1], step)
+        shown = values if histograms or len(self.epochs) % HISTOGRAMS == 1 else {}
+        for letter, layer in ((letter, layer) for letter, layers in shown.items() for layer in layers):
+            tensorboard.add_histogram(f"{letter}/{layer}", values[letter][layer], step, bins=64)
 
     def _keep_snapshot(self, epoch: int, net: nn.Module) -> None:
         """Keep the parameters after 0, 1, 2, 4, … epochs: for these alone epoch & (epoch − 1) is 0."""
-        parameters = net.state_dict()
-        inputs = next(iter(parameters.values())).shape[-1]
-        if epoch & (epoch - 1) == 0 and inputs <= INPUTS and sum(map(torch.numel, parameters.values())) <= PARAMETERS:
-            self.snapshots[epoch] = {name: value.cpu().clone() for name, value in parameters.items()}
+        first, *_ = parameters = net.state_dict().values()
+        small = first.shape[-1] <= INPUTS and sum(map(torch.numel, parameters)) <= PARAMETERS
+        if small and epoch & (epoch - 1) == 0:
+            self.snapshots[epoch] = {name: value.cpu().clone() for name, value in net.state_dict().items()}
 
 
 @torch.no_grad()
@@ -122,7 +121,7 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
 
     Raises InputError as `program.read`.
     """
-    program, (features, target) = reading_of(module.net).program, as_net_takes(module, batch)
+    program, (features, target) = reading_of(module.net).program, module.as_net_takes(*batch)
     one = one_pass(program, features, target, module.loss)
     layers = dict(enumerate(program.layers, 2))
     return {
@@ -132,14 +131,35 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
     }
 
 
-def as_net_takes(module: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return features and target as the module's net and cost take them: device, dtype, rows of 0 and 1."""
-    features = batch[0].to(next(module.net.parameters()))
-    target = module.as_cost_takes(batch[1].to(features.device))
-    return features, target.to(features) if target.is_floating_point() else target
-
-
 def _thinned(values: dict[int, Tensor]) -> dict[int, Tensor]:
     """Return at most KEPT values of each layer, evenly spaced. Copies: a checkpoint writes all the memory of a view."""
     flat = {layer: value.flatten() for layer, value in values.items()}
     return {layer: value[:: -(-len(value) // KEPT)].float().cpu().clone() for layer, value in flat.items()}
+
+
+class Traced(L.Callback):
+    """A callback that prints `mm.trace` of the first training sample, before the first step.
+
+    It leaves trace.md and flow.png in the run folder. Step 5 uses the optimizer's lr as LR, as plain SGD would.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        x, target = pl_module.as_net_takes(*trainer.datamodule.splits["train"][:1])  # type: ignore[attr-defined]
+        traced = trace(pl_module.net, x, target, pl_module.loss, trainer.optimizers[0].param_groups[0]["lr"])
+        folder = Path(trainer.default_root_dir)
+        (folder / "trace.md").write_text(traced.to_markdown() + "\n")
+        plots.flow(traced).savefig(folder / "flow.png")
+        print(f"\n{traced}\n")
+
+
+class DeltaByLayer(Callback):
+    """A callback that draws deltas.png at the end of a sweep: ‖δ^l‖ against l before the first step, for each run."""
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        folder, norms = Path(config.hydra.sweep.dir), {}
+        for run in read_runs(folder):
+            states = read_checkpoint(folder / run.name / "last.ckpt")["callbacks"]
+            recorded = states[DeltaFlow.__qualname__]["norms"]
+            norms[", ".join(run.settings.values())] = {layer: values[0] for layer, values in recorded.items()}
+        plots.delta_by_layer(norms).savefig(folder / "deltas.png")
+        print(f"\npicture of δ by layer: {folder / 'deltas.png'}")
