@@ -157,6 +157,13 @@ def test_chain_is_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "trace.md" in printed[printed.index("files in") :]
 
 
+def test_rows_with_weights_are_traced_in_the_types_of_the_net(tmp_path: Path) -> None:
+    overrides = ["data=iris", "data.class_weight=[1,2,3]", "model.loss=cross_entropy", "trainer.precision=64-true"]
+    traced = "+callbacks.traced._target_=manual_mlp.training.callbacks.Traced"
+    training.run(configured(tmp_path, *overrides, "trainer.max_epochs=1", "model.hidden=[3]", traced))
+    assert (tmp_path / "trace.md").read_text().startswith("4-3-3, cross_entropy cost, N = 1")
+
+
 def test_universal_approximator(sweep) -> None:
     """Short: two widths, the wider one nearer to the curve."""
     narrow, wide = sweep("universal_approximator", "model.hidden=[1],[16]", "backprop=engine", "trainer.max_epochs=30")

@@ -212,8 +212,8 @@ class MLPModule(L.LightningModule):
         trained = ["loss", "accuracy"] if self.class_names else ["loss"]
         return [f"{stage}_{kind}" for stage in STAGES for kind in trained + self.measured * (stage != "train")]
 
-    def as_net_takes(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows of the data module as net and cost take them: device, dtype, classes as rows of 0 and 1."""
+    def as_net_takes(self, features: Tensor, target: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows of the data module as net and cost take them, without weights: device, dtype, classes one-hot."""
         features = features.to(next(self.net.parameters()))
         target = self.as_cost_takes(target.to(features.device))
         return features, target.to(features) if target.is_floating_point() else target
