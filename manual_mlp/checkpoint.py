@@ -1,4 +1,4 @@
-"""What training keeps, with torch alone: written whole or not at all, and read as data, whoever wrote it.
+"""Checkpoints, with torch alone: written whole or not at all, and read as data, whoever wrote them.
 
 `SCHEMA` declares what a checkpoint may hold. It is checked as the file is read: before a net is built, before anything
 that the file names is looked for.
@@ -54,7 +54,7 @@ def _number(words: str, fits: Callable[[float], bool]) -> Kind:
 
 
 def _states(words: str, generator: Callable[[Any], object]) -> Kind:
-    """A state that a generator of random numbers takes, tried on one that nobody uses."""
+    """Return the kind of states that a generator of random numbers takes: each is tried on one that nobody uses."""
 
     def fits(value: Any) -> bool:
         try:
@@ -193,7 +193,15 @@ SCHEMA = {
     "sums": {"loss": SCORE, "hits": SCORE, "rows": COUNT},
     "callbacks?": {str: STATE},
     "optimizer_states?": [{"state": {int: STATE}, "param_groups": [{"params": [COUNT], str: ANYTHING}]}],
-    "lr_schedulers?": [{str: ANYTHING}],
+    "lr_schedulers?": [
+        {
+            "last_epoch": COUNT,
+            "num_bad_epochs?": COUNT,
+            "cooldown_counter?": COUNT,
+            "best?": SCORE,
+            str: ANYTHING,
+        }
+    ],
     "loops?": {
         "fit_loop": {
             "state_dict": {"combined_loader?": [{"given": COUNT, "batch_size": COUNT}], str: COUNTS},
@@ -235,7 +243,7 @@ def read_checkpoint(path: str | PathLike[str], map_location: Any = "cpu") -> dic
     misfits = chain(_misfits(content, SCHEMA, ""), _of_callbacks(content), _of_sizes(content))
     for where, words, value in islice(misfits, 1):
         raise InputError(
-            f"expected {where} in the checkpoint {path} to be {words}, but got {shown(value)}; "
+            f"expected {where} in the checkpoint {path} to be {words}, but got {described(value)}; "
             "take a checkpoint as train.py wrote it"
         )
     return content
@@ -277,11 +285,11 @@ def _in_words(kind: Any) -> str:
 
 def join(where: str, key: Any) -> str:
     """Return the place of a key in a message: dotted, and escaped where it is no ordinary name."""
-    name = key if isinstance(key, str) and re.fullmatch(r"[\w.-]+", key) else shown(key)
+    name = key if isinstance(key, str) and re.fullmatch(r"[\w.-]+", key) else described(key)
     return f"{where}.{name}" if where else name
 
 
-class _Shown(reprlib.Repr):
+class _Described(reprlib.Repr):
     def repr_NoneType(self, value: None, level: int) -> str:
         return "none"
 
@@ -289,10 +297,10 @@ class _Shown(reprlib.Repr):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
 
 
-_SHOWN = _Shown()
-_SHOWN.maxstring = _SHOWN.maxother = 60
-shown = _SHOWN.repr
-"""A value as a message shows it: short, control characters escaped, a tensor by its shape."""
+_DESCRIBED = _Described()
+_DESCRIBED.maxstring = _DESCRIBED.maxother = 60
+described = _DESCRIBED.repr
+"""A value as a message describes it: short, a tensor by its shape."""
 
 
 def _of_callbacks(content: dict[str, Any]) -> Iterator[Misfit]:
@@ -392,7 +400,7 @@ def read_values(path: str | PathLike[str], map_location: Any = "cpu") -> Any:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open a file, but no device and no pipe, of which some never end and some never begin."""
+    """Open a file, but no device and no pipe: reading some of these never begins, or never ends."""
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -403,7 +411,7 @@ def _open_regular(path: str, flags: int) -> int:
 def _check_archive(file: IO[bytes]) -> None:
     """Raise if an archive is not as torch.save writes it: each record once, not compressed, its checksum right.
 
-    And if its pickle names anything but tensors and containers, before any of it is looked for.
+    Its pickle may name nothing but tensors and containers; nothing that it names has been looked for yet.
     """
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:

@@ -50,6 +50,12 @@ RUNS = {  # real ones, small
                "model.hidden=[5,4]", "model.activation=[relu,tanh]", "model.dropout=0.1", "model.loss=cross_entropy"],
     "perceptron": ["data=halves", "model=perceptron", "optimizer=sgd", "callbacks.best.monitor=train_loss"],
 }  # fmt: skip
+CHANGED = {  # what is configured otherwise where the run goes on
+    "adam": ["scheduler.patience=7", "callbacks.early_stopping.patience=9"],
+    "network": ["scheduler=plateau"],
+    "engine": ["scheduler=cosine", "scheduler.interval=step"],
+    "perceptron": ["callbacks.best.monitor=val_loss"],
+}
 SHARED = ["data.batch_size=150", "threads=1"]
 SECONDS = 30  # that one input may take
 
@@ -368,6 +374,7 @@ class Base:
             task: configured(self.folder, *words, *more, f"ckpt_path={self.folder}/last.ckpt")
             for task, more in {
                 "train": ["trainer.max_epochs=2"],
+                "change": ["trainer.max_epochs=2", *CHANGED[name]],
                 "test": ["task=test"],
                 "predict": ["task=predict", f"input={self.folder}/rows.csv"],
             }.items()
@@ -392,7 +399,7 @@ def checkpoint_of(number: int, bases: list[Base]) -> tuple[Callable[[], None], s
     content = torch.load(io.BytesIO(base.content), weights_only=True)
     what = changed(content, base.folder, draw)
     torch.save(content, base.folder / "last.ckpt")
-    return partial(base.follow, draw.choice(["train", "train", "test", "predict"])), what
+    return partial(base.follow, draw.choice(["train", "train", "change", "test", "predict"])), what
 
 
 def overrides_of(number: int, bases: list[Base]) -> tuple[Callable[[], None], str]:
@@ -483,6 +490,7 @@ def audit(place: Path, of_checkpoints: range, of_overrides: range, runs: Iterabl
     with contextlib.redirect_stdout(io.StringIO()):
         bases = [Base(name, place) for name in runs]
     HOOK.learns = True
+    str(InputError("\x1b"))  # escaped by a codec that is imported then
     for base in bases:
         for task in base.tasks:
             shutil.copytree(base.kept, base.folder, dirs_exist_ok=True)

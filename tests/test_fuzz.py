@@ -335,7 +335,8 @@ def test_overrides(inputs: int, tmp_path: Path) -> None:
     assert min(outcomes["composed"], outcomes["refused"]) > inputs // 40
 
 
-CHECKPOINTS, FOLDERS = 3000, 2000  # docs/trust.md states both counts
+CHECKPOINTS, FOLDERS = 3000, 2000
+SAMPLE = 80, 60
 
 
 def check_audited(found: dict) -> None:
@@ -361,7 +362,13 @@ def test_foreign_checkpoints_and_folders(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(training, "learning_curves", lambda folder: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check_audited(audit(tmp_path, range(80), range(60), ["adam", "perceptron"]))
+        check_audited(audit(tmp_path, *map(range, SAMPLE), ["adam", "perceptron"]))
+
+
+def test_the_page_states_the_counts() -> None:
+    page = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    assert f"{CHECKPOINTS:,} checkpoints and {FOLDERS:,} run folders" in page
+    assert f"{SAMPLE[0]} and {SAMPLE[1]}" in page
 
 
 @pytest.mark.slow

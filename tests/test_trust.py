@@ -241,6 +241,8 @@ VALUES: list[tuple[str, Any, str]] = [
     ("optimizer_states", {}, "a list, but got"),
     ("optimizer_states", [{"state": {}}], r"optimizer_states\[0\].param_groups .* there, but got none"),
     ("lr_schedulers", ["abc"], "a table, but got 'abc'"),
+    ("lr_schedulers/0/last_epoch", "abc", r"lr_schedulers\[0\].last_epoch .* a whole number from 0"),
+    ("lr_schedulers/0/best", [1.0], "one number"),
     ("loops/fit_loop/epoch_progress/current/ready", 0.5, "counts"),
     ("continuation/random/torch", torch.zeros(5056, dtype=torch.uint8), "a state of torch's generator"),
     ("continuation/random/numpy", ["MT19937", [0] * 624, 625, 0, 0.0], "a state of NumPy's generator"),
@@ -268,7 +270,7 @@ OF_RESUME: list[tuple[str, Any, str]] = [
     ("optimizer_states/0/param_groups/0/lr", "abc", r"param_groups\[0\].lr .* this run's own, 0.003"),
     ("optimizer_states/0/param_groups/0/params", [0, 1], "this run's own"),
     ("optimizer_states", [], "optimizer_states .* this run's own"),
-    ("lr_schedulers/0/last_epoch", "abc", r"lr_schedulers\[0\].last_epoch .* this run's own, 0, but got 'abc'"),
+    ("lr_schedulers/0/factor", "abc", r"lr_schedulers\[0\].factor .* this run's own, 0.1, but got 'abc'"),
     ("loops/fit_loop/epoch_progress", {}, "can't be restored .KeyError"),
     ("loops/fit_loop/epoch_progress/total/ready", False, "total.ready .* this run's own, 0, but got False"),
     ("continuation", None, "continuation in the checkpoint .* a table, but got none"),
@@ -316,6 +318,22 @@ def test_many_classes_take_no_square_of_memory(tmp_path: Path) -> None:
     """A file of 2 MB may declare them, with a bias each; a matrix of them would take 10 GB."""
     module = MLPModule(1, 50_000, class_names=list(map(str, range(50_000))), hidden=[])
     assert sum(buffer.numel() for buffer in module.buffers()) == 50_000
+
+
+@pytest.mark.parametrize("more", [[], ["+callbacks.best.save_last=link"]])
+def test_a_folder_in_the_place_of_a_checkpoint(folder: Path, more: list[str]) -> None:
+    """Lightning would remove it to make a link."""
+    (folder / "best.ckpt").unlink()
+    (folder / "best.ckpt").mkdir()
+    (folder / "best.ckpt" / "kept").touch()
+    with pytest.raises(InputError, match=r"checkpoints to be files, but .*best\.ckpt is a folder"):
+        go_on(folder, *more)
+    assert (folder / "best.ckpt" / "kept").exists()
+
+
+def test_attributes_of_a_schedule_are_not_made(folder: Path) -> None:
+    rewrite(folder, lambda content: content["lr_schedulers"][0].update(step=5, get_last_lr="x", optimizer=None))
+    go_on(folder)
 
 
 class TestArchives:

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.optim import Optimizer
 
-from manual_mlp.checkpoint import join, read_checkpoint, read_values, shown, write_whole
+from manual_mlp.checkpoint import described, join, read_checkpoint, read_values, write_whole
 from manual_mlp.errors import InputError
 from manual_mlp.training.data import Batches, DataModule
 from manual_mlp.training.module import MLPModule
@@ -136,14 +136,14 @@ def in_own_folder(state: dict[str, Any], callback: ModelCheckpoint, checkpoint: 
 
 
 def of_same_form(given: Any, own: Any, where: str) -> Any:
-    """Return what of a state has a place in this run's own state, as it is before any training.
+    """Return a state if it is of the same types, lengths and shapes as this run's own state before any training.
 
-    Where the run's own is null or empty, any plain value has one. Raises InputError for another type, length or shape.
+    Where the run's own is null or empty, any plain value will do. Raises InputError for another form.
     """
     if own is None or (isinstance(own, dict | list) and not own):
         return given
     if isinstance(own, dict) and not isinstance(own, Counter) and isinstance(given, dict):
-        return {key: of_same_form(given[key], own[key], join(where, key)) for key in own if key in given}
+        return given | {key: of_same_form(given[key], own[key], join(where, key)) for key in own.keys() & given.keys()}
     if isinstance(own, list | tuple) and type(given) is type(own) and len(given) == len(own):
         return type(own)(of_same_form(*pair, f"{where}[{i}]") for i, pair in enumerate(zip(given, own, strict=True)))
     tensors = isinstance(own, torch.Tensor) and isinstance(given, torch.Tensor) and own.shape == given.shape
@@ -152,8 +152,8 @@ def of_same_form(given: Any, own: Any, where: str) -> Any:
     if tensors or numbers or others:
         return given
     raise InputError(
-        f"expected {where} in the checkpoint to be as this run's own, {shown(own)}, but got {shown(given)}; take a "
-        "checkpoint of the same optimizer, scheduler and callbacks"
+        f"expected {where} in the checkpoint to be as this run's own, {described(own)}, but got "
+        f"{described(given)}; take a checkpoint of the same optimizer, scheduler and callbacks"
     )
 
 
@@ -192,7 +192,7 @@ def restoring(path: str | None) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {shown(str(error))}"
+    return f"{type(error).__name__}: {described(str(error))}"
 
 
 @contextmanager
@@ -216,6 +216,15 @@ class Continuation(Callback):
     def __init__(self) -> None:
         self.loaded: dict[str, Any] = {}
         self.content: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Raise InputError for a folder in the place of a checkpoint, which Lightning might remove with all in it."""
+        folders = {str(callback.dirpath) for callback in trainer.checkpoint_callbacks if hasattr(callback, "dirpath")}
+        for path in (path for folder in sorted(folders) for path in Path(folder).glob("*.ckpt")):
+            if stage == "fit" and path.is_dir():
+                raise InputError(
+                    f"expected checkpoints to be files, but {path} is a folder; move it, or choose another run folder"
+                )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         rows = [Path(writer.metrics_file_path) for writer in _csv_writers(trainer)]
@@ -266,7 +275,9 @@ class Continuation(Callback):
             _check_step(pl_module.optimizer, list(pl_module.parameters()), state)
         schedules = content["lr_schedulers"]
         for index, (config, state) in enumerate(zip(trainer.lr_scheduler_configs, schedules, strict=False)):
-            schedules[index] = of_same_form(state, config.scheduler.state_dict(), f"lr_schedulers[{index}]")
+            fresh = config.scheduler.state_dict()
+            known = {name: value for name, value in state.items() if name in fresh}  # more would become attributes
+            schedules[index] = of_same_form(known, fresh, f"lr_schedulers[{index}]")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Just before the first step, after all that might draw a number."""
@@ -278,13 +289,13 @@ class Continuation(Callback):
             _begin_next_epoch(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What Lightning does by itself, but for a run that had reached max_steps already: its last epoch is over."""
+        """Count the last epoch as over, as Lightning does itself, but for a run that had reached max_steps already."""
         progress: Any = trainer.fit_loop.epoch_progress.current
         progress.completed = progress.processed
 
 
 def _begin_next_epoch(trainer: L.Trainer) -> None:
-    """What Lightning does by itself, but under max_steps, where it would go through the last epoch's end again."""
+    """Begin the next epoch, as Lightning does itself, but under max_steps: there it would end the last one again."""
     loop = trainer.fit_loop
     loop._restarting = False
     loop.epoch_loop.restarting = False  # and of the loops in it
@@ -312,7 +323,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """What `random_states` returned; those of GPUs where as many are there."""
+    """Set what `random_states` returned; the states of GPUs only if there are as many."""
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
