@@ -365,10 +365,11 @@ def test_foreign_checkpoints_and_folders(tmp_path: Path, monkeypatch: pytest.Mon
         check_audited(audit(tmp_path, *map(range, SAMPLE), ["adam", "perceptron"]))
 
 
-def test_the_page_states_the_counts() -> None:
-    page = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+def test_pages_state_the_counts() -> None:
+    page, readme = (path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "trust.md", ROOT / "README.md"))
     assert f"{CHECKPOINTS:,} checkpoints and {FOLDERS:,} run folders" in page
     assert f"{SAMPLE[0]} and {SAMPLE[1]}" in page
+    assert f"{CHECKPOINTS:,} and {FOLDERS:,}" in readme
 
 
 @pytest.mark.slow
