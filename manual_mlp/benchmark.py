@@ -37,6 +37,7 @@ from manual_mlp.conversion import convert
 from manual_mlp.engine import BackpropEngine
 from manual_mlp.errors import InputError
 from manual_mlp.network import network_loss
+from manual_mlp.pipes import while_read
 
 Step = Callable[[], Any]
 Times = dict[str, list[float]]
@@ -472,4 +473,5 @@ def _cases(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
 
 
 if __name__ == "__main__":
-    main()
+    with while_read():
+        main()

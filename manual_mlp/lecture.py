@@ -12,6 +12,8 @@ from contextlib import chdir, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from manual_mlp.pipes import while_read
+
 PAGE = Path(__file__).with_name("lecture.md")
 WIDTH = 80
 BLOCK = re.compile(r"^```(\w*) ?(\w*)\n(.*?)^```$\n?", re.MULTILINE | re.DOTALL)
@@ -83,4 +85,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with while_read():
+        main()

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from manual_mlp import InputError
-from manual_mlp.training.commands import command, override, visible
+from manual_mlp.errors import shown
+from manual_mlp.training.commands import command, override
 from manual_mlp.training.resume import MOST, PLACE, WORD, _shipped, read_overrides, with_its_own_overrides
 from tests.configs import CONF, ROOT, configured
 
@@ -102,9 +103,6 @@ class TestCommand:
             if os.path.exists(shell):
                 assert read_by_shell(command(*words), shell) == ["train.py", *words]
 
-    def test_terminal_shows_control_characters(self) -> None:
-        assert visible("a\x1b[31mé\u202e\n") == "a\\x1b[31mé\\u202e\n"
-
     def test_named_as_it_was_called(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", ["my code/train.py"])
         assert command("a=1") == "python 'my code/train.py' a=1"
@@ -127,7 +125,7 @@ class TestFolder:
             return
         with pytest.raises(InputError, match="only you can decide that") as error:
             with_its_own_overrides(["trainer.max_epochs=4", given_now])
-        assert visible(text) in str(error.value).partition("\n")[0]
+        assert shown(text) in str(error.value).partition("\n")[0]
         assert printed(error) == ["data=iris", text, "trainer.max_epochs=4", given_now]
         accepted = with_its_own_overrides(printed(error))
         assert accepted[-4:] == printed(error)

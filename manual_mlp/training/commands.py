@@ -7,8 +7,6 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from manual_mlp.errors import shown
-
 PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.-]*", re.ASCII | re.IGNORECASE)
 
 
@@ -22,11 +20,6 @@ def command(*words: str) -> str:
     """The shell's line that runs train.py, as it was called, with these arguments."""
     script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
     return " ".join(for_the_shell(word) for word in ("python", script, *words))
-
-
-def visible(text: str) -> str:
-    """The text with control characters escaped, so that a terminal shows them and does not obey them."""
-    return shown(text, keep="\n")
 
 
 def for_the_shell(word: str) -> str:

@@ -26,8 +26,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from manual_mlp.errors import InputError
-from manual_mlp.training.commands import for_the_shell, override, visible
+from manual_mlp.errors import InputError, shown
+from manual_mlp.training.commands import for_the_shell, override
 
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS[type(None)] = "null"
@@ -41,13 +41,15 @@ def one_sentence() -> Iterator[None]:
     """End the program with one sentence and exit code 1 where the mistake is the user's; bugs keep their traceback."""
     try:
         yield
+    except BrokenPipeError:  # `while_read` ends the program
+        raise
     except (
         HydraException, OmegaConfBaseException, OSError, ValueError, TypeError, RuntimeError, MemoryError
     ) as error:  # fmt: skip
         sentence = explain(error)
         if sentence is None:
             raise
-        sys.exit(f"Error: {visible(sentence)}")
+        sys.exit("Error: " + shown(sentence, keep="\n"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manual_mlp.errors import InputError
 from manual_mlp.training.data import DataModule
+from manual_mlp.training.folder import keep_configuration
 from manual_mlp.training.module import MLPModule, unfit
 
 Content = dict[str, Any]
@@ -27,8 +28,9 @@ class Precedence(Callback):
     """Keeps in checkpoints what the run is configured with, and lets that win over the states in a checkpoint."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        cfg = OmegaConf.merge(cfg, {"run_dir": "."})  # type: ignore[assignment] # a checkpoint holds no absolute path
-        nodes = OmegaConf.select(cfg, "callbacks") or {}
+        self.cfg = cfg
+        here = OmegaConf.merge(cfg, {"run_dir": "."})  # a checkpoint holds no absolute path
+        nodes = OmegaConf.select(here, "callbacks") or {}
         self.callbacks = {
             name: _plain(OmegaConf.to_container(node, resolve=True)) for name, node in nodes.items() if node
         }
@@ -90,6 +92,8 @@ class Precedence(Callback):
         if self.old is not None:
             _reschedule(trainer, pl_module, self.old)
             self.old = None
+        if trainer.is_global_zero:  # nothing can be refused any more
+            keep_configuration(self.cfg)
 
     def _names(self, kind: type[Callback]) -> list[str]:
         """Return the names of the callbacks of this kind."""

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.commands import command, override, visible
+from manual_mlp.training.commands import command, override
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ def _from_its_folder(args: Namespace, flags: list[str], given: dict[str, Overrid
     more = _other_flags(folder, args) if task == "train" or refused else []
     if refused or any(flag.startswith("--config-name") for flag in more):
         raise InputError(
-            f"expected the folder of {visible(path)} to choose shipped groups and plain values, but it asks for "
-            f"{visible(', '.join([*more, *refused]))}; only you can decide that. To go on with it, if you trust it:\n"
+            f"expected the folder of {path} to choose shipped groups and plain values, but it asks for "
+            f"{', '.join([*more, *refused])}; only you can decide that. To go on with it, if you trust it:\n"
             + command(*flags, *more, *(word.text for word in own), *args.overrides)
         )
     words = [word.text for word in own]

@@ -10,17 +10,20 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
-from hydra.utils import get_class
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class, get_original_cwd
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateFinder, ProgressBar
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import SGD, Optimizer
@@ -36,8 +39,10 @@ from manual_mlp.training.checkpoints import (
     check_same_training,
     restoring,
 )
+from manual_mlp.training.commands import command, override
 from manual_mlp.training.config import SCHEDULE, build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
+from manual_mlp.training.folder import alone_in, keep_configuration
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.precedence import Precedence
@@ -80,9 +85,19 @@ def run(cfg: DictConfig) -> float | None:
     """
     check(cfg)
     task = choose(cfg.task, {"train": _train, "test": _test, "predict": _predict}, "task")
+    _check_places(cfg)
     quieten()
-    try:
+    with _in_words(cfg):
+        if in_sweep() or (cfg.task != "train" and not Path(cfg.run_dir, ".hydra").exists()):
+            keep_configuration(cfg)
         return task(cfg)
+
+
+@contextmanager
+def _in_words(cfg: DictConfig) -> Iterator[None]:
+    """Raise InputError for what goes wrong in other programs by an option, the disk, or another process."""
+    try:
+        yield
     except MisconfigurationException as error:  # Lightning's word for a wrong option
         given = cfg.trainer.accelerator
         fix = "correct them" if given in ("auto", "cpu") else f"trainer.accelerator=auto works without {given}"
@@ -96,6 +111,31 @@ def run(cfg: DictConfig) -> float | None:
             f"({error.strerror}); make room, or bring the folder back: checkpoints already there are whole, go on from "
             "one with ckpt_path=…/last.ckpt"
         ) from error
+    except RuntimeError as error:
+        if "without overflow" in str(error):  # torch has tried to make one of its own numbers of it
+            half = ", or take trainer.precision=32-true" if "Half" in str(error) or "BFloat16" in str(error) else ""
+            raise InputError(
+                f"expected numbers that the precision of the training can hold, but: {error}; lower optimizer.lr, or "
+                f"what else is that large{half}"
+            ) from error
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        log.info("The words of torch:", exc_info=True)
+        raise InputError(
+            "expected all processes to live until the training ends, but another one has ended; what it had to say is "
+            "printed above, or nothing if it was killed; go on with ckpt_path=…/last.ckpt"
+        ) from error
+
+
+def _check_places(cfg: DictConfig) -> None:
+    """Raise InputError for a relative path that leads nowhere because Hydra has changed the working folder."""
+    for key in ("ckpt_path", "input", "data.source.path", "data.source.folder"):
+        path = OmegaConf.select(cfg, key)
+        if HydraConfig.initialized() and HydraConfig.get().job.chdir and path and not os.path.exists(path):
+            raise InputError(
+                f"expected {key} to lead to a file, but there is no {path} in {os.getcwd()}, where the run looks "
+                f"because of hydra.job.chdir=true; write {override(key, Path(get_original_cwd(), path))}"
+            )
 
 
 def quieten() -> None:
@@ -125,9 +165,9 @@ def _set_threads(threads: int | str | None, module: MLPModule, data: DataModule)
 
 
 def _train(cfg: DictConfig) -> float:
-    before = None if cfg.ckpt_path is None else read_checkpoint(cfg.ckpt_path)
-    if before is not None:
-        check_same_size(before, cfg.ckpt_path, cfg.model.get("hidden"))
+    content = None if cfg.ckpt_path is None else read_checkpoint(cfg.ckpt_path)
+    if content is not None:
+        check_same_size(content, cfg.ckpt_path, cfg.model.get("hidden"))
     data = _data(cfg)
     module = _module(cfg, data)
     _set_threads(cfg.threads, module, data)
@@ -138,20 +178,29 @@ def _train(cfg: DictConfig) -> float:
     trainer = _trainer(cfg, precedence)
     if getattr(trainer, f"limit_{_part(cfg)}_batches") == 0:
         raise _not_logged(cfg, f"trainer.limit_{_part(cfg)}_batches is 0")
-    if before is not None:
-        precedence.take_found_step(before, cfg.ckpt_path, module)
-        check_same_training(before, cfg.ckpt_path, module)
-        precedence.check(before, cfg.ckpt_path, module, data)
-        check_same_rows(before, cfg.ckpt_path, data)
+    if content is not None:
+        precedence.take_found_step(content, cfg.ckpt_path, module)
+        check_same_training(content, cfg.ckpt_path, module)
+        precedence.check(content, cfg.ckpt_path, module, data)
+        check_same_rows(content, cfg.ckpt_path, data)
         module.class_names = module.hparams["class_names"] = list(data.class_names)
-
     module.backprop.check(trainer)
+    first = trainer.node_rank == trainer.local_rank == 0
+    with alone_in(Path(cfg.run_dir)) if first else nullcontext():
+        return _trained(cfg, data, module, trainer, content)
 
+
+def _trained(
+    cfg: DictConfig, data: DataModule, module: MLPModule, trainer: L.Trainer, content: dict[str, Any] | None
+) -> float:
+    """Train, from a checkpoint if its content is given; test, and leave files → the optimized metric."""
     started = time.perf_counter()
     with restoring(cfg.ckpt_path):
         interrupted = _interrupted(trainer, module, data, cfg.ckpt_path)
     seconds = time.perf_counter() - started
-    idle = before is not None and trainer.global_step == before["global_step"] and not interrupted
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # the others, where the training was, can't
+        keep_configuration(cfg)
+    idle = content is not None and trainer.global_step == content["global_step"] and not interrupted
     stopped = trainer.should_stop
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     if interrupted and best is None:
@@ -174,11 +223,12 @@ def _train(cfg: DictConfig) -> float:
         if cfg.report:
             _report(cfg, module, data, trainer, best, epoch, curves, facts, figures)
         print(files(folder))
-    if idle and trainer.is_global_zero:
-        early = "the run had stopped early; to go on, raise callbacks.early_stopping.patience"
-        print(f"nothing was trained: {early if stopped else 'the run is over; to go on, raise trainer.max_epochs'}")
+        if idle:
+            early = "the run had stopped early; to go on, raise callbacks.early_stopping.patience"
+            print(f"nothing was trained: {early if stopped else 'the run is over; to go on, raise trainer.max_epochs'}")
     if interrupted:
-        print(f"interrupted; to go on: python train.py ckpt_path={shown(os.path.relpath(folder))}/last.ckpt")
+        last = os.path.relpath(folder / "last.ckpt", get_original_cwd() if HydraConfig.initialized() else None)
+        print(f"interrupted; to go on: {command(override('ckpt_path', last))}")
         sys.exit(128 + signal.SIGINT)
     if cfg.optimized_metric not in figures:
         raise _not_logged(cfg, "nothing was trained")
@@ -300,12 +350,12 @@ def _optimizer(node: DictConfig, module: MLPModule) -> partial[Optimizer]:
 
 
 def _trainer(cfg: DictConfig, *more: Callback) -> L.Trainer:
-    callbacks = [*more, *(build(node) for node in (cfg.get("callbacks") or {}).values())]
+    callbacks = [*more, *(build(node) for node in (cfg.get("callbacks") or {}).values() if node)]
     unwanted: tuple[type, ...] = () if cfg.trainer.enable_progress_bar else (ProgressBar,)
     unwanted += () if cfg.trainer.enable_checkpointing else (Checkpoint,)
     unwanted += () if cfg.ckpt_path is None else (LearningRateFinder,)  # it has searched before the first step
     callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)] + [Continuation()]
-    logger = [build(node) for node in (cfg.get("logger") or {}).values()]
+    logger = [build(node) for node in (cfg.get("logger") or {}).values() if node]
     try:
         trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=logger, plugins=[WholeFiles()])
     except ValueError as error:

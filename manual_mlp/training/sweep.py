@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from manual_mlp import tables
 from manual_mlp.errors import shown
 from manual_mlp.plots import sweep_figure
-from manual_mlp.training.commands import visible
 from manual_mlp.training.config import explain
 
 FIGURES = "figures.json"  # what a run leaves in its folder for programs: {"metric": …, "figures": {name: value}, …}
@@ -58,7 +57,7 @@ class Comparison(Callback):
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
             return
         if (sentence := explain(job_return._return_value)) is not None:
-            print(f"Error: {visible(sentence)}", file=sys.stderr)
+            print("Error: " + shown(sentence, keep="\n"), file=sys.stderr)
             path = Path(config.hydra.runtime.output_dir, FIGURES)
             path.write_text(json.dumps({"metric": config.optimized_metric, "figures": {}, "error": sentence}))
             job_return.return_value, job_return.status = None, JobStatus.COMPLETED  # Optuna drops a run without a value
