@@ -128,6 +128,11 @@ class TestPerceptron:
         with pytest.raises(InputError, match=r"whose rule knows no weights, but got weights; leave out data.class"):
             training.run(configured(tmp_path, "experiment=perceptron", "data.class_weight=balanced"))
 
+    def test_one_process_only(self, tmp_path: Path) -> None:
+        several = ["trainer.devices=2", "trainer.strategy=ddp_spawn", "trainer.accelerator=cpu"]
+        with pytest.raises(InputError, match=r"one process for model=perceptron, .* but got DDPStrategy; set trainer"):
+            training.run(configured(tmp_path, "experiment=perceptron", *several))
+
     def test_two_classes_only(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"two classes for a perceptron, .* but got 10; choose data=halves"):
             training.run(configured(tmp_path, "model=perceptron"))

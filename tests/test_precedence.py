@@ -68,7 +68,7 @@ def on(run, tmp_path: Path) -> Callable[..., Trained]:
 
 def from_the_start(cfg: DictConfig, epochs: int, steps: int = 1) -> tuple[list[float], dict]:
     """The step at the start of each epoch, if the schedule is this one all the time, and the group of parameters."""
-    optimizer = training._optimizer(cfg.optimizer, SimpleNamespace(plain_step=float))(
+    optimizer = training._optimizer(cfg.optimizer, SimpleNamespace(default_lr=float))(
         [torch.nn.Parameter(torch.zeros(1))]
     )
     made = training._scheduler(cfg.get("scheduler"))

@@ -45,9 +45,8 @@ class DeltaFlow(L.Callback):
 
     def __init__(self, every: int = 20, rows: int = ROWS) -> None:
         if min(every, rows) < 1:
-            raise InputError(
-                f"expected DeltaFlow's every and rows to be 1 or more, but got {every}, {rows}; raise them"
-            )
+            given = f"{every}, {rows}"
+            raise InputError(f"expected DeltaFlow's every and rows to be 1 or more, but got {given}; raise them")
         self.every, self.rows = every, rows
         self.epochs: list[float] = []
         self.norms: dict[int, list[float]] = {}

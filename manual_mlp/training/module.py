@@ -19,7 +19,7 @@ from manual_mlp.training.strategies import choose, strategy
 Batch = tuple[Tensor, ...]  # features, target, and in training perhaps the weight of each row
 STAGES = ("train", "val", "test")
 EXPLODED = 1e9  # targets are standardised or 0 and 1, so a loss starts near 1
-EVERY = 50  # steps between two looks at the loss on a GPU, which each look makes wait
+LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, which each look makes wait
 
 
 class MLPModule(L.LightningModule):
@@ -90,7 +90,7 @@ class MLPModule(L.LightningModule):
         self.scores = nn.ModuleDict({stage: MetricCollection(names).clone() for stage in STAGES[1:] if names})
 
     def forward(self, features: Tensor) -> Tensor:
-        """features: (N, input_size). Returns: prediction (N, output_size)."""
+        """features (N, input_size) → prediction (N, output_size)."""
         return self.net(features)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -145,7 +145,7 @@ class MLPModule(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **arguments: Any) -> "MLPModule":  # type: ignore[override]
-        """Make the module of a checkpoint that `read_checkpoint` has checked. arguments: of the class, beside its own.
+        """Make the module of a checkpoint that `read_checkpoint` has checked. arguments: those of the class win.
 
         Raises InputError as `read_checkpoint`.
         """
@@ -201,8 +201,8 @@ class MLPModule(L.LightningModule):
         lr = self.optimizer.keywords.get("lr")
         return "lower optimizer.lr" + ("" if lr is None else f" (now {lr})")
 
-    def plain_step(self) -> float:
-        """Return the step for plain gradient descent: large where sigmoids and the quadratic cost keep δ small."""
+    def default_lr(self) -> float:
+        """Return LR for plain gradient descent: large where sigmoids and the quadratic cost keep δ small."""
         hidden = self.hparams["activation"]
         names = {self.output_activation, *([hidden] if isinstance(hidden, str) else hidden)}
         return 5.0 if self.loss == "quadratic" and names == {"sigmoid"} else 0.1
@@ -249,7 +249,7 @@ class MLPModule(L.LightningModule):
 
     def _check_loss(self, loss: Tensor, features: Tensor, step: int) -> None:
         """Raise InputError if the loss is NaN or has exploded: say where, and what to try that is not done already."""
-        looked_back = 1 if loss.is_cpu else EVERY
+        looked_back = 1 if loss.is_cpu else LOOK_EVERY
         if (step % looked_back and not self.trainer.is_last_batch) or loss.item() <= EXPLODED:
             return
         advice = [self.lower_lr()]
@@ -258,10 +258,8 @@ class MLPModule(L.LightningModule):
         if not self.trainer.gradient_clip_val:
             advice.append("clip the gradients with trainer.gradient_clip_val=1")
         place = self.backprop.place(self.net, features, step, looked_back)
-        raise InputError(
-            f"expected a finite loss, of {EXPLODED:.0e} at most, but got {loss.item():.3g} in epoch "
-            f"{self.current_epoch}, {place}; {', or '.join(advice)}"
-        )
+        got = f"{loss.item():.3g} in epoch {self.current_epoch}, {place}"
+        raise InputError(f"expected a finite loss, of {EXPLODED:.0e} at most, but got {got}; {', or '.join(advice)}")
 
     def _log_figures(self, stage: str) -> None:
         sums, self.sums[stage] = self.sums[stage], _nothing()
@@ -292,10 +290,8 @@ def resolve_output_activation(name: str, loss: str, classification: bool) -> str
     if name == "auto":
         return "sigmoid" if classification and loss == "quadratic" else "identity"
     if takes_logits and name != "identity":
-        raise InputError(
-            f"expected model.output_activation=identity under {loss}, which takes logits, but got {name}; "
-            "set it to identity or auto"
-        )
+        wanted = f"expected model.output_activation=identity under {loss}, which takes logits"
+        raise InputError(f"{wanted}, but got {name}; set it to identity or auto")
     return name
 
 

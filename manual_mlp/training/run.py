@@ -345,7 +345,7 @@ def _optimizer(node: DictConfig, module: MLPModule) -> partial[Optimizer]:
     options = optimizer_options(cast(dict, OmegaConf.to_container(node, resolve=True)))
     optimizer = build(OmegaConf.create(options))
     if optimizer.func is SGD:
-        optimizer.keywords.setdefault("lr", module.plain_step())
+        optimizer.keywords.setdefault("lr", module.default_lr())
     return optimizer
 
 

@@ -5,7 +5,7 @@ the prediction of each batch. Validation and test call the net itself, whatever 
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -23,8 +23,6 @@ from manual_mlp.program import Program, read
 from manual_mlp.tracing import up
 from manual_mlp.training.data import DataModule
 
-T = TypeVar("T")
-
 MOST_BATCHES = 128  # in a training step of the engine: enough to share Lightning's cost for a step,
 MOST_NUMBERS = 1 << 20  # the 4 MB of their inputs stay in the cache,
 MOST_PRODUCTS = 1 << 28  # and the progress bar moves several times a second
@@ -37,7 +35,7 @@ INITIALISATIONS: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-def choose(name: str, known: Mapping[str, T], option: str) -> T:
+def choose(name: str, known: Mapping[str, Any], option: str) -> Any:
     """Return known[name], or raise an InputError that lists what is known."""
     if name not in known:
         raise InputError(f"expected {option} to be one of {', '.join(known)}, but got {name!r}; correct it")
@@ -110,13 +108,12 @@ class ByLayers:
         if self.loss not in self.weighted:
             known = " or ".join([*self.weighted, "cross_entropy"])
             fix = " or take backprop=layers" if self.loss in ByLayers.weighted else ""
-            raise InputError(
-                f"expected model.loss={known} for weighted rows under backprop={self.options['backprop']}, "
-                f"but got {self.loss}; change it{fix}"
-            )
+            wanted = f"expected model.loss={known} for weighted rows under backprop={self.options['backprop']}"
+            raise InputError(f"{wanted}, but got {self.loss}; change it{fix}")
 
     def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
-        """Keep what `train` needs. The module has set `trainer` before."""
+        """Check once more, for those who have not; keep what `train` needs. The module has set `trainer` before."""
+        self.check(self.trainer)
 
     def end(self) -> None:
         """Drop what can't be copied with the module."""
@@ -168,24 +165,21 @@ class ByEngine(ByLayers):
     several = size = 1  # mini-batches in a training step, rows in a mini-batch
 
     def check(self, trainer: L.Trainer) -> None:
-        strategy, accumulated = type(trainer.strategy), trainer.accumulate_grad_batches
-        if not issubclass(strategy, SingleDeviceStrategy):
-            fix = "set trainer.devices=1 trainer.strategy=auto"
-            raise _refused("one process", "whose gradients no other process would see", strategy.__name__, fix)
+        _check_alone(trainer, "backprop=engine", ", or take backprop=network")
         if trainer.precision not in PRECISIONS:
             names = f"trainer.precision to be one of {', '.join(PRECISIONS)}"
             raise _refused(names, "which computes in these", trainer.precision, "choose one of them")
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             got = "trainer.gradient_clip_algorithm=value"
             raise _refused("gradients to be clipped by their norm", "which knows no other way", got, "leave it out")
-        if accumulated != 1:
+        if (accumulated := trainer.accumulate_grad_batches) != 1:
             fix = "raise data.batch_size instead"
             raise _refused("trainer.accumulate_grad_batches=1", "whose every mini-batch is a step", accumulated, fix)
         if l1 := self.options["l1"]:
             raise _refused("model.l1=0", "which takes the step of the cost alone", l1, "leave it out")
 
     def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
-        self.check(self.trainer)
+        super().begin(net, optimizer)
         clip, compute_dtype = self.trainer.gradient_clip_val or None, PRECISIONS[self.trainer.precision]
         try:
             self.engine = BackpropEngine(net, optimizer, self.loss, clip, compute_dtype)
@@ -212,18 +206,14 @@ class ByEngine(ByLayers):
         self.check(self.trainer)  # a callback may change an option at any time
         data = self.trainer.datamodule
         self.size = size = data.batch_size if isinstance(data, DataModule) else len(features)
-        schedules = [
-            config.scheduler
-            for config in self.trainer.lr_scheduler_configs
-            if config.interval == "step" and not config.reduce_on_plateau
-        ]
+        configs = [c for c in self.trainer.lr_scheduler_configs if c.interval == "step" and not c.reduce_on_plateau]
         prediction = features.new_empty(len(features), self.sizes[-1])
-        parts = [part.split(size if schedules else len(features)) for part in (features, target, prediction)]
+        parts = [part.split(size if configs else len(features)) for part in (features, target, prediction)]
         total = torch.zeros((), device=features.device)
         with torch.autocast(features.device.type, enabled=False):
             for index, (x, y, a) in enumerate(zip(*parts, strict=True)):
-                for scheduler in schedules if index else ():  # Lightning advances them after the last mini-batch only
-                    self.trainer.lightning_module.lr_scheduler_step(scheduler, None)
+                for config in configs if index else ():  # Lightning advances them after the last mini-batch only
+                    self.trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
                 total = total + self.engine.train_batches(x, y, size, a) * len(x)
         return total / len(features), prediction
 
@@ -235,10 +225,15 @@ class ByEngine(ByLayers):
         return _within(max(0, step + 1 - looked_back) * self.several, last)
 
 
+def _check_alone(trainer: L.Trainer, learner: str, otherwise: str = "") -> None:
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        wanted, got = f"one process for {learner}, whose steps no other would see", type(trainer.strategy).__name__
+        raise InputError(f"expected {wanted}, but got {got}; set trainer.devices=1 trainer.strategy=auto{otherwise}")
+
+
 def _refused(expected: str, reason: str, got: object, fix: str) -> InputError:
-    return InputError(
-        f"expected {expected} for backprop=engine, {reason}, but got {got}; {fix}, or take backprop=network"
-    )
+    wanted = f"expected {expected} for backprop=engine, {reason}"
+    return InputError(f"{wanted}, but got {got}; {fix}, or take backprop=network")
 
 
 def torch_quadratic_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -287,27 +282,27 @@ class ByRosenblatt(ByLayers):
         super().__init__(options)
         self.sizes = [options["input_size"], 1]
         if (classes := len(options["class_names"])) != 2:
-            raise InputError(
-                f"expected two classes for a perceptron, whose neuron answers 0 or 1, but got {classes}; "
-                "choose data=halves, moons or xor"
-            )
-        for name, value in self.fixed.items():
-            if options[name] != value:
-                raise InputError(
-                    f"expected a perceptron without model.{name}, which its rule can't honour, but got "
-                    f"{options[name]}; leave it out, or take model=mlp with another output_activation"
-                )
+            neuron, fix = "a perceptron, whose neuron answers 0 or 1", "choose data=halves, moons or xor"
+            raise InputError(f"expected two classes for {neuron}, but got {classes}; {fix}")
+        for name, given in ((name, options[name]) for name, value in self.fixed.items() if options[name] != value):
+            rule, fix = "which Rosenblatt's rule can't honour", "leave it out, or take another model.output_activation"
+            raise InputError(f"expected a perceptron without model.{name}, {rule}, but got {given}; {fix}")
 
     def make_net(self) -> Any:
         return TwoClasses(self.sizes[0])
 
     def check_weights(self) -> None:
-        raise InputError(
-            "expected rows that count the same for model=perceptron, whose rule knows no weights, but got weights; "
-            "leave out data.class_weight and data.source.weight"
+        rows, fix = (
+            "rows that count the same for model=perceptron",
+            "leave out data.class_weight and data.source.weight",
         )
+        raise InputError(f"expected {rows}, whose rule knows no weights, but got weights; {fix}")
+
+    def check(self, trainer: L.Trainer) -> None:
+        _check_alone(trainer, "model=perceptron")
 
     def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
+        super().begin(net, optimizer)
         self.optimizer = optimizer
 
     def train(self, net: Any, features: Tensor, target: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,12 +316,7 @@ class ByRosenblatt(ByLayers):
         """Do nothing: there is no derivative."""
 
 
-BACKPROP: dict[str, type[ByLayers]] = {
-    "layers": ByLayers,
-    "network": ByNetwork,
-    "engine": ByEngine,
-    "autograd": ByAutograd,
-}
+BACKPROP = {"layers": ByLayers, "network": ByNetwork, "engine": ByEngine, "autograd": ByAutograd}
 
 
 def strategy(options: MutableMapping[str, Any]) -> ByLayers:

@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 
 class Comparison(Callback):
-    """Compares the runs at the end of a sweep: prints a table, writes sweep.csv and sweep.png into the sweep's folder.
+    """A callback that compares the runs of a sweep at its end: a table, and sweep.csv and sweep.png in its folder.
 
     A run's figures are read from its folder, because launchers may run it in another process or on another machine.
     A run that fails on a user error prints its message and is marked failed; the sweep continues.
