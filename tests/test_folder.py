@@ -31,7 +31,7 @@ NAMES = {  # {group: {callback or logger: a choice that has it}}
     group: {
         name: path.stem
         for path in sorted((CONF / group).glob("*.yaml"))
-        for name in yaml.safe_load(path.read_text()).keys() - {"defaults"}
+        for name in sorted(yaml.safe_load(path.read_text()).keys() - {"defaults"})
     }
     for group in ("callbacks", "logger")
 }
