@@ -198,7 +198,7 @@ class MLPModule(L.LightningModule):
 
     def lower_lr(self) -> str:
         """Return the advice to lower the optimizer's step, and what it is now."""
-        lr = self.optimizer.keywords.get("lr")
+        lr = self.optimizer and self.optimizer.keywords.get("lr")
         return "lower optimizer.lr" + ("" if lr is None else f" (now {lr})")
 
     def default_lr(self) -> float:

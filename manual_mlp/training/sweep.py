@@ -23,7 +23,6 @@ from manual_mlp.training.config import explain
 
 FIGURES = "figures.json"  # what a run leaves in its folder for programs: {"metric": …, "figures": {name: value}, …}
 WIDTH = 80
-GAP = "  "
 SHOWN = 30  # rows of a printed table
 NARROWEST = 15  # columns in which settings are worth wrapping
 ERRORS = ("loss", "rmse")  # less is better
@@ -165,8 +164,8 @@ def _digits(value: str) -> str:
 
 def _width(columns: Sequence[Sequence[str]]) -> int:
     """Return the width of a printed table and of the gap before its next column."""
-    return tables.width(_printed(columns)) + len(GAP)
+    return tables.width(_printed(columns)) + 2
 
 
 def _printed(columns: Sequence[Sequence[str]]) -> str:
-    return tables.text(zip(*columns, strict=True), indent="", gap=GAP)
+    return tables.text(zip(*columns, strict=True), indent="")
