@@ -78,9 +78,9 @@ def _metrics(value: Any) -> bool:
         return value == ""
     header, *rows = value.split("\n")
     names, number = header.split(","), r"(?:-?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf))?"
-    row = re.compile(",".join([number] * len(names)))
-    named = all(re.match(r'\w[^"]*$', name) and name.isprintable() for name in names) and {"epoch"} <= {*names}
-    return named and rows[-1:] == [""] and all(map(row.fullmatch, rows[:-1]))
+    row = re.compile(",".join(r"\d{1,15}" if name in ("epoch", "step") else number for name in names))
+    named = all(re.match(r'\w[^"]*$', name) and name.isprintable() for name in names) and "epoch" in names
+    return named and len(names) <= 200 and rows[-1:] == [""] and all(map(row.fullmatch, rows[:-1]))
 
 
 def _numpy(value: Any) -> bool:
@@ -449,7 +449,7 @@ class _Plain:
             raise ValueError("its values contain each other")
         if isinstance(value, dict):
             items = {self._key(key): self.copy(item, depth + 1) for key, item in dict.items(value)}
-            return Counter(items) if type(value) is Counter else items
+            return Counter(items) if type(value) is Counter and all(map(COUNT.fits, items.values())) else items
         if type(value) in (list, tuple):
             return type(value)([self.copy(item, depth + 1) for item in value])
         if type(value) is Tensor:
@@ -492,8 +492,8 @@ def write_whole(path: str | PathLike[str], content: bytes | memoryview) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the files beside a path that `write_whole` began in processes that have ended."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.part")
+    """Remove what processes that have ended began to write beside a path: this file, or any checkpoint."""
+    pattern = re.compile(rf"\.(?:{re.escape(path.name)}|.+\.ckpt)\.(\d+)\.part")
     for name in os.listdir(path.parent):
         match, left = pattern.fullmatch(name), path.with_name(name)
         if match and stat.S_ISREG(os.lstat(left).st_mode) and not _lives(int(match[1])):

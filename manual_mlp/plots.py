@@ -106,8 +106,11 @@ def _read(path: Path) -> dict[str, dict[int, float]]:
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             for name, cell in row.items():
-                if cell and name.partition("_")[0] in PARTS:
-                    curves[name][int(row["epoch"])] = float(cell)
+                if cell and str(name).partition("_")[0] in PARTS:
+                    try:
+                        curves[name][int(row["epoch"])] = float(cell)
+                    except (KeyError, TypeError, ValueError) as error:
+                        raise InputError(f"expected numbers in {path}, and a column epoch, but got {error}") from error
     return curves
 
 

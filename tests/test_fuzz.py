@@ -30,7 +30,7 @@ from manual_mlp.training import run as training
 from manual_mlp.training.config import check, explain
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.readers import read_idx
-from tests.audited import audit
+from tests.audited import audit, read_curves
 from tests.configs import ROOT, configured
 from tests.test_data import idx_bytes
 
@@ -359,7 +359,7 @@ def audited(*words: object) -> dict:
 
 def test_foreign_checkpoints_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None runs code, touches a file outside of its folder, opens a socket, or ends in a traceback."""
-    monkeypatch.setattr(training, "learning_curves", lambda folder: None)
+    monkeypatch.setattr(training, "learning_curves", read_curves)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_audited(audit(tmp_path, *map(range, SAMPLE), ["adam", "perceptron"]))

@@ -10,14 +10,14 @@ import pytest
 
 from tests.configs import ROOT
 
-ROWS = '''\
+ROWS = """\
     Row("mish", lambda z: z * tanh(softplus(z)),
         lambda g, z: g * (tanh(softplus(z)) + z * σ(z) * (1 - tanh(softplus(z)) ** 2)), "z", nn.Mish),
     # For α ≥ 0 a and z have the same sign.
     Row("elu", lambda z, α: where(z > 0, z, α * expm1(z)), lambda g, a, α: where(a > 0, g, g * (a + α)), "a", nn.ELU,
         parameters=(("alpha", 1.0),), tail=(-8, 40),
         when_z=(lambda α: α < 0, lambda g, z, α: where(z > 0, g, g * α * exp(z)))),
-'''
+"""
 EXPORTS = '''\
 class Mish(_Activation, nn.Mish, row="mish"):
     """a = z tanh(softplus(z)), δ = g (t + z σ(z)(1 − t²)), t = tanh(softplus(z))."""
@@ -28,7 +28,7 @@ class ELU(_Activation, nn.ELU, row="elu"):
 
 
 '''
-USED = '''
+USED = """
 import copy, inspect, pickle, sys
 import torch
 from torch import nn
@@ -92,7 +92,7 @@ for row in NEW:
     assert type(mm.revert(converted)[1]) is row.module
 torch.testing.assert_close(mm.MLP([3, 2], output_activation="mish")(x.float()).shape, (7, 2))
 print("used")
-'''
+"""
 
 
 @pytest.fixture(scope="module")

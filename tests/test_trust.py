@@ -248,6 +248,9 @@ VALUES: list[tuple[str, Any, str]] = [
     ("continuation/random/numpy", ["MT19937", [0] * 624, 625, 0, 0.0], "a state of NumPy's generator"),
     ("continuation/random/python", (3, tuple([0] * 624 + [999]), None), "a state of Python's generator"),
     ("continuation/rows", ["epoch,val_loss\n0,=1+1\n"], "the text of a metrics.csv"),
+    ("continuation/rows", ["epoch,=1+1\n0,1\n"], "the text of a metrics.csv"),
+    ("continuation/rows", ["epoch,val_loss\n,1\n"], "the text of a metrics.csv"),
+    ("continuation/rows", ["step,val_loss\n0,1\n"], "the text of a metrics.csv"),
     ("pytorch-lightning_version", "1.9.0", "a version from 2.0 on, but got '1.9.0'"),
     ("format", FORMAT + 1, f"format {FORMAT} at most, but .* is of format {FORMAT + 1}; .* newer"),
     ("format", "2", "a whole number from 0"),
@@ -271,7 +274,7 @@ OF_RESUME: list[tuple[str, Any, str]] = [
     ("optimizer_states/0/param_groups/0/params", [0, 1], "this run's own"),
     ("optimizer_states", [], "optimizer_states .* this run's own"),
     ("lr_schedulers/0/factor", "abc", r"lr_schedulers\[0\].factor .* this run's own, 0.1, but got 'abc'"),
-    ("loops/fit_loop/epoch_progress", {}, "can't be restored .KeyError"),
+    ("loops/fit_loop/epoch_progress", {}, "it fails .KeyError"),
     ("loops/fit_loop/epoch_progress/total/ready", False, "total.ready .* this run's own, 0, but got False"),
     ("continuation", None, "continuation in the checkpoint .* a table, but got none"),
 ]  # fmt: skip
@@ -336,6 +339,15 @@ def test_attributes_of_a_schedule_are_not_made(folder: Path) -> None:
     go_on(folder)
 
 
+@pytest.mark.parametrize("state", [{"step_size": 0}, {"gamma": 1e308, "last_epoch": 2**50, "step_size": 1}])
+def test_schedule_that_fails_at_a_step(tmp_path: Path, state: dict[str, float]) -> None:
+    words = ("scheduler=step", "scheduler.step_size=1")
+    training.run(configured(tmp_path, *RUN, *words))
+    rewrite(tmp_path, lambda content: content["lr_schedulers"][0].update(state))
+    with pytest.raises(InputError, match=r"states fit this run, but with .*last\.ckpt it fails \('?\w+Error"):
+        go_on(tmp_path, *words)
+
+
 class TestArchives:
     """Files that zipfile or torch would read, but torch.save did not write."""
 
@@ -398,17 +410,18 @@ class TestLeftovers:
         mine = tmp_path / f".last.ckpt.{os.getpid()}.part"  # by a process that had this number
         others = [
             tmp_path / f".last.ckpt.{os.getppid()}.part",  # which lives
-            tmp_path / f".best.ckpt.{self.dead()}.part",  # of another file
+            tmp_path / f".metrics.csv.{self.dead()}.part",  # of another file
             tmp_path / f"last.ckpt.{self.dead()}.part",
             tmp_path / ".last.ckpt.1e9.part",
         ]
-        for path in (left, mine, *others):
+        best = tmp_path / f".best.ckpt.{self.dead()}.part"  # which may never be written again
+        for path in (left, mine, best, *others):
             path.touch()
         (tmp_path / f".last.ckpt.{self.dead()}1.part").mkdir()
         (tmp_path / f".last.ckpt.{self.dead()}2.part").symlink_to(others[0])
         before = everything(tmp_path)
         write_whole(tmp_path / "last.ckpt", b"whole")
-        assert everything(tmp_path) == before - {left, mine} | {tmp_path / "last.ckpt"}
+        assert everything(tmp_path) == before - {left, mine, best} | {tmp_path / "last.ckpt"}
 
     def test_a_link_in_its_place_is_not_followed(self, tmp_path: Path) -> None:
         (tmp_path / "victim").write_text("kept")

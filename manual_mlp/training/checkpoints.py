@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 FREE = ("backprop", "class_names")
 NEEDED = {"continuation", "optimizer_states", "lr_schedulers", "callbacks", "loops"}  # to go on
 LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
+OF_STATES = ("lightning.pytorch.trainer.connectors.checkpoint_connector", "torch.optim")  # modules
 HANDED_BACK = ".temp.ckpt"  # the parameters alone, by a process of ddp_spawn
 
 
@@ -175,18 +176,21 @@ def _check_step(make: Any, parameters: list[torch.Tensor], state: dict[str, Any]
 
 @contextmanager
 def restoring(path: str | None) -> Iterator[None]:
-    """Say in a sentence that a checkpoint does not fit, where a state of it is not taken; its traceback is logged."""
+    """Say in a sentence that the states of a checkpoint do not fit; the traceback is logged.
+
+    Some fail only at a step of the optimizer or the schedule.
+    """
     try:
         yield
     except (InputError, OSError, MemoryError, MisconfigurationException):
         raise
     except Exception as error:
-        modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
-        if path is None or "lightning.pytorch.trainer.connectors.checkpoint_connector" not in modules:
+        modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+        if path is None or not any(module.startswith(OF_STATES) for module in modules):
             raise
         log.info("The checkpoint was not taken.", exc_info=True)
         raise InputError(
-            f"expected a checkpoint whose states fit this run, but {path} can't be restored ({_reason(error)}); take "
+            f"expected a checkpoint whose states fit this run, but with {path} it fails ({_reason(error)}); take "
             "another, such as best.ckpt or last.ckpt"
         ) from error
 
