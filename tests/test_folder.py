@@ -223,6 +223,32 @@ class TestLeftOut:
     def test_runs_without(self, tmp_path: Path, words: list[str]) -> None:
         assert training.run(configured(tmp_path, *SHORT, *words)) > 0
 
+    def test_metrics(self, tmp_path: Path) -> None:
+        words = ["+metrics.f1._target_=torchmetrics.F1Score", "+metrics.none=null"]
+        cfg = configured(tmp_path, *SHORT, *words)
+        training.check(cfg)
+        assert list(training._metrics(cfg, training._data(cfg))) == ["f1"]
+
+    @pytest.mark.parametrize(
+        ("word", "sentence"),
+        [
+            ("callbacks.best=5", "callbacks.best to have a _target_, or to be null, but got 5; name a class"),
+            ("+callbacks.x={a:1}", r"callbacks.x to have a _target_, or to be null, but got \{'a': 1\}"),
+            ("+callbacks.x=word", "callbacks.x to have a _target_, or to be null, but got 'word'"),
+            ("logger.csv=true", "logger.csv to have a _target_, or to be null, but got True"),
+            ("+metrics.f1=F1Score", "metrics.f1 to have a _target_, or to be null, but got 'F1Score'"),
+            ("+callbacks.x._target_=builtins.print", r"callbacks.x._target_ to make a Callback, but got None; name"),
+            (
+                "+logger.x._target_=builtins.print",
+                r"logger.x._target_ to make a Logger, .* leave it out with logger.x=null",
+            ),
+            ("+metrics.x._target_=builtins.print", "metrics.x._target_ to make a Metric, but got None"),
+        ],
+    )
+    def test_other_things(self, tmp_path: Path, word: str, sentence: str) -> None:
+        with pytest.raises(InputError, match=f"expected {sentence}"):
+            training.run(configured(tmp_path, *SHORT, word))
+
 
 class TestWords:
     @pytest.mark.parametrize(
@@ -262,6 +288,8 @@ class TestWords:
             raise RuntimeError(words)
         with pytest.raises(RuntimeError, match="a bug"), training._in_words(configured(tmp_path)):
             raise RuntimeError("a bug")
+        with pytest.raises(InputError, match="of a folder"), training._in_words(configured(tmp_path)):
+            raise InputError("of a folder /gloo/ without overflow")
 
     @pytest.mark.slow
     @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes need two cores")

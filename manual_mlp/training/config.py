@@ -1,4 +1,4 @@
-"""Mistakes in the configuration, told in one sentence: what was expected, what came, the likely fix."""
+"""Mistakes in the configuration, each in one sentence: what was expected, what came, the likely fix."""
 
 import inspect
 import signal
@@ -38,7 +38,7 @@ ROOT = {"seed": int, "report": bool, "optimized_metric": str}  # values of the f
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """End the program with one sentence and exit code 1 where the mistake is the user's; bugs keep their traceback."""
+    """End the program with one sentence and exit code 1 if the mistake is the user's; bugs keep their traceback."""
     try:
         yield
     except BrokenPipeError:  # `while_read` ends the program
@@ -56,12 +56,12 @@ def one_sentence() -> Iterator[None]:
 
 
 def in_sweep() -> bool:
-    """Whether this run is one of several that Hydra starts (`-m`)."""
+    """Return True if this run is one of several that Hydra starts (`-m`)."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def explain(error: Exception) -> str | None:
-    """One sentence about a mistake of the user, or None where the error is of another kind."""
+    """Return one sentence about a mistake of the user, None for any other error."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, MissingConfigException):
@@ -97,11 +97,18 @@ def check(cfg: DictConfig) -> None:
         node["optimizer"] = optimizer_options(node["optimizer"])
     if node.get("scheduler"):
         node["scheduler"] = {key: value for key, value in node["scheduler"].items() if key not in SCHEDULE}
+    for group in ("callbacks", "logger", "metrics"):
+        for name, value in (node.get(group) or {}).items():
+            if value is not None and not (isinstance(value, dict) and "_target_" in value):
+                raise InputError(
+                    f"expected {group}.{name} to have a _target_, or to be null, but got {value!r}; "
+                    f"name a class in {group}.{name}._target_"
+                )
     _check_node(node, path="")
 
 
 def optimizer_options(node: dict) -> dict:
-    """`optimizer` without lr=auto, which the run resolves, and without zeros that its class does not know.
+    """Return `optimizer` without lr=auto, which the run resolves, and without zeros that its class does not know.
 
     So a class put in by `optimizer._target_` alone does not stumble over sgd.yaml's momentum=0.
     """
@@ -133,7 +140,7 @@ def _extra(target: str) -> str:
 
 
 def likely(name: str, known: Iterable[object]) -> str:
-    """The likely fix for a mistyped name: the closest known one, else all of them."""
+    """Return the likely fix for a mistyped name: the closest known one, else all of them."""
     names = [str(other) for other in known]
     close = get_close_matches(name, names, n=1)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}" if names else "leave it out"
@@ -174,7 +181,7 @@ def _check_value(value: object, hint: Any, path: str) -> None:
 
 
 def _hints(target: Any) -> dict[str, Any]:
-    """The declared types; none where a library imports their names for type checkers alone, as WandbLogger does."""
+    """Return the declared types; none if a library imports their names for type checkers alone, as WandbLogger does."""
     try:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except NameError:
@@ -196,7 +203,7 @@ def _locate(target: object, path: str) -> Any:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a plain value from a config may be passed where `hint` is declared. A dict may become any object."""
+    """Return True if a plain value from a config may be passed for a declared `hint`. A dict may become any object."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
@@ -220,7 +227,7 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def _in_words(hint: Any) -> str:
-    """What may be written in a config for `hint`; classes that only code can make are left out."""
+    """Return what may be written in a config for `hint`, without the classes that only code can make."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     words: list[str] = []
     for option in options:
@@ -245,8 +252,8 @@ def _unknown_choice(error: MissingConfigException) -> str:
 def _unknown_key(error: ConfigCompositionException) -> str:
     cause = error.__cause__
     if "Ambiguous value" in str(error):  # a list without brackets, or a sweep without -m
-        override = _first_line(error).split("'")[1]
-        return f"expected one value, but got several in {override}; write [1,2] for a list, or add -m for a sweep"
+        several = _first_line(error).split("'")[1]
+        return f"expected one value, but got several in {several}; write [1,2] for a list, or add -m for a sweep"
     if not isinstance(cause, OmegaConfBaseException):  # Hydra's other reasons name the fix on their further lines
         lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
         return f"expected overrides that fit the configuration, but: {'; '.join(lines)}"
@@ -258,7 +265,7 @@ def _unknown_key(error: ConfigCompositionException) -> str:
 
 
 def _before_the_job(error: Exception) -> str | None:
-    """What fails before any of our code runs: Hydra makes the output folder and opens the log file in it."""
+    """Return a sentence for an error of Hydra's own code, which makes the output folder and opens the log file."""
     modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
     if "manual_mlp.training.run" in modules:
         return None

@@ -90,10 +90,10 @@ def leave_report(
 
 
 def _command() -> str:
-    """Return what was typed. Within another program there is no command line."""
+    """Return what gives this net from nothing. Within another program there is no command line."""
     if not HydraConfig.initialized():
         return "manual_mlp.training.run.run(cfg), with the configuration below"
-    return command(*HydraConfig.get().overrides.task)
+    return command(*(word for word in HydraConfig.get().overrides.task if not word.startswith("ckpt_path=")))
 
 
 def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:

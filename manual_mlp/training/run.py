@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any, cast
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, get_original_cwd
+from hydra.utils import get_object, get_original_cwd
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateFinder, ProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -78,7 +79,7 @@ SMALL_STEP = 5_000_000  # weights times rows, half a millisecond of a core: as m
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Do what `task` says. Returns: the figure that `optimized_metric` names, None where the task does not measure it.
+    """Do what `task` says. Returns: the figure that `optimized_metric` names, None if the task does not measure it.
 
     train: train (with ckpt_path, go on), test, draw the curves, print the summary. test: the figures of a checkpoint.
     predict: a file of predictions for a file of new rows.
@@ -98,6 +99,8 @@ def _in_words(cfg: DictConfig) -> Iterator[None]:
     """Raise InputError for what goes wrong in other programs by an option, the disk, or another process."""
     try:
         yield
+    except InputError:
+        raise
     except MisconfigurationException as error:  # Lightning's word for a wrong option
         given = cfg.trainer.accelerator
         fix = "correct them" if given in ("auto", "cpu") else f"trainer.accelerator=auto works without {given}"
@@ -118,7 +121,7 @@ def _in_words(cfg: DictConfig) -> Iterator[None]:
                 f"expected numbers that the precision of the training can hold, but: {error}; lower optimizer.lr, or "
                 f"what else is that large{half}"
             ) from error
-        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+        if "/gloo/" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
         log.info("The words of torch:", exc_info=True)
         raise InputError(
@@ -149,9 +152,9 @@ def quieten() -> None:
 
 
 def _set_threads(threads: int | str | None, module: MLPModule, data: DataModule) -> None:
-    """auto: one thread where a step is so small that sharing it costs more than it gives.
+    """Give torch its threads. auto: one, if a step is so small that sharing it costs more than it gives.
 
-    On a busy machine, where the threads of a step wait for each other, it costs a hundred times as much.
+    On a busy machine the threads of a step wait for each other, and it takes a hundred times as long.
     """
     if threads == "auto":
         products = data.batch_size * sum(parameter.numel() for parameter in module.parameters())
@@ -271,7 +274,7 @@ def _data(cfg: DictConfig) -> DataModule:
 
 
 def _interrupted(trainer: L.Trainer, module: MLPModule, data: DataModule, checkpoint: str | None) -> bool:
-    """Train; whether Ctrl-C ended it, upon which Lightning would leave the program. SIGTERM does leave it."""
+    """Train → True if Ctrl-C ended it, upon which Lightning would leave the program. SIGTERM does leave it."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except SIGTERMException:  # Lightning's exit code would be that of a success
@@ -285,17 +288,17 @@ def _interrupted(trainer: L.Trainer, module: MLPModule, data: DataModule, checkp
 
 
 def _report(cfg: DictConfig, *arguments: Any) -> None:
-    """The run is whole without its report: one that fails is told in a sentence, and in full in the log file."""
+    """Leave a report. If that fails, say so in a sentence, and in full in the log file: the run is whole without it."""
     try:
         leave_report(cfg, *arguments)
     except Exception as error:
         log.info("The report failed.", exc_info=True)
         reason = f"{type(error).__name__}: {shown(error)}"
-        print(f"\n  no report: {reason} (train.log tells where; the rest of the run is complete)")
+        print(f"\n  no report: {reason} (train.log says where; the rest of the run is complete)")
 
 
 def _part(cfg: DictConfig) -> str:
-    """train, val or test: where the optimized metric is measured."""
+    """Return train, val or test: the part on which the optimized metric is measured."""
     return cfg.optimized_metric.partition("_")[0]
 
 
@@ -320,18 +323,13 @@ def _module(cfg: DictConfig, data: DataModule) -> MLPModule:
 
 
 def _metrics(cfg: DictConfig, data: DataModule) -> dict[str, Metric]:
-    """Metrics of torchmetrics, by name; one for classes need not be told that there are several, nor how many."""
-    told = {"task": "multiclass", "num_classes": len(data.class_names)} if data.class_names else {}
-    metrics = {}
-    for name, node in cfg.metrics.items():
-        known = inspect.signature(get_class(node._target_)).parameters
-        arguments = {key: value for key, value in told.items() if key in known and key not in node}
-        metrics[str(name)] = build(node, **arguments)
-    return metrics
+    """Make metrics of torchmetrics, by name; one for classes is given their number."""
+    given = {"task": "multiclass", "num_classes": len(data.class_names)} if data.class_names else {}
+    return _built(cfg, "metrics", Metric, given)
 
 
 def _scheduler(node: DictConfig | None) -> dict[str, Any] | None:
-    """Lightning's part of the configuration, and the rest as a partial that takes the optimizer."""
+    """Return Lightning's part of the configuration, and the rest as a partial that takes the optimizer."""
     if node is None:
         return None
     options = cast(dict, OmegaConf.to_container(node, resolve=True))
@@ -349,13 +347,30 @@ def _optimizer(node: DictConfig, module: MLPModule) -> partial[Optimizer]:
     return optimizer
 
 
+def _built(cfg: DictConfig, group: str, kind: Any, given: Mapping[str, object] | None = None) -> dict[str, Any]:
+    """Make what the keys of a group name, with what is `given` as far as it takes it; null leaves one out."""
+    made = {}
+    for name, node in (cfg.get(group) or {}).items():
+        if node is None:
+            continue
+        known = inspect.signature(get_object(node._target_)).parameters
+        arguments = {key: value for key, value in (given or {}).items() if key in known and key not in node}
+        made[str(name)] = thing = build(node, **arguments)
+        if not isinstance(thing, kind):
+            raise InputError(
+                f"expected {group}.{name}._target_ to make a {kind.__name__}, but got {thing!r}; name its class, or "
+                f"leave it out with {group}.{name}=null"
+            )
+    return made
+
+
 def _trainer(cfg: DictConfig, *more: Callback) -> L.Trainer:
-    callbacks = [*more, *(build(node) for node in (cfg.get("callbacks") or {}).values() if node)]
+    callbacks = [*more, *_built(cfg, "callbacks", Callback).values()]
     unwanted: tuple[type, ...] = () if cfg.trainer.enable_progress_bar else (ProgressBar,)
     unwanted += () if cfg.trainer.enable_checkpointing else (Checkpoint,)
     unwanted += () if cfg.ckpt_path is None else (LearningRateFinder,)  # it has searched before the first step
     callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)] + [Continuation()]
-    logger = [build(node) for node in (cfg.get("logger") or {}).values() if node]
+    logger = [*_built(cfg, "logger", Logger).values()]
     try:
         trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=logger, plugins=[WholeFiles()])
     except ValueError as error:
@@ -378,7 +393,7 @@ def _trainer(cfg: DictConfig, *more: Callback) -> L.Trainer:
 
 
 def _figures(trainer: L.Trainer, checkpoint: str | None) -> tuple[int, dict[str, float]]:
-    """The epoch (counted from 0) whose parameters are kept, and its figures: those of the best checkpoint, if any."""
+    """Return the epoch (from 0) whose parameters are kept, and its figures: those of the best checkpoint, if any."""
     if checkpoint is None:
         return trainer.current_epoch - 1, _numbers(trainer)
     content = read_checkpoint(checkpoint)
