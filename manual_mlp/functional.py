@@ -129,24 +129,23 @@ def activation(name: str, input: Tensor, *values: float, inplace: bool = False) 
 
 def _of_row(row: Row) -> Callable[..., Tensor]:
     """Return sigmoid(input), leaky_relu(input, negative_slope=0.01, inplace=False), …: with torch's arguments."""
-    arguments: dict[str, Any] = {**dict(row.parameters), **dict(row.options)}
+    defaults: dict[str, Any] = {**dict(row.parameters), **dict(row.options)}
     if "inplace" in inspect.signature(row.module).parameters:
-        arguments["inplace"] = False
+        defaults["inplace"] = False
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [inspect.Parameter(name, kind, default=value) for name, value in defaults.items()]
+    arguments = inspect.Signature(names)
 
     def function(input: Tensor, *args: Any, **named: Any) -> Tensor:
-        if len(args) > len(arguments):
-            raise TypeError(f"{row.name}() takes {1 + len(arguments)} arguments; got {1 + len(args)}")
-        given = dict(zip(arguments, args, strict=False)) | named
-        inplace = given.pop("inplace", False) if "inplace" in arguments else False
+        given = arguments.bind(*args, **named).arguments if args or named else {}
+        inplace = given.pop("inplace", False)
         name, values = name_and_values(row.name, given)
         return activation(name, input, *values, inplace=inplace)
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind, default=value) for name, value in arguments.items()]
-    function.__signature__ = inspect.Signature([inspect.Parameter("input", kind), *parameters])  # type: ignore[attr-defined]
+    function.__signature__ = arguments.replace(parameters=[inspect.Parameter("input", kind), *names])  # type: ignore[attr-defined]
     function.__name__ = function.__qualname__ = row.name
     function.__doc__ = (
-        f"a = G(z) of the row {row.name!r}, componentwise, any shape. Raises InputError for complex input."
+        f"a = G(z) of the row {row.name!r}, componentwise, any shape.  Raises InputError if it is complex."
     )
     return function
 

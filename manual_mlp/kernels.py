@@ -43,16 +43,12 @@ def rounded_once(formula: Formula) -> Formula:
     return evaluate
 
 
-_SMALL = (0.0, 0.5, 1.0)
-_LARGE = (
-    *(*_SMALL, 2.0, -0.5),
+_FLOATS = (
+    *(0.0, 0.5, 1.0, 2.0, -0.5),
     *(-0.7071067811865476, 0.3989422804014327),  # of gelu: −1/√2 and 1/√(2π)
     *(0.7978845608028654, 2 * 0.7978845608028654, 0.044715, 3 * 0.044715),  # of gelu_tanh: √(2/π) and the cubic term's
 )
-_CONSTANTS = {  # half precision would round the others, which it does not with a number
-    **{torch.float32: _LARGE, torch.float64: _LARGE, torch.bfloat16: _SMALL, torch.float16: _SMALL},
-    **{torch.int16: (1, 15), torch.int32: (1, 31), torch.int64: (1, 63)},
-}
+_CONSTANTS = {torch.float32: _FLOATS, torch.float64: _FLOATS, torch.int32: (1, 31), torch.int64: (1, 63)}
 with torch.inference_mode(False):  # this file may be imported in inference mode
     _NUMBERS = {
         (value, dtype): torch.tensor(value, dtype=dtype, device="cpu")
@@ -64,7 +60,8 @@ with torch.inference_mode(False):  # this file may be imported in inference mode
 def number(value: float, like: Tensor) -> Any:
     """Return a constant as a tensor: torch wraps and casts a Python number at every call, 1 µs each.
 
-    A GPU takes the number itself, and so does a tensor that traces, beside which no other tensor may stand.
+    Return the number itself for a GPU, for a tensor that traces, beside which no other tensor may stand, and in half
+    precision, where a tensor would be rounded.
     """
     if type(like) is not Tensor or not like.is_cpu or torch.compiler.is_compiling():
         return value
@@ -269,7 +266,7 @@ class Kernel(NamedTuple):
     G: Formula
     delta: Formula | None
     G_: InPlace
-    delta_: InPlace
+    delta_: InPlace | None
     rounds: tuple[torch.dtype, ...] = ()
 
 
@@ -295,35 +292,33 @@ KERNELS = {
 }
 
 
-@functools.cache
+def _kernel(row: Row) -> Kernel:
+    """Return the kernel of a row; for one without, its formulas and copies."""
+    G_of = rounded_once(row.G)
+    formulas = Kernel(
+        G_of, None, lambda z, *values, out=None: (z if out is None else out).copy_(G_of(z, *values)), None
+    )
+    return KERNELS.get((row.name, row.saves), formulas)
+
+
 def G(row: Row) -> Formula:
     """Return z, *values ↦ a: torch's own operator, or the row's formula."""
-    kernel = KERNELS.get((row.name, row.saves))
-    return rounded_once(row.G) if kernel is None else kernel.G
+    return _kernel(row).G
 
 
-@functools.cache
 def delta(row: Row) -> Formula:
     """Return g, saved, *values ↦ δ: the quicker form, or the row's formula."""
-    kernel = KERNELS.get((row.name, row.saves))
-    return rounded_once(row.delta) if kernel is None or kernel.delta is None else kernel.delta
+    return _kernel(row).delta or rounded_once(row.delta)
 
 
 def in_place(row: Row) -> tuple[InPlace, InPlace]:
-    """Return G_ and delta_ of a row, as `Kernel` says; of one without a kernel, its formulas and a copy."""
-    kernel = KERNELS.get((row.name, row.saves))
-    if kernel is not None:
-        return kernel.G_, kernel.delta_
-
-    G_of, delta_of = G(row), delta(row)
-
-    def G_(z: Tensor, *values: float, out: Tensor | None = None) -> Tensor:
-        return (z if out is None else out).copy_(G_of(z, *values))
+    """Return G_ and delta_ of a row, as `Kernel` says; if it has none, its formula and a copy."""
+    delta_of = delta(row)
 
     def delta_(g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, *values: float) -> None:
         g.copy_(delta_of(g, a if z is None else z, *values))
 
-    return G_, delta_
+    return _kernel(row).G_, _kernel(row).delta_ or delta_
 
 
 # ---------------------------------------------------------------------------------------------------------------------

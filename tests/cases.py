@@ -30,6 +30,7 @@ class Case:
     ours: Callable[..., Tensor]
     twin: Callable[..., Tensor]
     inputs: Callable[[torch.dtype], Inputs]
+    has_rows_of_its_own: bool = False  # beside the inputs, such as labels
 
     def __str__(self) -> str:
         return self.name
@@ -174,6 +175,7 @@ def _dropout_case(sizes: Sizes) -> Case:
         lambda a: functions.apply(functions.Dropout, a, mask, 0.6),
         lambda a: a * mask.to(a.dtype).div(0.6),
         random(shape),
+        has_rows_of_its_own=True,
     )
 
 
@@ -198,6 +200,7 @@ def _cost_cases(sizes: Sizes) -> list[Case]:
                 (prediction - target).pow(2).mul(0.5).mul(weight.to(target.dtype)).sum() / len(target)
             ),
             both,
+            has_rows_of_its_own=True,
         )
     ]
     for reduction in ("none", "sum", "mean"):
@@ -224,6 +227,7 @@ def _costs_with(reduction: str, sizes: Sizes, both: Callable[[torch.dtype], Inpu
             lambda z: F.cross_entropy(z, classes, reduction=reduction, **_as(z.dtype, arguments)),
             lambda z: torch_functional.cross_entropy(z, classes, reduction=reduction, **_as(z.dtype, arguments)),
             random((rows, m)),
+            has_rows_of_its_own=True,
         )
 
     bce, torch_bce = F.binary_cross_entropy_with_logits, torch_functional.binary_cross_entropy_with_logits
@@ -242,6 +246,7 @@ def _costs_with(reduction: str, sizes: Sizes, both: Callable[[torch.dtype], Inpu
             lambda z: F.cross_entropy(z, images, reduction=reduction),
             lambda z: torch_functional.cross_entropy(z, images, reduction=reduction),
             random((rows, m, 2, 2)),
+            has_rows_of_its_own=True,
         ),
     ]
 

@@ -29,7 +29,7 @@ from manual_mlp.formulas import Φ, end, softmax, σ, φ
 
 ROOT = Path(__file__).resolve().parent.parent
 # What most often notices comes first.
-PROOFS = ("examples", "twins", "modules", "gradients")
+PROOFS = ("examples", "cases", "modules")
 
 
 class Mistake(NamedTuple):
@@ -72,9 +72,9 @@ def cost_kernel(name: str, **wrong: Any) -> Mistake:
     return Mistake(plant, ("kernels",))
 
 
-def formula(name: str, wrong: Callable[[Any], Callable[..., Any]], *proofs: str) -> Mistake:
+def formula(name: str, wrong: Callable[[Any], Callable[..., Any]], *proofs: str, only: str = "") -> Mistake:
     """A function of the sheet, wrong as what `wrong` makes of the right one."""
-    return Mistake(lambda sheet, kernels: setattr(sheet, name, wrong(getattr(sheet, name))), proofs or PROOFS)
+    return Mistake(lambda sheet, kernels: setattr(sheet, name, wrong(getattr(sheet, name))), proofs or PROOFS, only)
 
 
 def rule(kind: str, name: str, wrong: Callable[[Any], Callable[..., Any]]) -> Mistake:
@@ -103,11 +103,11 @@ MISTAKES: dict[str, Mistake] = {
     "∂C/∂W transposed": formula("grad_weight", lambda right: lambda delta, a: right(delta, a).t()),
     "bias sum forgotten": formula("grad_bias", lambda right: lambda delta: delta.reshape(-1, delta.shape[-1])[0]),
     "leading dimensions forgotten": formula("grad_weight", lambda right: lambda delta, a: delta.t() @ a),
-    "1/N forgotten": formula("divisor", lambda right: lambda shape, reduction, *w: 1 if reduction == "samples" else right(shape, reduction, *w)),
-    "weighted mean divided by N": formula("divisor", lambda right: lambda shape, reduction, weight=None: right(shape, reduction)),
-    "dropout not rescaled": formula("dropout", lambda right: lambda a, mask, keep: a * mask.to(a.dtype)),
+    "1/N forgotten": formula("divisor", lambda right: lambda shape, reduction, *w: 1 if reduction == "samples" else right(shape, reduction, *w), "cases", only="quadratic"),
+    "weighted mean divided by N": formula("divisor", lambda right: lambda shape, reduction, weight=None: right(shape, reduction), "cases", only="weight"),
+    "dropout not rescaled": formula("dropout", lambda right: lambda a, mask, keep: a * mask.to(a.dtype), "cases", only="dropout"),
     "Rosenblatt's sign": formula("perceptron_step", lambda right: lambda prediction, target, a, rate: right(target, prediction, a, rate)),
-    "softplus of a cost with a kink at 0": formula("softplus", lambda right: lambda z: z.clamp(min=0) + torch.log1p(exp(-z.abs()))),
+    "softplus of a cost with a kink at 0": formula("softplus", lambda right: lambda z: z.clamp(min=0) + torch.log1p(exp(-z.abs())), "cases", only="bce"),
     "sigmoid 0.05 % off": row("sigmoid", delta=lambda g, a: (g * (1 - a)) * a * 1.0005),
     "sigmoid factor forgotten": row("sigmoid", delta=lambda g, a: g * (1 - a)),
     "sigmoid in another order": row("sigmoid", "kernels", delta=lambda g, a: g * ((1 - a) * a)),
@@ -154,13 +154,13 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "needs_input_grad of the input ignored": ("functions", "if needs_a else None,\n        sheet", "if True else None,\n        sheet"),
     "needs_input_grad of the bias ignored": ("functions", "sheet.grad_bias(delta) if needs_bias", "sheet.grad_bias(delta) if True"),
-    "tangent of the weight forgotten": ("functions", "None if weight_t is None else sheet.affine(a, weight_t)", "None", "gradients"),
-    "second derivative lost at z": ("functions", "delta_of(g, saved, *ctx.values), g_z)", "delta_of(g, saved, *ctx.values))"),
+    "tangent of the weight forgotten": ("functions", "None if weight_t is None else sheet.affine(a, weight_t)", "None"),
+    "second derivative lost at z": ("functions", "delta_of(g, saved, *ctx.values), g_z)", "delta_of(g, saved, *ctx.values))", "cases", "affine_silu"),
     "undefined gradient not expected": (
         "functions",
         "delta = None if g is None else delta_of(g, saved, *ctx.values)\n        return delta, *",
         "delta = delta_of(g, saved, *ctx.values)\n        return delta, *",
-        "gradients",
+        "cases",
     ),
     "program: what arrives does not add up": ("program", "part if arrived[slot] is None else arrived[slot] + part", "part"),
     "program: another node's slots": ("program", "for slot in self.saved[i]]", "for slot in self.saved[i - 1]]"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import manual_mlp as mm
 from tests.cases import CASES, Case
@@ -53,18 +53,6 @@ def nested(order: tuple[Transform, ...], function: Callable[..., Tensor]) -> Cal
 
 def same(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, **EXACT)
-
-
-def test_grad(case: Case) -> None:
-    inputs = detached(case)
-    same(*(grad(scalar(function), all_of(case))(*inputs) for function in (case.ours, case.twin)))
-
-
-def test_vjp_and_jvp(case: Case) -> None:
-    inputs, tangents = detached(case), detached(case, seed=1)
-    g = torch.linspace(-1, 2, case.twin(*inputs).numel(), dtype=torch.float64).reshape(case.twin(*inputs).shape)
-    same(*(vjp(function, *inputs)[1](g) for function in (case.ours, case.twin)))
-    same(*(jvp(function, inputs, tangents) for function in (case.ours, case.twin)))
 
 
 def test_jacobians(case: Case) -> None:
