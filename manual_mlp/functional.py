@@ -115,9 +115,9 @@ def name_and_values(name: str, given: dict[str, float | str]) -> tuple[str, tupl
 
 def activation(name: str, input: Tensor, *values: float, inplace: bool = False) -> Tensor:
     """a = G(z) of a row. Integers do as in torch: they are promoted, kept or refused."""
-    checks.real("input of an activation", input, whole=True)
     if name == "identity":
         return input
+    checks.real("input of an activation", input, whole=True)
     form = name, ACTIVATIONS[name].saves_with(*values)
     if not inplace:
         return apply(functions.ACTIVATION[form], input, *values)

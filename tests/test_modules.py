@@ -86,6 +86,12 @@ def test_a_name_is_the_row_at_its_defaults(name: str) -> None:
     assert layers[0].activation == name
 
 
+def test_the_identity_passes_everything() -> None:
+    for value in (torch.ones(3, dtype=torch.complex64), torch.ones(3).long(), "text", None):
+        assert mm.Identity()(value) is value
+        assert mm.functional.identity(value) is value
+
+
 def copies(module: nn.Module, folder: Path) -> Iterator[nn.Module]:
     yield copy.deepcopy(module)
     yield pickle.loads(pickle.dumps(module))

