@@ -118,7 +118,8 @@ def activation(name: str, input: Tensor, *values: float, inplace: bool = False) 
     if name == "identity":
         return input
     checks.real("input of an activation", input, whole=True)
-    form = name, ACTIVATIONS[name].saves_with(*values)
+    row = ACTIVATIONS[name]
+    form = name, row.saves_with(*values) if values else row.saves
     if not inplace:
         return apply(functions.ACTIVATION[form], input, *values)
     if form in functions.INPLACE and not torch.compiler.is_compiling() and not kernels.transforming():

@@ -55,6 +55,8 @@ ACTIVATION_MODULES: dict[type[nn.Module], sheet.Row] = {}
 class _Activation(nn.Module):
     """A class of torch with the forward and backward of a row: arguments, printing and state_dict stay torch's."""
 
+    inplace = False  # nn.Module takes 1 µs to find that it has no such attribute
+
     def __init_subclass__(cls, row: str = "", **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         if row:
@@ -64,7 +66,7 @@ class _Activation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         name, values = name_and_values(self)
-        return functional.activation(name, input, *values, inplace=getattr(self, "inplace", False))
+        return functional.activation(name, input, *values, inplace=self.inplace)
 
 
 class Identity(_Activation, nn.Identity, row="identity"):
@@ -118,10 +120,11 @@ def name_and_values(activation: Any) -> tuple[str, tuple[float, ...]]:
     """
     row = ACTIVATION_MODULES.get(type(activation))
     if row is not None:
-        if not row.parameters and not row.options:
-            return row.name, ()
-        names = [name for name, _ in (*row.parameters, *row.options)]
-        return functional.name_and_values(row.name, {name: getattr(activation, name) for name in names})
+        name = row.name
+        for option, value in row.options:
+            if getattr(activation, option) != value:
+                name, _ = functional.name_and_values(name, {option: getattr(activation, option)})
+        return name, tuple([float(getattr(activation, parameter)) for parameter, _ in row.parameters])
     if isinstance(activation, str):
         return functional.name_and_values(activation, {})
     raise InputError(
