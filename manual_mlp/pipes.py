@@ -1,4 +1,4 @@
-"""A quiet end for programs whose output nobody reads any more."""
+"""End a program quietly if nobody reads its output any more."""
 
 import logging
 import os

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 -- a table, one row a mistake
-"""Bad input gets one sentence: what was expected, what came, the likely fix. (Data, files and config: elsewhere.)"""
+"""Bad input gets one sentence: what was expected, what came, the likely fix. Data, files, config: elsewhere."""
 
 from collections.abc import Callable
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.parametrize("part", range(4))
 def test_no_mutant_survives(part: int) -> None:
-    """In a process of its own, since each mutant is a fork of it. (Unmutated, the same tests pass: this very run.)"""
+    """Run in a process of its own, because each mutant is a fork of it. Unmutated, the same tests pass in this run."""
     assert len(MUTANTS) >= 12
     result = subprocess.run(
         [sys.executable, "-m", "tests.mutants", str(part), "4"], capture_output=True, text=True, cwd=ROOT, check=False
@@ -25,7 +25,7 @@ def test_no_mutant_survives(part: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("proof", ["activations", "kernels", *proofs_of("formulas"), "network", "engine"])
 def test_without_a_mistake_the_proofs_pass(proof: str, tmp_path: Path) -> None:
-    """Where a mutant is tried, too: it is the mistake that they notice. (A minute: all proofs, each to its end.)"""
+    """Run them as for a mutant: it is the mistake that they notice. It takes a minute: all proofs, each to its end."""
     nothing = f"Mistake(lambda *modules: None, ({proof!r},))"
     code = f"from tests.mutants import *; print(fails(ROOT, Path({str(tmp_path)!r}), {nothing}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

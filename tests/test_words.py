@@ -61,8 +61,7 @@ def faults(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", PYTHON | TEXT | PAGES)
 def test_plain_english(name: str) -> None:
-    found = faults((PYTHON | TEXT | PAGES)[name])
-    assert not found, "\n".join(found)
+    assert not (found := faults((PYTHON | TEXT | PAGES)[name])), "\n".join(found)
 
 
 def test_faults_are_found(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from manual_mlp.training.module import MLPModule
 
 log = logging.getLogger(__name__)
 
-# What may differ when a run goes on: how the same net is trained, and what another version calls the same classes.
+# What may differ when a run goes on: how the same net is trained, and the names of its classes in another version.
 FREE = ("backprop", "class_names")
 NEEDED = {"continuation", "optimizer_states", "lr_schedulers", "callbacks", "loops"}  # to go on
 LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
@@ -39,9 +39,9 @@ HANDED_BACK = ".temp.ckpt"  # the parameters alone, by a process of ddp_spawn
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes files by `write_whole`, reads them by `read_checkpoint`, and removes no other than its own.
+    """Writes files by `write_whole`, reads them by `read_checkpoint`, and removes only its own.
 
-    So there is never half of a file, and what stands in one can run, fetch and delete nothing.
+    So no file is ever half written, and the content of a file can run, fetch and delete nothing.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class WholeFiles(TorchCheckpointIO):
         return read_values(path) if Path(path).name == HANDED_BACK else read_checkpoint(path)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove one file right in a folder that this process has saved to. (Lightning's own removes any folder.)"""
+        """Remove one file, in a folder that this process has saved to. Lightning's own method removes any folder."""
         path = Path(path)
         if path.name != HANDED_BACK and path.parent.resolve() not in self.folders:
             log.info("%s is left alone: it is not a file of this run", path)
@@ -73,16 +73,16 @@ def is_plain_file(path: str | Path) -> bool:
 
 
 class EpochCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that saves when an epoch is over to its last row.
+    """A ModelCheckpoint that saves after the very last row of an epoch.
 
-    Lightning's own saves before the epoch's training figures are logged and before a plateau scheduler has made its
-    step: both would be missing from a run that goes on from there. So this one waits for the next epoch, or the end.
+    Lightning's own saves before the epoch's training figures are logged, and before a plateau scheduler steps. A run
+    that goes on from there would lack both. So this one waits for the next epoch, or the end.
     """
 
     _due = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
-        """In the middle of an epoch, if every_n_train_steps or train_time_interval says so."""
+        """Save in the middle of an epoch, if every_n_train_steps or train_time_interval says so."""
         if not trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, *arguments)
 
@@ -90,7 +90,7 @@ class EpochCheckpoint(ModelCheckpoint):
         self._due = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: the epoch is not over."""
+        """Do nothing: the epoch is not over."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save_due(trainer, pl_module)
@@ -110,10 +110,10 @@ class EpochCheckpoint(ModelCheckpoint):
 
 
 def in_own_folder(state: dict[str, Any], callback: ModelCheckpoint, checkpoint: Any) -> dict[str, Any]:
-    """Return the state of a ModelCheckpoint with no path but of files in the run's own folder.
+    """Return the state of a ModelCheckpoint, with paths only of files in the run's own folder.
 
-    Of each path in the state the last name counts, and only if the callback's folder has such a file, or the folder of
-    the checkpoint does, which is another where the run goes on in a new folder. So a run folder may be moved.
+    Only the last name of each path counts, and only if such a file lies in the callback's folder, or in the folder of
+    the checkpoint, if the run goes on in a new one. So a run folder may be moved.
     """
     folders = [Path(folder) for folder in (callback.dirpath, checkpoint and Path(checkpoint).parent) if folder]
 
@@ -139,7 +139,7 @@ def in_own_folder(state: dict[str, Any], callback: ModelCheckpoint, checkpoint: 
 def of_same_form(given: Any, own: Any, where: str) -> Any:
     """Return a state if it is of the same types, lengths and shapes as this run's own state before any training.
 
-    Where the run's own is null or empty, any plain value will do. Raises InputError for another form.
+    If the run's own is null or empty, any plain value will do. Raises InputError for another form.
     """
     if own is None or (isinstance(own, dict | list) and not own):
         return given
@@ -159,7 +159,7 @@ def of_same_form(given: Any, own: Any, where: str) -> Any:
 
 
 def _check_step(make: Any, parameters: list[torch.Tensor], state: dict[str, Any]) -> None:
-    """Raise InputError if an optimizer can't take a step from a state: tried on copies, with gradients of zero."""
+    """Raise InputError if an optimizer can't take a step from a state. Try it on copies, with gradients of zero."""
     copies = [parameter.detach().clone().requires_grad_(parameter.requires_grad) for parameter in parameters]
     twin: Optimizer = make(copies)
     for parameter in copies:
@@ -167,7 +167,7 @@ def _check_step(make: Any, parameters: list[torch.Tensor], state: dict[str, Any]
     try:
         twin.load_state_dict(deepcopy(state))
         twin.step(lambda: 0.0)
-    except Exception as error:  # of any kind: each optimizer trips in its own way
+    except Exception as error:  # any exception: each optimizer fails in its own way
         raise InputError(
             f"expected optimizer_states in the checkpoint to fit the parameters, but {type(twin).__name__} can't take "
             f"a step from them ({_reason(error)}); take another checkpoint"
@@ -176,7 +176,7 @@ def _check_step(make: Any, parameters: list[torch.Tensor], state: dict[str, Any]
 
 @contextmanager
 def restoring(path: str | None) -> Iterator[None]:
-    """Say in a sentence that the states of a checkpoint do not fit; the traceback is logged.
+    """Raise InputError if a state of a checkpoint is not taken, and log the traceback.
 
     Some fail only at a step of the optimizer or the schedule.
     """
@@ -201,7 +201,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _at_the_end_of_its_epoch(trainer: L.Trainer) -> Iterator[None]:
-    """Lightning's count as it stood in on_train_epoch_end, which is the place from which it goes on without a gap."""
+    """Return Lightning's progress as it was in on_train_epoch_end: from there it goes on without a gap."""
     loop = trainer.fit_loop
     now, loop.epoch_progress = loop.epoch_progress, deepcopy(loop.epoch_progress)
     counts: list[Any] = [loop.epoch_progress.total, loop.epoch_progress.current]
@@ -239,9 +239,9 @@ class Continuation(Callback):
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Believe of the states only what has a place in this run; the paths, only in its own folder.
+        """Believe only those states that have a place in this run, and only paths in its own folder.
 
-        The rows come from the checkpoint: the logger has deleted the file, and later rows will be logged again.
+        The rows come from the checkpoint, because the logger has deleted the file. Later rows will be logged again.
         """
         self._check_callbacks(trainer, pl_module, checkpoint["callbacks"])
         loops = {name: getattr(trainer, name).state_dict() for name in LOOPS}
@@ -263,13 +263,13 @@ class Continuation(Callback):
             if isinstance(callback, ModelCheckpoint):
                 states[key] = in_own_folder(states[key], callback, trainer.ckpt_path)
                 best = states[key]["best_model_path"]
-                if best and trainer.state.fn == "fit":  # it may be what the run is measured by at its end
+                if best and trainer.state.fn == "fit":  # the run may be measured by it at its end
                     check_same_net(read_checkpoint(best), best, pl_module)
             if trainer.state.fn == "fit":
                 states[key] = of_same_form(states[key], callback.state_dict(), join("callbacks", key))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Lightning has made the optimizers and schedules, and now gives them their states."""
+        """Check the states that Lightning now gives to the optimizers and schedules it has made."""
         content, self.content = self.content, {}
         if not content:
             return
@@ -284,7 +284,7 @@ class Continuation(Callback):
             schedules[index] = of_same_form(known, fresh, f"lr_schedulers[{index}]")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Just before the first step, after all that might draw a number."""
+        """Set the random states just before the first step, after everything that might draw a number."""
         if self.loaded:
             set_random_states(self.loaded["random"])
             trainer.should_stop |= self.loaded["stopped"] and bool(trainer.early_stopping_callbacks)
@@ -293,16 +293,16 @@ class Continuation(Callback):
             _begin_next_epoch(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the last epoch as over, as Lightning does itself, but for a run that had reached max_steps already."""
+        """Count the last epoch as over. Lightning does so itself, except if the run had reached max_steps already."""
         progress: Any = trainer.fit_loop.epoch_progress.current
         progress.completed = progress.processed
 
 
 def _begin_next_epoch(trainer: L.Trainer) -> None:
-    """Begin the next epoch, as Lightning does itself, but under max_steps: there it would end the last one again."""
+    """Begin the next epoch. Lightning does so itself, except under max_steps: it would end the last one again."""
     loop = trainer.fit_loop
     loop._restarting = False
-    loop.epoch_loop.restarting = False  # and of the loops in it
+    loop.epoch_loop.restarting = False  # and those of the loops in it
     loop.reset_restart_stage()
     loop.epoch_progress.increment_completed()
     if isinstance(trainer.train_dataloader, Batches):
@@ -316,7 +316,7 @@ def _csv_writers(trainer: L.Trainer) -> list[Any]:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of torch's, NumPy's and Python's generators, as plain values and tensors."""
+    """Return the states of torch's, NumPy's and Python's generators, as plain values and tensors."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),

@@ -1,4 +1,4 @@
-"""Command lines that run when pasted: quoted for Hydra, then for the shell, and harmless to look at."""
+"""Quote command lines so that they run when pasted, for Hydra and for the shell, and are harmless to look at."""
 
 import re
 import shlex
@@ -11,19 +11,19 @@ PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.-]*", r
 
 
 def override(key: str, text: object) -> str:
-    """The override that gives `key` this text, whatever is in it: Hydra and OmegaConf read nothing else out of it."""
+    """Return the override that gives `key` this text: Hydra and OmegaConf read nothing else out of it."""
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(text))  # a bare ${ would begin an interpolation
     return f"{key}={literal if PLAIN.fullmatch(literal) else QuotedString(literal, Quote.single).with_quotes()}"
 
 
 def command(*words: str) -> str:
-    """The shell's line that runs train.py, as it was called, with these arguments."""
+    """Return the shell's line that runs train.py, as it was called, with these arguments."""
     script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
     return " ".join(for_the_shell(word) for word in ("python", script, *words))
 
 
 def for_the_shell(word: str) -> str:
-    """One word for any POSIX shell. printf, which all have, makes the characters that should not be printed as such."""
+    """Return one word for any POSIX shell. Its printf makes the characters that should not be printed as such."""
     if word.isprintable():
         return shlex.quote(word)
     octal = "".join(

@@ -32,8 +32,8 @@ from manual_mlp.training.commands import for_the_shell, override
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS[type(None)] = "null"
 PLURALS: dict[Any, str] = {int: " of whole numbers", float: " of numbers", str: " of texts"}
-SCHEDULE = ("interval", "monitor")  # Lightning's part of `scheduler`; the rest is its class's
-ROOT = {"seed": int, "report": bool, "optimized_metric": str}  # values of the first level, which no `_target_` declares
+SCHEDULE = ("interval", "monitor")  # Lightning's part of `scheduler`; the rest belongs to its class
+ROOT = {"seed": int, "report": bool, "optimized_metric": str}  # values of the first level: no `_target_` declares them
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def check(cfg: DictConfig) -> None:
 def optimizer_options(node: dict) -> dict:
     """Return `optimizer` without lr=auto, which the run resolves, and without zeros that its class does not know.
 
-    So a class put in by `optimizer._target_` alone does not stumble over sgd.yaml's momentum=0.
+    So a class that is set by `optimizer._target_` alone does not fail on sgd.yaml's momentum=0.
     """
     known = inspect.signature(_locate(node.get("_target_"), "optimizer")).parameters
     return {
@@ -121,7 +121,7 @@ def optimizer_options(node: dict) -> dict:
 
 
 def build(node: DictConfig, **arguments: object) -> Any:
-    """Instantiate a config node; lists and dicts arrive as plain ones. Raises what the constructor raised."""
+    """Instantiate a config node, with plain lists and dicts. Raises what the constructor raised."""
     try:
         return instantiate(node, _convert_="all", **arguments)
     except InstantiationException as error:
@@ -217,7 +217,7 @@ def fits(value: object, hint: Any) -> bool:
         return hint is bool and isinstance(value, bool)
     if hint is Path:
         return isinstance(value, str)
-    if isinstance(value, int) and abs(value) >= 2**63:  # too large for a tensor, whatever it is for
+    if isinstance(value, int) and abs(value) >= 2**63:  # too large for any tensor
         return False
     if hint is float:
         return isinstance(value, int | float)

@@ -1,4 +1,4 @@
-"""The data module: samples are checked, split, standardised, and served in batches out of memory."""
+"""The data module: it checks samples, splits and standardises them, and serves them in batches from memory."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +20,12 @@ from manual_mlp.errors import InputError
 from manual_mlp.training.readers import brief, check_numbers
 from manual_mlp.training.sources import Samples
 
-EVALUATION_BATCH = 1000  # no gradients are kept, so larger batches cost nothing and save calls
+EVALUATION_BATCH = 1000  # without gradients larger batches cost nothing and save calls
 Part = tuple[np.ndarray, ...]  # features, target, and the weights where there are any
 
 
 class Rows(Dataset[tuple[Tensor, ...]]):
-    """Tensors in memory, gathered a batch at a time: one `index_select` each instead of a Python loop over rows."""
+    """Tensors in memory. A batch is one `index_select` for each instead of a Python loop over rows."""
 
     def __init__(self, features: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         self.features, self.target = features, target
@@ -56,7 +56,7 @@ class Batches(DataLoader):
         return {"given": self.given, "batch_size": self.batch_size or 0}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Lightning calls it where a checkpoint was written in the middle of an epoch. Raises InputError for others."""
+        """Take the place in an epoch that a checkpoint was written in. Raises InputError if it does not fit."""
         given, size = state_dict["given"], state_dict["batch_size"]
         if size != self.batch_size and given * size < len(self.sampler):  # type: ignore[arg-type]
             raise InputError(
@@ -135,7 +135,7 @@ class DataModule(L.LightningDataModule):
         self.input_size = self.splits["train"].features.shape[1]
 
     def _weights(self, target: np.ndarray, weight: np.ndarray | None = None) -> Tensor | None:
-        """(N,), of mean 1; None if every row counts the same."""
+        """Return the weights (N,), with mean 1; None if every row counts the same."""
         if self.class_weight is not None:
             weight = self._class_weights(target)[target] * (1.0 if weight is None else weight)
         if weight is None:
@@ -148,7 +148,7 @@ class DataModule(L.LightningDataModule):
         return _tensor(weight / weight.mean())
 
     def _class_weights(self, target: np.ndarray) -> np.ndarray:
-        """(classes,), from the option."""
+        """Return the weights (classes,) that the option gives."""
         given, classes = self.class_weight, len(self.class_names)
         if not classes or (given != "balanced" if isinstance(given, str) else len(given or ()) != classes):
             wanted = f"balanced or a number for each of {classes} classes" if classes else "null for a regression"
@@ -160,7 +160,7 @@ class DataModule(L.LightningDataModule):
         taken: dict[str, np.ndarray] = {}
         if samples.test is None:
             rest, taken["test"] = self._carve(rest, self.test_size, "test", samples)
-            if isinstance(size, float):  # a share of everything, not of what the test part has left over
+            if isinstance(size, float):  # a share of all rows, not of those that the test part has left
                 size = round(size * len(samples.target))
         elif self.test_size is not None:
             raise InputError(
@@ -175,7 +175,7 @@ class DataModule(L.LightningDataModule):
         return {name: parts[name] for name in ("train", "val", "test")}
 
     def _carve(self, rows: np.ndarray, size: float | None, name: str, samples: Samples) -> list[np.ndarray]:
-        """Take `size` of the rows away; returns those that are left and those taken."""
+        """Take `size` of the rows away; return those that are left, and those taken."""
         if size is None:
             raise InputError(
                 f"expected a number in data.{name}_size, as {self.name} has no {name} set of its own; give it one"
@@ -222,8 +222,8 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches of `batch_size` rows in an order made from (seed, epoch) alone; several at once if the module asks.
 
-        Of P processes each serves every P-th row of that order, so that their batches together are the batches of one
-        process with P · batch_size. Where P does not divide the rows, the first ones are served again at the end.
+        Each of P processes serves every P-th row of that order. So their batches together are the batches of one
+        process with P · batch_size. If P does not divide the rows, the first ones are served again at the end.
         """
         rows = self.splits["train"]
         sampler: DistributedSampler = DistributedSampler(rows, *self._processes(), shuffle=True, seed=self.seed)
@@ -238,7 +238,7 @@ class DataModule(L.LightningDataModule):
         return self._evaluation("test")
 
     def _evaluation(self, part: str) -> DataLoader:
-        """Every row once, spread over the processes in equally many batches, because DDP synchronises at each."""
+        """Serve every row once. Every process gets the same number of batches, because DDP synchronises at each."""
         rows, (processes, rank) = self.splits[part], self._processes()
         if len(rows) < processes:
             raise InputError(
@@ -247,12 +247,12 @@ class DataModule(L.LightningDataModule):
             )
         sampler = UnrepeatedDistributedSampler(rows, num_replicas=processes, rank=rank, shuffle=False)
         batch = EVALUATION_BATCH
-        while len(rows) % processes and len(rows) // processes % batch == 0:  # one more row would be one more batch
+        while len(rows) % processes and len(rows) // processes % batch == 0:  # one more row would make one more batch
             batch += 1
         return _loader(rows, batch, sampler)
 
     def _processes(self) -> tuple[int, int]:
-        """Return how many there are, and the number of this one."""
+        """Return how many processes there are, and the number of this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
 
@@ -302,7 +302,7 @@ def _loader(rows: Rows, batch_size: int, sampler: DistributedSampler) -> Batches
 
 
 def _fingerprint(parts: dict[str, Part]) -> int:
-    """A checksum of all rows, in the order of their parts."""
+    """Return a checksum of all rows, in the order of their parts."""
     code = 0
     for values in (values for part in parts.values() for values in part):
         code = zlib.crc32(np.ascontiguousarray(values).data, code)

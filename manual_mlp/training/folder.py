@@ -1,4 +1,4 @@
-"""The folder of a run: one training at a time writes to it, and it says with what that one was configured."""
+"""The folder of a run: one training at a time writes to it, and its .hydra is the configuration of that one."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other trainings out of a folder until the block ends, or the process does, however it ends.
+    """Keep other trainings out of a folder until the block ends, or the process, in whatever way.
 
     Raises InputError if another one is there, OSError if the folder can't be written to.
     """
@@ -46,9 +46,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def keep_configuration(cfg: DictConfig) -> None:
-    """Write .hydra/*.yaml as Hydra does by itself, which does it before it is known whether the run can be.
+    """Write .hydra/*.yaml as Hydra would, but only now: Hydra writes it before the run is accepted.
 
-    So a run that is refused changes nothing of what another run in its folder was configured with.
+    So a refused run changes nothing in the configuration of another run in the same folder.
     """
     if not HydraConfig.initialized():
         return

@@ -18,8 +18,8 @@ from manual_mlp.training.strategies import choose, strategy
 
 Batch = tuple[Tensor, ...]  # features, target, and in training perhaps the weight of each row
 STAGES = ("train", "val", "test")
-EXPLODED = 1e9  # targets are standardised or 0 and 1, so a loss starts near 1
-LOOK_EVERY = 50  # steps between two looks at the loss on a GPU, which each look makes wait
+EXPLODED = 1e9  # targets are standardised, or 0 and 1, so a loss begins near 1
+LOOK_EVERY = 50  # steps between two looks at the loss on a GPU: each look makes it wait
 
 
 class MLPModule(L.LightningModule):
@@ -34,8 +34,8 @@ class MLPModule(L.LightningModule):
     l1: λ of a penalty λ Σ |W| over all weights, whose gradient joins the cost's; the logged loss is without it.
     optimizer: a functools.partial that makes the optimizer from the parameters; only training needs it.
     scheduler: what Lightning calls an lr_scheduler_config, its "scheduler" a partial that takes the optimizer.
-    metrics: further figures of val and test, by name. In classification they get P(class | x) and the class indices,
-        in regression prediction and target in the units of the target.
+    metrics: further figures for val and test, by name. In classification they get P(class | x) and the class indices,
+        in regression the prediction and the target in its units.
 
     Logs train_loss, val_loss, test_loss; in classification train_accuracy, val_accuracy, test_accuracy; in regression,
     in the units of the target, val_rmse, test_rmse, and val_r2, test_r2.
@@ -83,7 +83,7 @@ class MLPModule(L.LightningModule):
         self.register_buffer("target_scale", torch.tensor(target_scale), persistent=False)
         self.figures_before: dict[str, float] = {}  # of the run that this one goes on from
         self.sums: dict[str, dict[str, Any]] = {stage: _nothing() for stage in STAGES}
-        # What a mean over the rows cannot give. The metrics follow the module to its device.
+        # Figures that are no mean over the rows. As modules, the metrics follow this one to its device.
         own = {} if class_names else {"rmse": MeanSquaredError(squared=False), "r2": R2Score()}
         names: dict[str, Any] = {**own, **(metrics or {})}
         self.measured = list(names)
@@ -182,7 +182,7 @@ class MLPModule(L.LightningModule):
 
     @property
     def lr(self) -> float:
-        """The optimizer's step, for Lightning's LearningRateFinder to set."""
+        """Return LR, which Lightning's LearningRateFinder sets."""
         return self.optimizer.keywords["lr"]
 
     @lr.setter
@@ -190,7 +190,7 @@ class MLPModule(L.LightningModule):
         self.optimizer.keywords["lr"] = value
 
     def optimizer_in_words(self) -> str:
-        """Return the optimizer's name and what it was given that is not zero, false or null."""
+        """Return the optimizer's name, and its arguments that are not zero, false or null."""
         if self.optimizer is None:
             return "none"
         name = getattr(self.optimizer.func, "__name__", repr(self.optimizer.func))
@@ -227,7 +227,7 @@ class MLPModule(L.LightningModule):
         return values.detach().float() * self.target_scale + self.target_mean
 
     def _one_hot(self, target: Tensor) -> Tensor:
-        """(N,) class indices → (N, classes) of 0 and 1."""
+        """Return class indices (N,) as rows (N, classes) of 0 and 1."""
         return (target.unsqueeze(-1) == self.classes).to(self.target_mean.dtype)
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
@@ -273,7 +273,7 @@ class MLPModule(L.LightningModule):
         for kind, value in figures.items():
             if value.numel() != 1:
                 raise InputError(f"expected one number of metrics.{kind}, but got {value.numel()}; average them")
-            shown = stage == "val" and kind in ("accuracy", "r2")  # more does not fit beside the bar
+            shown = stage == "val" and kind in ("accuracy", "r2")  # more would not fit beside the bar
             self.log(f"{stage}_{kind}", value, prog_bar=shown, sync_dist=True)
 
 
@@ -283,7 +283,7 @@ def unfit(name: str, error: Exception) -> InputError:
 
 
 def resolve_output_activation(name: str, loss: str, classification: bool) -> str:
-    """Resolve "auto", and refuse pairs of cost, output and task that would train wrongly without a sound."""
+    """Resolve "auto", and refuse pairs of cost, output and task that would train wrongly and silently."""
     takes_logits = choose(loss, sheet.COSTS, "model.loss").logits
     if takes_logits and not classification:
         raise InputError(f"expected model.loss quadratic or mse for a regression, but got {loss}, which is for classes")
@@ -296,7 +296,7 @@ def resolve_output_activation(name: str, loss: str, classification: bool) -> str
 
 
 def _nothing() -> dict[str, Any]:
-    """Return the sums of no rows."""
+    """Return sums over no rows: zeros."""
     return {"loss": 0.0, "hits": 0, "rows": 0}
 
 

@@ -35,7 +35,7 @@ Stages = dict[str, dict[str, Tensor]]
 
 
 def learning_curves(folder: Path) -> Picture | None:
-    """Draw metrics.csv of the run folder, and leave learning_curves.png there; None without that file."""
+    """Draw metrics.csv of the run folder, and leave learning_curves.png there; return None without that file."""
     if not (folder / "metrics.csv").is_file():
         return None
     figure = plots.learning_curves(folder / "metrics.csv")
@@ -58,11 +58,12 @@ def leave_report(
 ) -> None:
     """Write report.html into the run folder, and give TensorBoard the pictures.
 
-    checkpoint: the one that is kept, of `epoch`, or None where the module is as it is. facts, figures: the summary's.
+    checkpoint: the kept one, from `epoch`, or None if the module already has its parameters. facts, figures: the
+    summary's.
     """
-    if checkpoint:  # after a test in other processes (ddp_spawn) this one's module is another epoch's
+    if checkpoint:  # after a test in other processes (ddp_spawn) the module here has another epoch's parameters
         module.load_state_dict(read_checkpoint(checkpoint, module.device)["state_dict"])
-    module.eval()  # no dropout in its answers; Lightning has left the mode of training
+    module.eval()  # no dropout in its answers: Lightning has left it in training mode
     flow = next((callback for callback in trainer.callbacks if isinstance(callback, DeltaFlow)), None)  # type: ignore[attr-defined]
     trace = _trace(module, data, flow.rows if flow else ROWS)
     pictures = [curves] if curves else []
@@ -97,7 +98,7 @@ def _command() -> str:
 
 
 def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:
-    """Trace the first rows of the training part; None where the net is of another kind, or has hooks."""
+    """Trace the first rows of the training part; return None if the net is of another kind, or has hooks."""
     train = data.splits["train"]
     try:
         return mm.trace(module.net, *module.as_net_takes(train.features[:rows], train.target[:rows]), module.loss)
@@ -106,7 +107,7 @@ def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:
 
 
 def _stages(module: MLPModule, flow: DeltaFlow | None, epoch: int) -> Stages:
-    """Return at most 6 stages, the last of which is kept."""
+    """Return at most 6 stages, the kept one last."""
     early = {passed: state for passed, state in flow.snapshots.items() if passed <= epoch} if flow else {}
     stages = {f"after {_epochs(passed)}": early[passed] for passed in sorted(early)[1 - STAGES :]}
     return stages | {f"kept, after {_epochs(epoch + 1)}": module.net.state_dict()}
@@ -117,7 +118,7 @@ def _epochs(number: int) -> str:
 
 
 class _Answers:
-    """The answers of the net to the test part, now and at earlier stages of its training."""
+    """Yield the net's answers to the test part, now and at earlier stages of its training."""
 
     @torch.no_grad()
     def __init__(self, module: MLPModule, data: DataModule, stages: Stages) -> None:
@@ -146,11 +147,11 @@ class _Answers:
         yield Picture("Confusion matrix", _in_words(target, answer, names), figure)
         if data.image_shape and (answer != target).any():
             images, scores = self.x.reshape(-1, *data.image_shape), self.prediction.cpu().numpy()
-            text = "Wrong answers whose own class was furthest behind, the worst first."
+            text = "Wrong answers, the worst first: the true class had a much lower score."
             yield Picture("Worst mistakes", text, plots.worst_mistakes(images, target, scores, names))
         if data.input_size == 2:
             regions = self.by_stage(lambda a: a.argmax(1))
-            text = "The class that is answered at each place, and rows of the test part."
+            text = "The net's answer at each place, and rows of the test part."
             figure = plots.decision_boundary(regions, self.x[:DRAWN], target[:DRAWN], names)
             yield Picture("Decision boundary", text, figure)
 

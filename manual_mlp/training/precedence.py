@@ -1,6 +1,6 @@
-"""A run that goes on takes from its configuration what is configured, from the checkpoint what has accumulated.
+"""Decide what a run that goes on takes: settings from its configuration, accumulated states from the checkpoint.
 
-A checkpoint says what its run was configured with. What is configured otherwise now is honoured, or refused.
+A checkpoint holds the configuration of its run. A setting that differs now is honoured, or refused.
 """
 
 import inspect
@@ -21,11 +21,11 @@ from manual_mlp.training.folder import keep_configuration
 from manual_mlp.training.module import MLPModule, unfit
 
 Content = dict[str, Any]
-SEEN = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # by ReduceLROnPlateau, of the figure it watches
+SEEN = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # ReduceLROnPlateau's, about its figure
 
 
 class Precedence(Callback):
-    """Keeps in checkpoints what the run is configured with, and lets that win over the states in a checkpoint."""
+    """A callback that keeps the configuration in checkpoints, and lets it win over the states in a checkpoint."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
@@ -34,10 +34,10 @@ class Precedence(Callback):
         self.callbacks = {
             name: _plain(OmegaConf.to_container(node, resolve=True)) for name, node in nodes.items() if node
         }
-        self.old: Content | None = None  # the state of a schedule that is configured otherwise now
+        self.old: Content | None = None  # the state of a schedule that has other settings now
 
     def configured(self, module: MLPModule) -> Content:
-        """Return {"optimizer": …, "scheduler": … or None, "callbacks": {name: …}}, all of it plain."""
+        """Return {"optimizer": …, "scheduler": … or None, "callbacks": {name: …}} as plain values."""
         assert module.optimizer is not None
         schedule = None
         if module.scheduler is not None:
@@ -46,21 +46,21 @@ class Precedence(Callback):
         return {"optimizer": _arguments(module.optimizer), "scheduler": schedule, "callbacks": self.callbacks}
 
     def take_found_step(self, content: Content, path: str, module: MLPModule) -> None:
-        """Set lr to what a finder of steps found. Raises InputError for a finder that has not searched."""
+        """Set lr to the one that LearningRateFinder found. Raises InputError for a finder that has not searched."""
         for name in self._names(LearningRateFinder):
             then = content.get("configured", {"callbacks": {}})
             _check_same(f"callbacks.{name}", then["callbacks"].get(name), self.callbacks[name], path)
             module.lr = then["optimizer"].get("lr")
 
     def check(self, content: Content, path: str, module: MLPModule, data: DataModule) -> None:
-        """Raise InputError for what is configured otherwise than in a checkpoint and can't be honoured any more."""
+        """Raise InputError for settings that differ from a checkpoint's and can't be honoured any more."""
         then: Any = content.get("configured")
         now = self.configured(module)
         standardised = bool(content.get("DataModule", {}).get("feature_mean"))
         _check_same("data.standardise", standardised, bool(data.feature_mean), path)
         for name, value in now["optimizer"].items() if then else ():
             _check_same(f"optimizer.{name}", then["optimizer"].get(name), value, path)
-        if now["scheduler"] and now["scheduler"]["interval"] == "step":  # nobody has counted the steps of another one
+        if now["scheduler"] and now["scheduler"]["interval"] == "step":  # nobody has counted steps for another one
             interval = then["scheduler"] and then["scheduler"].get("interval") if then else "step"
             _check_same("scheduler.interval", interval if content["lr_schedulers"] else None, "step", path)
 
@@ -80,12 +80,12 @@ class Precedence(Callback):
                 _keep_the_best(callback, state)
             elif state:
                 differs |= _configure(callback, state) and isinstance(callback, EarlyStopping)
-        if differs:  # the stop was decided by another rule
+        if differs:  # another rule decided the stop
             checkpoint["continuation"]["stopped"] = False
         if not _same_schedule(then, now, pl_module, states):
             self.old = states[0] if states else {}
             if then and (then["scheduler"] or {}).get("monitor") != (now["scheduler"] or {}).get("monitor"):
-                self.old = {**self.old, "mode": None}  # what it has seen is of another figure
+                self.old = {**self.old, "mode": None}  # it has seen another figure
             checkpoint["lr_schedulers"] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -110,7 +110,7 @@ def _check_same(name: str, then: object, now: object, path: str) -> None:
 
 
 def _arguments(made: partial) -> Content:
-    """Return {"class": …} and all that a partial gives it, the defaults with it."""
+    """Return {"class": …} and all arguments that a partial gives it, with the defaults."""
     parameters = inspect.signature(made.func).parameters.values()
     defaults = {
         parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty
@@ -119,12 +119,12 @@ def _arguments(made: partial) -> Content:
 
 
 def _plain(values: Any) -> Any:
-    """Return them as JSON would: texts, numbers, lists and dicts; of anything else its type."""
+    """Return values as in JSON: texts, numbers, lists and dicts; for anything else its type."""
     return json.loads(json.dumps(values, default=lambda value: type(value).__qualname__))
 
 
 def _configure(callback: Callback, state: Content) -> bool:
-    """Replace what a callback's constructor was given in its state by what it was given now → True if that differs."""
+    """Put a callback's arguments of now into its state; return True if they differ from the old ones."""
     names = state.keys() & inspect.signature(type(callback)).parameters.keys() & vars(callback).keys()
     given = {name: getattr(callback, name) for name in names}
     differs = any(state[name] != value for name, value in given.items())
@@ -133,7 +133,7 @@ def _configure(callback: Callback, state: Content) -> bool:
 
 
 def _keep_the_best(callback: ModelCheckpoint, state: Content) -> None:
-    """Leave the state at most the callback's save_top_k checkpoints. Their files stay where they are."""
+    """Leave at most the callback's save_top_k checkpoints in the state. The files stay where they are."""
     scores = state["best_k_models"]
     if 0 <= callback.save_top_k < len(scores):
         ranked = sorted(scores, key=scores.__getitem__, reverse=callback.mode == "max")
@@ -152,8 +152,8 @@ def _same_schedule(then: Content | None, now: Content, module: MLPModule, states
 def _reschedule(trainer: L.Trainer, module: MLPModule, old: Content) -> None:
     """Put the schedule that is configured now in the place of another, whose state was `old`.
 
-    It goes on as if it had been there from the start: made anew, it takes as many steps. One that watches a figure
-    can't, because earlier figures are gone: it keeps what the old one has seen, and the step that this one has left.
+    It goes on as if it had been there from the start: made anew, it takes as many steps. A schedule that watches a
+    figure can't do so, because earlier figures are gone: it keeps what the old one has seen, and the old one's LR.
     """
     (optimizer,) = trainer.optimizers
     made = module.scheduler["scheduler"] if module.scheduler else None
@@ -161,7 +161,7 @@ def _reschedule(trainer: L.Trainer, module: MLPModule, old: Content) -> None:
     if not (watches and "num_bad_epochs" in old):
         for group in optimizer.param_groups:
             for name in group.keys() - optimizer.defaults.keys() - {"params", "param_names"}:
-                del group[name]  # of the old schedule
+                del group[name]  # the old schedule's
             group.update(optimizer.defaults)
     if made is None or module.scheduler is None:
         return

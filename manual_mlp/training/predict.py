@@ -1,4 +1,4 @@
-"""Predictions for new rows. `Predictor` is plain torch; neither Lightning nor Hydra is imported here."""
+"""Predict new rows. `Predictor` is plain torch; neither Lightning nor Hydra is imported here."""
 
 import csv
 import io
@@ -17,15 +17,15 @@ from manual_mlp.formulas import probability
 from manual_mlp.modules import MLP
 from manual_mlp.training.readers import MAX_BYTES, NUMBER, listed, read_features
 
-ROWS = 10_000  # at a time
+ROWS = 10_000  # rows at a time
 
 
 class Predictor(nn.Module):
     """Features as they stand in the data → P(class | x) of each class, or in a regression the target in its units.
 
-    features (N, n_1) → (N, n_L). Standardises as training did, so it can be exported as one whole, to ONNX or by
-    torch.export. What P is under each cost says `formulas.probability`.
-    class_names: of the columns of P, empty in a regression. feature_names: of the n_1 columns, where they had any.
+    features (N, n_1) → (N, n_L). It standardises as training did, so it can be exported as one whole, to ONNX or by
+    torch.export. `formulas.probability` defines P for each cost.
+    class_names: of the columns of P, empty in a regression. feature_names: of the n_1 columns, if they had any.
     """
 
     mean: Tensor
@@ -50,7 +50,7 @@ class Predictor(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike[str]) -> "Predictor":
-        """Raises InputError for a file that is no whole checkpoint of train.py, and for a perceptron's."""
+        """Make the predictor of a checkpoint. Raises InputError for other files, and for a perceptron's checkpoint."""
         content = read_checkpoint(path)
         if "DataModule" not in content:
             raise InputError(f"expected a checkpoint that says how to prepare rows, but {path} does not; train anew")
@@ -65,16 +65,16 @@ class Predictor(nn.Module):
         return self.interpreted(self.prediction(features))
 
     def prediction(self, features: Tensor) -> Tensor:
-        """a^L (N, n_L) for features (N, n_1); the largest of a row is the class that accuracy counts."""
+        """Return a^L (N, n_L) for features (N, n_1); the largest in a row is the class that accuracy counts."""
         return self.net(self.standardised(features))
 
     def standardised(self, features: Tensor) -> Tensor:
-        """Features (N, n_1) as the net takes them."""
+        """Return features (N, n_1) as the net takes them: standardised, as in training."""
         weight: Any = self.net[0].weight
         return ((features - self.mean) / self.scale).to(weight.dtype)
 
     def interpreted(self, prediction: Tensor) -> Tensor:
-        """P of each class, or the target in its units, of a^L (N, n_L)."""
+        """Return P of each class, or the target in its units, for a^L (N, n_L)."""
         if self.class_names:
             return probability(prediction, self.loss)
         return prediction * self.target_scale + self.target_mean
@@ -85,7 +85,7 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
 
     CSV: a column `class` and one P(…) for each class; in a regression `prediction`. NPZ: arrays `class`,
     `probability` (N, classes) and `class_names`; in a regression `prediction` (N, m).
-    Returns what there is to say, in sentences. Raises InputError for files that can't be read or written, columns that
+    Returns notes for the user, in sentences. Raises InputError for files that can't be read or written, columns that
     don't fit, and rows without a finite prediction.
     """
     suffix = Path(destination).suffix.lower()

@@ -1,4 +1,4 @@
-"""Data files into NumPy arrays: IDX (the format of MNIST) and tables (CSV, NPZ, Parquet)."""
+"""Read data files into NumPy arrays: IDX (the format of MNIST) and tables (CSV, NPZ, Parquet)."""
 
 import csv
 import gzip
@@ -20,17 +20,17 @@ import numpy as np
 
 from manual_mlp.errors import InputError, shown
 
-SHOWN = 20  # names in a message, of columns
-LETTERS = 100  # of a file's own words in a message
+SHOWN = 20  # column names in a message
+LETTERS = 100  # letters of a file's own words in a message
 LARGEST = np.finfo(np.float32).max
-# What an IDX file may unpack to: a damaged header claims any size, and a gzip bomb grows a thousandfold.
+# Largest unpacked IDX file: a damaged header claims any size, and a gzip bomb grows a thousandfold.
 MOST_BYTES, MOST_TIMES = 1 << 28, 100
-MAX_BYTES = 1 << 31  # what a table may decode to, unless the user says otherwise
-COLUMN = 10_000  # bytes that a column counts for itself
+MAX_BYTES = 1 << 31  # largest decoded table, unless the user says otherwise
+COLUMN = 10_000  # bytes that are counted for a column itself
 BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-# Columns that nobody named: a blank name, what pandas makes of one, and the index that it keeps in a Parquet file.
+# Columns that nobody named: a blank name, pandas' word for one, and the index that pandas keeps in a Parquet file.
 INDEX = re.compile(r"\s*|Unnamed: \d+(\.\d+)*|__index_level_\d+__").fullmatch
-# How a label is written that is a number. Others, such as 007 and +7, are text.
+# A label that is a number is written so. Others, such as 007 and +7, are text.
 NUMBER = re.compile(r"\s*-?((0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?|inf)\s*", re.ASCII).fullmatch
 
 
@@ -101,7 +101,7 @@ class Table:
         return True
 
     def places(self, names: Sequence[str], index: Collection[object] = ()) -> list[int]:
-        """Places of the columns to read, by all `names` of the file. index: further names to leave out."""
+        """Return the places of the columns to read among all `names` of the file. index: further names to leave out."""
         kept = [name in self.wanted or not (INDEX(name) or name in index) for name in names]
         self.left_out = [*compress(names, map(not_, kept))]
         check_names(self.path, compress(names, kept))
@@ -131,7 +131,7 @@ def read_table(path: Path, option: str, max_bytes: float, wanted: Collection[str
         raise InputError(
             "expected pandas and pyarrow, but they are not installed; install them: pip install 'manual-mlp[table]'"
         ) from error
-    except Exception as error:  # of any kind: a parser trips over damage wherever it meets it
+    except Exception as error:  # any exception: a parser fails on damage wherever it meets it
         raise _unreadable(path, error) from error
     return table
 
@@ -158,9 +158,9 @@ def read_features(path: Path, names: Sequence[str], max_bytes: float) -> tuple[n
 
 
 def matrix(table: Table, rows: int) -> np.ndarray:
-    """The columns side by side → (rows, n) float64. Takes them out of the table, so that each number is there once.
+    """Return the columns side by side, (rows, n) float64, and take them out of the table: each number is there once.
 
-    Raises: InputError for columns of other lengths, of anything but numbers, and of one name.
+    Raises: InputError for columns with other lengths, other values than numbers, or the same name.
     """
     columns, names = table.columns, column_names(table.columns)
     check_names(table.path, names)
@@ -183,7 +183,7 @@ def matrix(table: Table, rows: int) -> np.ndarray:
 
 
 def column_names(columns: dict[str, np.ndarray]) -> tuple[str, ...]:
-    """The names of all features; those in an array of several columns (NPZ) are name[0], name[1] and so on."""
+    """Return the names of all features; those in an array of several columns (NPZ) are name[0], name[1] and so on."""
     widths = {name: math.prod(values.shape[1:]) for name, values in columns.items()}
     return tuple(
         name if columns[name].ndim == 1 else f"{name}[{index}]" for name in columns for index in range(widths[name])
@@ -191,7 +191,7 @@ def column_names(columns: dict[str, np.ndarray]) -> tuple[str, ...]:
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
-    """Raise InputError for a name that comes twice, be it with other white space or in another form of Unicode."""
+    """Raise InputError for a name that comes twice, also with other white space or in another form of Unicode."""
     seen: dict[str, str] = {}
     for name in names:
         letters = "".join(c for c in normalize("NFC", name) if c.isprintable() and c != " ") or name
@@ -230,7 +230,7 @@ def _read_csv(table: Table, file: IO[bytes], labels: str | None) -> None:
     rows, names = _count_lines(table.path, file), _header(table)
     table.allows(table.path.stat().st_size + len(names) * (8 * rows + COLUMN))
     places = table.places(names)
-    # pandas gets numbers for names, or it would rename columns. With index_col=None it would call the first value of
+    # pandas gets numbers as names, or it would rename columns. With index_col=None it would call the first value of
     # a row that is too long an index, and shift the others; now it warns.
     options: Any = {"names": range(len(names)), "header": 0, "index_col": False, "skipinitialspace": True}
     file.seek(0)
@@ -248,7 +248,7 @@ def _read_csv(table: Table, file: IO[bytes], labels: str | None) -> None:
 
 
 def _count_lines(path: Path, file: IO[bytes]) -> int:
-    """The number of lines of a CSV file, at most. Raises InputError for text in UTF-16 and the like."""
+    """Return an upper bound of the lines of a CSV file. Raises InputError for text in UTF-16 and the like."""
     start, ends = file.read(4), {b"\n": 1, b"\r": 1}
     encoding = next((name for mark, name in BOMS.items() if start.startswith(mark)), "")
     file.seek(0)
@@ -261,7 +261,7 @@ def _count_lines(path: Path, file: IO[bytes]) -> int:
 
 
 def _header(table: Table) -> list[str]:
-    """The names in the first row that is not blank, as they stand there; a nameless one is called as pandas does."""
+    """Return the names in the first row that is not blank, as they are; a nameless one gets pandas' name."""
     with table.path.open(encoding="utf-8-sig", newline="") as text:
         lines = (line for line in text if table.allows(COLUMN * line.count(",")))
         for row in csv.reader(lines, skipinitialspace=True):
@@ -274,18 +274,18 @@ def _read_parquet(table: Table, file: IO[bytes], labels: str | None) -> None:
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import parquet
 
-    about = parquet.read_metadata(file)  # of the file, not the path: pyarrow would take names of folders for columns
+    about = parquet.read_metadata(file)  # the open file, not the path: pyarrow would take names of folders for columns
     schema = about.schema.to_arrow_schema()
     index = (schema.pandas_metadata or {}).get("index_columns", ())
     fields = [schema.field(place) for place in table.places(schema.names, index)]
     names = [column.name for column in fields]
     if nested := [column.name for column in fields if pa.types.is_nested(column.type)]:
         raise ValueError(f"{listed(nested)} has more than one value in a cell; split it into columns")
-    # The columns say it one by one, but pyarrow ends the process if it meets damage there.
+    # Each column says it, too, but pyarrow ends the process if it meets damage there.
     groups = [about.row_group(number) for number in range(about.num_row_groups)]
     size = sum(max(8 * group.num_rows * len(schema), group.total_byte_size) for group in groups)
     table.allows(size + COLUMN * len(schema))
-    # Text stays a dictionary of different ones: a long one that comes often would fill the memory.
+    # Text stays a dictionary of distinct texts: a long one in many rows would fill the memory.
     source, parts, size = parquet.ParquetFile(file, metadata=about, read_dictionary=names), [], 0
     for number in range(len(groups)):
         parts.append(source.read_row_group(number, names, use_threads=False))
@@ -296,12 +296,12 @@ def _read_parquet(table: Table, file: IO[bytes], labels: str | None) -> None:
 
 
 def _column(series: Any) -> np.ndarray:
-    """Numbers and booleans as they are, with NaN for a missing number; else objects, with None for a missing one."""
+    """Return numbers and booleans, with NaN for a missing number; else objects, with None for a missing one."""
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_complex_dtype(series):
         return series.to_numpy()
-    codes, found = pd.factorize(series)  # each different text is there once
+    codes, found = pd.factorize(series)  # each distinct text is there once
     return np.array([*found, None], dtype=object)[codes]
 
 
@@ -311,7 +311,7 @@ READERS = {".csv": _read_csv, ".npz": _read_npz, ".parquet": _read_parquet}
 def check_numbers(name: str, values: np.ndarray, columns: Sequence[str] = ()) -> None:
     """Raise InputError for NaN, infinities and what float32, in which a net is trained, can't hold.
 
-    columns: the names of those of `values`, where they have any.
+    columns: the names of the columns of `values`, if they have any.
     """
     if values.size and not (values.min() >= -LARGEST and values.max() <= LARGEST):  # NaN is neither
         place = tuple(np.argwhere(~(np.abs(values) <= LARGEST))[0])
@@ -334,12 +334,12 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def example(values: np.ndarray) -> str:
-    """The first value, for a message."""
+    """Return the first value, for a message."""
     return brief(repr(values.ravel()[:1].tolist())[1:-1])
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names out of a file, for a message."""
+    """Return names out of a file, for a message."""
     return ", ".join(map(quoted, names[:SHOWN])) + (f", … ({len(names)} in all)" if len(names) > SHOWN else "")
 
 
@@ -348,6 +348,6 @@ def quoted(name: object) -> str:
 
 
 def brief(words: object) -> str:
-    """Words out of a file as `shown`, and no more of them than a message bears."""
+    """Return words out of a file as `shown`, cut to the length of a message."""
     text = shown(str(words)[: LETTERS + 1])
     return text if len(text) <= LETTERS else f"{text[:LETTERS]}…"

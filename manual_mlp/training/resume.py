@@ -1,7 +1,7 @@
-"""`ckpt_path=…` on the command line: the run that wrote the checkpoint goes on, as it was configured, in its folder.
+"""Handle `ckpt_path=…` on the command line: the run that wrote the checkpoint goes on, as configured, in its folder.
 
-A run folder may come from anybody, so what lies in it is data. It may choose among the shipped groups and give plain
-values to shipped keys. All else could run code or reach other files: only the command line can decide that.
+A run folder may come from anybody, so its content is data. It may choose among the shipped groups and give plain values
+to shipped keys. All else could run code or reach other files: only the command line can decide that.
 """
 
 import logging
@@ -27,9 +27,9 @@ from manual_mlp.training.commands import command, override
 log = logging.getLogger(__name__)
 
 CONF = Path(__file__).parents[2] / "conf"
-MOST = 1 << 13  # letters of a folder's overrides: Hydra's parser takes seconds for more
+MOST = 1 << 13  # letters in a folder's overrides: Hydra's parser takes seconds for more
 WORD = re.compile(r"[\w+-]+")  # no path, no address, no interpolation
-PLACE = re.compile(r"(path|dir|folder|filename|uri|input|output|offline)$")  # keys of where data comes from or goes to
+PLACE = re.compile(r"(path|dir|folder|filename|uri|input|output|offline)$")  # keys of paths
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def with_its_own_overrides(arguments: list[str]) -> list[str]:
 
 
 def read_overrides(text: str) -> list[Word]:
-    """The overrides that the text of an overrides.yaml lists. Raises InputError if it is anything else."""
+    """Return the overrides that the text of an overrides.yaml lists. Raises InputError if it is anything else."""
     try:
         if len(text) > MOST:
             raise ValueError(f"they have more than {MOST} letters")
@@ -69,7 +69,7 @@ def read_overrides(text: str) -> list[Word]:
         if not isinstance(words, list) or not all(isinstance(word, str) and "\0" not in word for word in words):
             raise ValueError("they are no list of texts")
         parsed = [(word, _parser().parse_override(word)) for word in words]
-    except Exception as error:  # of any kind: a reader trips over damage wherever it meets it
+    except Exception as error:  # any exception: a reader fails on damage wherever it meets it
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise InputError(
             f"expected the overrides of a run, as Hydra writes them, but: {reason}; "
@@ -124,7 +124,7 @@ def _from_its_folder(args: Namespace, flags: list[str], given: dict[str, Overrid
     words = [word.text for word in own]
     if args.multirun:
         return words
-    words += [] if "hydra.mode" in given else ["hydra.mode=RUN"]  # of a sweep that a preset began, this run alone
+    words += [] if "hydra.mode" in given else ["hydra.mode=RUN"]  # from a sweep that a preset began, this run alone
     if task == "test" or "hydra.run.dir" in given:
         return words
     link = next((file for file in [*folder.iterdir(), *(folder / ".hydra").iterdir()] if file.is_symlink()), None)
@@ -137,7 +137,7 @@ def _from_its_folder(args: Namespace, flags: list[str], given: dict[str, Overrid
 
 
 def _value(given: dict[str, Override], key: str) -> str | None:
-    """The text of one override, its interpolations resolved, as far as they need no configuration."""
+    """Return the text of one override, with those interpolations resolved that need no configuration."""
     value = given[key].value() if key in given else None
     if isinstance(value, Sweep):
         raise InputError(
@@ -166,7 +166,7 @@ def _kept(folder: Path) -> list[Word] | None:
 
 
 def _other_flags(folder: Path, args: Namespace) -> list[str]:
-    """The flags by which the run was given other configurations than the shipped ones, and which are not given now."""
+    """Return the flags that gave the run other configurations than the shipped ones, without those given now."""
     path, found = folder / ".hydra" / "hydra.yaml", {}
     try:
         hydra = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)["hydra"]
@@ -205,7 +205,7 @@ def _decides_data(word: Word) -> bool:
 
 
 def _is_replaced(word: Word, given: dict[str, Override]) -> bool:
-    """Return True if it is a value for a choice that the command line replaces by one which has no such key."""
+    """Return True for a value of a choice that the command line replaces by another one without such a key."""
     group = word.key.partition(".")[0]
     groups, _ = _shipped()
     if group not in given or group == word.key or group not in groups:
@@ -218,7 +218,7 @@ def _is_replaced(word: Word, given: dict[str, Override]) -> bool:
 
 @cache
 def _shipped() -> tuple[dict[str, list[str]], dict[str, bool]]:
-    """{group: its choices}, and {key: True if it has keys of its own} over all files of conf/."""
+    """Return {group: its choices}, and {key: True if it has keys of its own} over all files of conf/."""
     groups: dict[str, list[str]] = {}
     keys: dict[str, bool] = {}
     for path in sorted(CONF.rglob("*.yaml")):
@@ -231,7 +231,7 @@ def _shipped() -> tuple[dict[str, list[str]], dict[str, bool]]:
 
 
 def _keys(name: str) -> dict[str, bool]:
-    """{key: True if it has keys of its own} of one file of conf/ and of those of its group that it includes."""
+    """Return {key: True if it has keys of its own} for a file of conf/ and those of its group that it includes."""
     text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
     tree = yaml.safe_load(text)
     group = name.rpartition("/")[0]

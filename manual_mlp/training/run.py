@@ -1,4 +1,4 @@
-"""One run, from the config to the summary: what train.py calls."""
+"""Run what train.py was asked for, from the config to the summary."""
 
 import errno
 import inspect
@@ -56,26 +56,26 @@ from manual_mlp.training.sweep import FIGURES
 log = logging.getLogger(__name__)
 
 IRRELEVANT_ADVICE = (
-    "does not have many workers",  # batches come out of memory, workers would only copy them
+    "does not have many workers",  # batches come from memory, workers would only copy them
     "could not find the monitored key",  # a run that ends before it was first validated; after that it is an error
-    "is smaller than the logging interval",  # figures are logged once an epoch, whatever its length
+    "is smaller than the logging interval",  # figures are logged once an epoch, however long it is
     "Experiment logs directory",  # a run folder holds Hydra's files before the logger comes
     "Checkpoint directory",
     "You requested to overfit but enabled",
-    "callbacks used to create the checkpoint need to be provided",  # one that watches another figure now begins anew
-    "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning's own affair with torch
-    "missing from font",  # a letter of a class name, which is a box in the picture
+    "callbacks used to create the checkpoint need to be provided",  # one with another figure begins anew
+    "`isinstance(treespec, LeafSpec)` is deprecated",  # a matter between Lightning and torch
+    "missing from font",  # a letter in a class name, shown as a box in the picture
 )
 
 
-# What a full disk, a quota, a lost folder or a lost right says.
+# Errors of a full disk, a quota, a lost folder or a lost right.
 NAMES = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "EACCES", "EROFS")
 NOT_WRITTEN = {getattr(errno, name) for name in NAMES}
 
 
 TORCHS_THREADS = torch.get_num_threads()
 MOST_THREADS = 1024  # more end the process in the middle of a product
-SMALL_STEP = 5_000_000  # weights times rows, half a millisecond of a core: as much as Lightning takes for a step
+SMALL_STEP = 5_000_000  # weights times rows: half a millisecond on one core, as much as Lightning takes for a step
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -96,7 +96,7 @@ def run(cfg: DictConfig) -> float | None:
 
 @contextmanager
 def _in_words(cfg: DictConfig) -> Iterator[None]:
-    """Raise InputError for what goes wrong in other programs by an option, the disk, or another process."""
+    """Raise InputError for errors that an option, the disk or another process causes in other programs."""
     try:
         yield
     except InputError:
@@ -115,7 +115,7 @@ def _in_words(cfg: DictConfig) -> Iterator[None]:
             "one with ckpt_path=…/last.ckpt"
         ) from error
     except RuntimeError as error:
-        if "without overflow" in str(error):  # torch has tried to make one of its own numbers of it
+        if "without overflow" in str(error):  # torch could not make a number of its own out of it
             half = ", or take trainer.precision=32-true" if "Half" in str(error) or "BFloat16" in str(error) else ""
             raise InputError(
                 f"expected numbers that the precision of the training can hold, but: {error}; lower optimizer.lr, or "
@@ -201,7 +201,7 @@ def _trained(
     with restoring(cfg.ckpt_path):
         interrupted = _interrupted(trainer, module, data, cfg.ckpt_path)
     seconds = time.perf_counter() - started
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # the others, where the training was, can't
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # the processes of the training can't
         keep_configuration(cfg)
     idle = content is not None and trainer.global_step == content["global_step"] and not interrupted
     stopped = trainer.should_stop
@@ -277,7 +277,7 @@ def _interrupted(trainer: L.Trainer, module: MLPModule, data: DataModule, checkp
     """Train → True if Ctrl-C ended it, upon which Lightning would leave the program. SIGTERM does leave it."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
-    except SIGTERMException:  # Lightning's exit code would be that of a success
+    except SIGTERMException:  # Lightning would exit with the code of a success
         sys.exit(128 + signal.SIGTERM)
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):

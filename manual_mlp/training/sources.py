@@ -1,4 +1,4 @@
-"""Sources of samples. `conf/data/*.yaml` names one of these functions in `source`; each returns `Samples`."""
+"""Make samples. `conf/data/*.yaml` names one of these functions in `source`; each returns `Samples`."""
 
 import re
 import warnings
@@ -19,7 +19,7 @@ FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 DIGIT_CLASSES = tuple("0123456789")
 MNIST_TRAIN = 60000
 MOST_DRAWN = 10**9
-LARGEST_FLOAT = 2**53  # from here on not every whole number has a float of its own
+LARGEST_FLOAT = 2**53  # above it not every whole number has a float of its own
 MOST_CLASSES, LONGEST_NAME = 10_000, 1000
 WHOLE = re.compile("0|-?[1-9][0-9]*").fullmatch
 
@@ -29,9 +29,9 @@ class Samples:
     """Features and targets as they come, before any split or standardisation.
 
     features: (N, …), numbers. target: (N,) class indices 0 … len(class_names) − 1, or (N,) or (N, m) numbers.
-    class_names: empty for regression. test: the official test set, (features, target), where there is one.
-    feature_names: of the columns of features, where they have any.
-    weight: (N,) how much each counts in training, where that differs; not beside a test set.
+    class_names: empty for regression. test: the official test set, (features, target), if there is one.
+    feature_names: of the columns of features, if they have any.
+    weight: (N,) how much each row counts in training, if that differs; not beside a test set.
     left_out: columns of a table that are no features.
     """
 
@@ -45,25 +45,25 @@ class Samples:
 
 
 def bundled(name: str) -> Samples:
-    """Load what scikit-learn brings along: digits (images scaled to [0, 1]), iris, wine, breast_cancer, diabetes."""
+    """Load a data set of scikit-learn: digits (images scaled to [0, 1]), iris, wine, breast_cancer, diabetes."""
     if name not in BUNDLED:
         raise InputError(f"expected one of {', '.join(BUNDLED)}, but got {name!r}; correct data.source.name")
     bunch = getattr(datasets, f"load_{name}")()
     features = bunch.images / 16.0 if name == "digits" else bunch.data
     class_names = tuple(map(str, bunch.get("target_names", ())))
-    feature_names = () if name == "digits" else tuple(bunch.feature_names)  # pixels go by their place
+    feature_names = () if name == "digits" else tuple(bunch.feature_names)  # a pixel's name is its place
     return Samples(features, bunch.target, class_names, feature_names=feature_names)
 
 
 def moons(samples: int, noise: float, seed: int) -> Samples:
-    """Two interleaved half circles in the plane; `noise` is the standard deviation added to each point."""
+    """Draw two interleaved half circles in the plane; `noise` is the standard deviation added to each point."""
     _generator(samples, noise, seed)
     features, target = datasets.make_moons(samples, noise=noise, random_state=seed)
     return Samples(features, target, ("upper", "lower"))
 
 
 def xor(samples: int, noise: float, seed: int) -> Samples:
-    """Points around the corners of the unit square; the class says whether exactly one coordinate is 1."""
+    """Draw points around the corners of the unit square; class 1 if exactly one coordinate is 1."""
     random = _generator(samples, noise, seed)
     corners = random.integers(0, 2, size=(samples, 2))
     features = corners + random.normal(0.0, noise, size=corners.shape)
@@ -71,7 +71,7 @@ def xor(samples: int, noise: float, seed: int) -> Samples:
 
 
 def halves(samples: int, noise: float, seed: int) -> Samples:
-    """A square cut in two by a slanted line, the halves moved 0.02 away from it each; then `noise` added to the points.
+    """Draw points of a square that a slanted line cuts in two; each half is moved away by 0.02; then `noise` is added.
 
     Without noise a straight line separates the classes.
     """
@@ -98,9 +98,9 @@ def sine(samples: int, noise: float, seed: int, frequency: float = 1.0) -> Sampl
 
 
 def mnist(folder: str | None) -> Samples:
-    """Handwritten digits, 28 × 28, scaled to [0, 1]: 60,000 and the official test set of 10,000.
+    """Load handwritten digits, 28 × 28, scaled to [0, 1]: 60,000 and the official test set of 10,000.
 
-    From the IDX files in `folder`, or where it is None through scikit-learn from openml.org (kept on disk afterwards).
+    They come from the IDX files in `folder`; if it is None, from openml.org by scikit-learn, which keeps them on disk.
     """
     if folder is not None:
         return _idx_folder(Path(folder), DIGIT_CLASSES)
@@ -111,7 +111,7 @@ def mnist(folder: str | None) -> Samples:
 
 
 def fashion_mnist(folder: str) -> Samples:
-    """Photographs of clothes, 28 × 28, scaled to [0, 1], from the IDX files in `folder`: 60,000 and 10,000 for test."""
+    """Load photographs of clothes, 28 × 28, scaled to [0, 1], from IDX files: 60,000 and 10,000 for test."""
     hint = "on Debian and Ubuntu: apt-get install dataset-fashion-mnist, elsewhere put its four files into a folder"
     return _idx_folder(Path(folder), FASHION, hint)
 
@@ -119,10 +119,10 @@ def fashion_mnist(folder: str) -> Samples:
 def table(
     path: str, target: str | int, task: str, weight: str | int | None = None, max_bytes: float = MAX_BYTES
 ) -> Samples:
-    """Your own CSV, NPZ or Parquet file; labels may be text, numbers or booleans.
+    """Read your own CSV, NPZ or Parquet file; labels may be text, numbers or booleans.
 
     weight: the column that says how much a row counts in training; it is not a feature.
-    max_bytes: what the table may decode to: 8 bytes a cell, text by its length, 10,000 a column.
+    max_bytes: the largest decoded table: 8 bytes for a cell, text by its length, 10,000 for a column.
     """
     if task not in TASKS:
         raise InputError(f"expected data.source.task to be one of {', '.join(TASKS)}, but got {task!r}; correct it")
@@ -175,7 +175,7 @@ def _idx_path(folder: Path, name: str) -> Path:
 def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="A network error occurred")  # the sentence below says it once
+            warnings.filterwarnings("ignore", message="A network error occurred")  # the sentence below says it already
             return datasets.fetch_openml("mnist_784", version=1, as_frame=False, return_X_y=True)
     except ImportError as error:  # scikit-learn parses this file with pandas
         raise InputError(
@@ -198,7 +198,7 @@ def _numbers(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _classes(values: np.ndarray, target: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """The names of the classes in order, and for each row the index of its class.
+    """Return the names of the classes in order, and for each row the index of its class.
 
     Whole numbers (also 1.0) and booleans are named as in Python and ordered by size; so is text that is all whole
     numbers. Other text stays as it is.
@@ -206,7 +206,7 @@ def _classes(values: np.ndarray, target: str) -> tuple[tuple[str, ...], np.ndarr
     try:
         if values.dtype.kind not in "biufOSU":
             raise ValueError(f"values such as {readers.example(values)}")
-        if values.dtype.kind == "O":  # text keeps its hash: a long one that comes often costs no time
+        if values.dtype.kind == "O":  # text keeps its hash: a long one in many rows costs no time
             codes = {value: code for code, value in enumerate(dict.fromkeys(values.tolist()))}
             found = np.array([*codes], dtype=object)
             indices = np.fromiter(map(codes.__getitem__, values.tolist()), dtype=np.int64)
@@ -233,7 +233,7 @@ def _classes(values: np.ndarray, target: str) -> tuple[tuple[str, ...], np.ndarr
 
 
 def _label(value: Any) -> bool | int | str | None:
-    """The label that a value stands for; None where it is missing. Raises ValueError that says what it is instead."""
+    """Return the label that a value stands for; None if it is missing. Raises ValueError with the kind of value."""
     if isinstance(value, float):
         if not np.isnan(value) and (not value.is_integer() or abs(value) >= LARGEST_FLOAT):
             raise ValueError(f"numbers such as {value}")

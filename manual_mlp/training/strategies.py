@@ -23,7 +23,7 @@ from manual_mlp.program import Program, read
 from manual_mlp.tracing import up
 from manual_mlp.training.data import DataModule
 
-MOST_BATCHES = 128  # in a training step of the engine: enough to share Lightning's cost for a step,
+MOST_BATCHES = 128  # in a training step of the engine: enough to share Lightning's cost for a step;
 MOST_NUMBERS = 1 << 20  # the 4 MB of their inputs stay in the cache,
 MOST_PRODUCTS = 1 << 28  # and the progress bar moves several times a second
 PRECISIONS = {"32-true": None, "64-true": None, "bf16-true": None, "bf16-mixed": torch.bfloat16}  # to compute_dtype
@@ -77,7 +77,7 @@ def _within(first: int, last: int) -> str:
 
 
 class ByLayers:
-    """Derivatives by hand in a Function for each layer; autograd joins them, the optimizer takes the step.
+    """Derivatives by hand, in a Function for each layer. Autograd joins them, the optimizer takes the step.
 
     options: the hyper-parameters of the module.
     """
@@ -101,10 +101,10 @@ class ByLayers:
         return net
 
     def check(self, trainer: L.Trainer) -> None:
-        """Raise InputError for options that can't be honoured: before other processes are started."""
+        """Raise InputError for options that can't be honoured, before other processes are started."""
 
     def check_weights(self) -> None:
-        """Raise InputError if rows can't count by weights. Cross-entropy takes them in its target."""
+        """Raise InputError if rows can't have weights. Cross-entropy takes them in its target."""
         if self.loss not in self.weighted:
             known = " or ".join([*self.weighted, "cross_entropy"])
             fix = " or take backprop=layers" if self.loss in ByLayers.weighted else ""
@@ -112,8 +112,9 @@ class ByLayers:
             raise InputError(f"{wanted}, but got {self.loss}; change it{fix}")
 
     def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
-        """Check once more, for those who have not; keep what `train` needs. The module has set `trainer` before."""
-        self.check(self.trainer)
+        """Check once more, for callers that have not; keep what `train` needs. The module has set `trainer` before."""
+        if self.trainer is not None:  # without one, `configure_optimizers` was called by itself
+            self.check(self.trainer)
 
     def end(self) -> None:
         """Drop what can't be copied with the module."""
@@ -133,7 +134,7 @@ class ByLayers:
         loss.backward(*arguments, **options)
 
     def place(self, net: nn.Module, features: Tensor, step: int, looked_back: int) -> str:
-        """Return where a loss diverged: step and layer if every step is looked at, else the mini-batches.
+        """Return the place where a loss diverged: step and layer if every step is looked at, else the mini-batches.
 
         net: as it was before training step `step`, with the rows `features`. looked_back: steps since the last look.
         """
@@ -143,7 +144,7 @@ class ByLayers:
 
 
 class ByNetwork(ByLayers):
-    """Net and cost as one Function, its gradients by the δ recursion; the optimizer takes the step."""
+    """Net and cost as one Function, with gradients by the δ recursion. The optimizer takes the step."""
 
     weighted = ()
 
@@ -152,7 +153,7 @@ class ByNetwork(ByLayers):
 
 
 class ByEngine(ByLayers):
-    """`BackpropEngine`: no graph, several mini-batches in a training step, so that Lightning's cost is paid rarely.
+    """`BackpropEngine`: no graph, and several mini-batches in a training step, because Lightning's step is expensive.
 
     Lightning calls optimizer.step(closure) once for a training step, and the closure `train`, which updates the
     parameters. Lightning then sets the gradients to None, `backward` does nothing, and the optimizer finds nothing left
@@ -243,7 +244,7 @@ def torch_quadratic_loss(prediction: Tensor, target: Tensor, weight: Tensor | No
 
 
 class ByAutograd(ByLayers):
-    """The same net in torch's own layers, with the same state_dict keys and initial bits, differentiated by torch."""
+    """The same net in torch's own layers, with the same state_dict keys and initial bits. torch differentiates it."""
 
     costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = {
         "quadratic": torch_quadratic_loss,
