@@ -101,6 +101,8 @@ class Hook:
             return not self.inside(path, [own] if writes else [own, *self.readable])
         if event.startswith(LOOKS):
             return not self.inside(arguments[0], [own, *self.readable])
+        if event == "compile" and is_formatted():
+            return False
         if event.startswith(FORBIDDEN):
             usual = f"{event} {arguments[0].co_qualname if event == 'exec' else arguments[0]}"
             self.usual |= {usual} if self.learns else set()
@@ -116,6 +118,14 @@ class Hook:
         parent, name = os.path.split(os.path.abspath(os.fsdecode(path)))
         real = os.path.join(os.path.realpath(parent), name)
         return any(real == folder or real.startswith(folder + os.sep) for folder in folders)
+
+
+def is_formatted() -> bool:
+    """Return True while Python formats a traceback for the log: it parses its own lines to mark a part of them."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != traceback.__file__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 HOOK = Hook()

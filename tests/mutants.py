@@ -169,11 +169,11 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "network: g forgotten": ("network", "                gradient.mul_(g)\n", "                pass\n"),
     "network: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients"),
     "network: 1/N forgotten": ("network", "        self.delta.mul_(self.delta_weight)\n", ""),
-    "network: a cut parameter": ("network", " or _shapes(tensors[1:]) != plan.shapes", ""),
+    "network: a cut parameter": ("network", " or _shapes(tensors) != plan.shapes", ""),
     "plan: what arrives does not add up": ("plan", "partial(torch.addmm, into, delta, out=into) if more else ", ""),
     "plan: one δ in the place of the next": ("plan", "self.arrived[slot] = self.free.pop()", "self.arrived[slot] = self.flats[0]"),
     "plan: the prediction is written over": ("plan", "z is None and a is not self.slots[-1]", "z is None", "engine", "predictions"),
-    "plan: G over a z that is read again": ("plan", " and readers == 1", ""),
+    "plan: G over a z that is read again": ("plan", " and self._alone(i) and reads", " and reads"),
     "plan: W before δ": (
         "plan",
         "            if self.wanted[reads[0]]:\n                self._step_3(delta, own[0], reads[0])\n",
