@@ -69,7 +69,7 @@ def read_by_shell(line: str, shell: str) -> list[str]:
 
 
 class TestCommand:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=12))
     @example("${a}")
     @example("\\${a}\\")
@@ -152,7 +152,7 @@ class TestFolder:
         for path in (path for path in CONF.rglob("*.yaml") if path.name != "config.yaml"):
             assert [name for name, _ in values.findall(path.read_text()) if not PLACE.search(name)] == []
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(st.text(max_size=60) | st.lists(st.text(max_size=20)).map(lambda words: yaml.safe_dump(words)))
     def test_any_text(self, text: str) -> None:
         try:

@@ -118,7 +118,7 @@ def slow(*values: object) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-QUICKLY = ("longer", "eta_min", "another", "now one", "none any more", "max_lr")
+QUICKLY = ("longer", "another", "none any more", "max_lr")
 
 
 class TestSchedules:
@@ -141,6 +141,7 @@ class TestSchedules:
         _, found, cfg = on(*options, "scheduler.T_max=66")
         assert found == from_the_start(cfg, 6, 11)[0][3:]
 
+    @pytest.mark.slow
     def test_two_changes(self, before, on) -> None:
         """What a run has become is what the next one goes on from."""
         before(COSINE)
@@ -164,9 +165,9 @@ class TestSchedules:
             slow([], [0.1, 0.01, 0.01, 0.001]),  # every second epoch, as none is better
             (["scheduler.patience=0"], [0.1, 0.01, 0.001, 0.0001]),
             slow(["scheduler.factor=0.5"], [0.1, 0.05, 0.05, 0.025]),
-            (["+scheduler.min_lr=0.05"], [0.1, 0.05, 0.05, 0.05]),
+            slow(["+scheduler.min_lr=0.05"], [0.1, 0.05, 0.05, 0.05]),
             slow(["+scheduler.cooldown=9"], [0.1, 0.01, 0.01, 0.01]),
-            (["scheduler.monitor=train_loss"], [0.1, 0.1, 0.01, 0.01]),  # of which it has seen nothing
+            slow(["scheduler.monitor=train_loss"], [0.1, 0.1, 0.01, 0.01]),  # of which it has seen nothing
             slow(["scheduler.mode=max"], [0.1, 0.1, 0.1, 0.01]),  # the first is then better than none
             slow(["+scheduler.threshold_mode=abs"], [0.1, 0.1, 0.1, 0.01]),
         ],
@@ -205,10 +206,10 @@ class TestCallbacks:
             slow(["trainer.max_epochs=9"], 0),
             (["callbacks.early_stopping.patience=4"], 3),  # one has been no better
             (["callbacks.early_stopping.patience=20", "callbacks.early_stopping.min_delta=0"], 4),
-            (["callbacks.early_stopping.min_delta=0", "optimizer.lr=1"], 4),  # each is better
+            slow(["callbacks.early_stopping.min_delta=0", "optimizer.lr=1"], 4),  # each is better
             slow(["callbacks.early_stopping.monitor=train_loss"], 2),  # of which it has seen nothing
             slow(["+callbacks.early_stopping.stopping_threshold=100"], 1),
-            (["~callbacks.early_stopping"], 4),
+            slow(["~callbacks.early_stopping"], 4),
         ],
     )
     def test_early_stopping(self, before, on, capsys, change: list[str], epochs: int) -> None:
@@ -243,7 +244,7 @@ class TestCallbacks:
         assert kept["best_model_score"] == pytest.approx(worst)
 
     @pytest.mark.parametrize(
-        ("then", "now"), [(3, 1), (1, 3), *(slow(*pair) for pair in ((3, 2), (-1, 2), (3, -1), (2, 0)))]
+        ("then", "now"), [(3, 1), slow(1, 3), *(slow(*pair) for pair in ((3, 2), (-1, 2), (3, -1), (2, 0)))]
     )
     def test_number_of_the_best(self, before, on, then: int, now: int) -> None:
         options = [r"callbacks.best.filename='{epoch}'"]
@@ -260,6 +261,7 @@ class TestCallbacks:
         forgotten = sorted(kept, key=kept.__getitem__)[now:] if now >= 0 else []
         assert all((folder / Path(path).name).exists() for path in forgotten)  # no file is deleted for it
 
+    @pytest.mark.slow
     def test_records_of_the_flow(self, before, on) -> None:
         before("callbacks.delta_flow.every=1000")
         folder, _, _ = on("callbacks.delta_flow.every=5")
@@ -295,9 +297,9 @@ class TestRefused:
         ("change", "name"),
         [
             (["optimizer.lr=2"], "the optimizer"),
-            (["optimizer.momentum=0.9"], "the optimizer"),
+            slow(["optimizer.momentum=0.9"], "the optimizer"),
             slow(["optimizer.weight_decay=0.1"], "the optimizer"),
-            (["+optimizer.nesterov=true", "optimizer.momentum=0.9"], "the optimizer"),
+            slow(["+optimizer.nesterov=true", "optimizer.momentum=0.9"], "the optimizer"),
             slow(["+optimizer.maximize=true"], "the optimizer"),
             slow(["optimizer=adam", "optimizer.lr=1"], "the optimizer"),
             (["model.initialisation=glorot"], "initialisation"),
@@ -312,11 +314,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("change", "name"),
         [
-            (["+optimizer.betas=[0.5,0.9]"], "the optimizer"),
+            slow(["+optimizer.betas=[0.5,0.9]"], "the optimizer"),
             slow(["+optimizer.eps=0.1"], "the optimizer"),
             slow(["+optimizer.amsgrad=true"], "the optimizer"),
             (["~optimizer.weight_decay"], "optimizer.weight_decay"),  # torch's own is 0.01
-            (["+optimizer.eps=0"], "optimizer.eps"),
+            slow(["+optimizer.eps=0"], "optimizer.eps"),
         ],
     )
     def test_of_adamw(self, before, on, change: list[str], name: str) -> None:
@@ -326,7 +328,7 @@ class TestRefused:
         with pytest.raises(InputError, match=f"expected {name} to be .*, as in .*last.ckpt, but it is"):
             on(*options, *change)
 
-    @pytest.mark.parametrize("damage", [5, {}, {"optimizer": 3, "scheduler": None, "callbacks": {}}])
+    @pytest.mark.parametrize("damage", [5, *map(slow, ({}, {"optimizer": 3, "scheduler": None, "callbacks": {}}))])
     def test_damaged(self, before, on, damage: object) -> None:
         path = before() / "last.ckpt"
         torch.save({**torch.load(path, weights_only=True), "configured": damage}, path)
