@@ -37,7 +37,8 @@ def assert_manual_backward(model: Callable[..., Any], x: Any, allow: Collection[
     names = {node.name().split("::")[-1] for node in nodes if not _is_ours(node)}
     foreign = sorted(name for name in names if name not in allow and _operation(name) not in ALLOWED)
     if foreign:
+        compiled = any(name in ("CompiledFunctionBackward", "ApplyTemplateBackward") for name in foreign)
         raise AssertionError(
             f"expected every affine map, activation and cost to be manual_mlp's; the graph has {', '.join(foreign)}: "
-            "convert the model, or name what may stay in allow=(…)"
+            + ("ask before torch.compile" if compiled else "convert the model, or name what may stay in allow=(…)")
         )
