@@ -5,7 +5,8 @@ functions are called only after torch has refused.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -23,6 +24,21 @@ def size(name: str, value: Any, smallest: int = 0) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < smallest:
         raise InputError(f"expected {name} to be a whole number of neurons, at least {smallest}; got {value!r}")
     return operator.index(value)
+
+
+_NO_SOFTMAX = "'identity', because CrossEntropyLoss contains the softmax"
+# The names that others give an activation, and the one here.
+_MEANT = {"linear": "'identity'", "none": "'identity'", "swish": "'silu'", "logistic": "'sigmoid'"}
+_MEANT |= dict.fromkeys(("softmax", "log_softmax", "logsoftmax"), _NO_SOFTMAX)
+
+
+def meant(name: Any, known: Iterable[str]) -> str:
+    """Return which of the known activations was likely meant, to follow a message; "" if none comes near."""
+    lower = str(name).lower()
+    close = get_close_matches(lower, list(known), n=1)
+    if lower in _MEANT:
+        return f": take {_MEANT[lower]}"
+    return f": did you mean {close[0]!r}?" if close else ""
 
 
 def fraction(name: str, value: float) -> None:
@@ -113,10 +129,23 @@ def same_shape(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:
         fix = "the target" if prediction.dim() > target.dim() else "the prediction"
         hint = f": call .unsqueeze(-1) on {fix}" if abs(prediction.dim() - target.dim()) == 1 else ""
+        hint = _one_hot(prediction.shape, prediction.dtype, target) or hint
         raise InputError(
             f"expected prediction and target of the same shape; got {tuple(prediction.shape)} and "
             f"{tuple(target.shape)}, which would broadcast to something else{hint}"
         )
+
+
+def _one_hot(shape: Sequence[int], dtype: torch.dtype, target: Tensor) -> str:
+    """Return what to do with class labels beside a prediction of this shape; "" if the target can't be labels."""
+    *samples, classes = shape
+    if classes == 1 or tuple(target.shape) not in ((*samples,), (*samples, 1)):
+        return ""
+    column = "" if target.dim() == len(samples) else ".squeeze(-1)"
+    return (
+        ": if these are class labels, take CrossEntropyLoss (loss='cross_entropy'), "
+        f"or torch.nn.functional.one_hot(target{column}.long(), {classes}).to({dtype})"
+    )
 
 
 def factor(name: str, weight: Tensor, prediction: Tensor) -> None:
@@ -194,9 +223,11 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
         fits = target.dtype == input.dtype and target.shape == (input.shape[0], outputs)
     if not fits or target.device != input.device:
         indices = f", or class indices ({input.shape[0]},) of torch.int64" if loss == "cross_entropy" else ""
+        hint = "" if loss == "cross_entropy" else _one_hot((len(input), outputs), input.dtype, target)
         raise InputError(
             f"expected a target of shape ({input.shape[0]}, {outputs}) and {input.dtype}{indices}, on {input.device}; "
-            f"got {tuple(target.shape)} of {target.dtype} on {target.device}: reshape it, or call .to() on it"
+            f"got {tuple(target.shape)} of {target.dtype} on {target.device}"
+            + (hint or ": reshape it, or call .to() on it")
         )
 
 

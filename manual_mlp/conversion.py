@@ -11,6 +11,7 @@ called layer by layer, whenever the hook is added, and fused again when it is re
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -27,6 +28,9 @@ _CONVERTED = tuple(OURS.values())
 _ACTIVATIONS = frozenset(_CONVERTED) - {modules.Affine}
 # A layer with such a name that can't be converted is reported. Quantised layers share nothing else with nn.Linear.
 _NAMES = frozenset(plain.__name__ for plain in OURS) - {nn.Identity.__name__}
+# The classes of torch.nn that compute something nonlinear, by file or name.
+_FILES = "activation|adaptive|batchnorm|distance|instancenorm|normalization|rnn"
+_NONLINEAR = re.compile(rf"torch\.nn\.modules\.(({_FILES})\.|pooling\.\w*(Max|LP)Pool)")
 _WAS = "_class_before_convert"
 
 logger = logging.getLogger(__name__)
@@ -37,10 +41,20 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
 
     filter(module, qualified_name) chooses among the layers that could be converted; None takes them all.
     fuse: compute a Linear and the activation after it in an nn.Sequential as one node, if both are converted.
-    Layers that can't be converted faithfully are left as they are and named, with the reason, in a warning of the
-    logger "manual_mlp.conversion"; `left_alone` returns them. A function that a model's own forward calls (torch.relu,
-    F.linear, the projections of nn.MultiheadAttention) is no module and stays torch's.
+    The logger "manual_mlp.conversion" says how many layers were converted (info), and names the others that compute
+    something, with the reason (warning); `left_alone` returns them. A function that a model's own forward calls
+    (torch.relu, F.linear, the projections of nn.MultiheadAttention) is no module and stays torch's:
+    `testing.assert_manual_backward` finds it.
     Raises InputError for a model that is no nn.Module and a filter that can't be called.
+
+    >>> import torch, manual_mlp as mm
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+    >>> keys, x = list(model.state_dict()), torch.randn(4, 2)
+    >>> expected = model(x)
+    >>> [type(layer).__module__ for layer in mm.convert(model)]
+    ['manual_mlp.modules', 'manual_mlp.modules', 'manual_mlp.modules']
+    >>> torch.allclose(model(x), expected), list(model.state_dict()) == keys
+    (True, True)
     """
     _check_module("convert", model)
     if filter is not None and not callable(filter):
@@ -48,12 +62,14 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
     layers = [(name, module) for name, module in model.named_modules() if _base(module) in OURS]
     layers = [(name, module) for name, module in layers if _obstacle(module) is None]
     # Ask the filter about all of them before any is changed, because it may raise.
-    for module in [module for name, module in layers if filter is None or filter(module, name)]:
+    chosen = [module for name, module in layers if filter is None or filter(module, name)]
+    for module in chosen:
         vars(module)[_WAS] = _base(module)
         _set_class(module, OURS[_base(module)])
     for module in model.modules():
         if fuse and _fusible(module):
             _set_class(module, _fusing(_base(module)))  # type: ignore[arg-type] # mypy: a class is not Hashable
+    logger.info("converted %d of the %d layers with a formula here", len(chosen), len(layers))
     remaining = left_alone(model)
     for reason in dict.fromkeys(remaining.values()):
         names = [name or "the model itself" for name, why in remaining.items() if why == reason]
@@ -65,6 +81,10 @@ def revert(model: nn.Module) -> nn.Module:
     """Undo `convert`, in place: every layer and nn.Sequential gets the class it had. Return `model`.
 
     Layers that were ours before `convert` stay ours. Raises InputError for a model that is no nn.Module.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.revert(mm.convert(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh())))[1].__class__
+    <class 'torch.nn.modules.activation.Tanh'>
     """
     _check_module("revert", model)
     for module in model.modules():
@@ -76,10 +96,18 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def left_alone(model: nn.Module) -> dict[str, str]:
-    """Return qualified name → reason, for each layer of `model` that `convert` can't convert faithfully."""
+    """Return qualified name → reason, for each layer of `model` that `convert` can't convert: it stays torch's.
+
+    These are layers of a known kind that can't be converted faithfully, and those without a formula here that have
+    parameters of their own or compute something nonlinear. Raises InputError for a model that is no nn.Module.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.left_alone(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ELU(), torch.nn.Flatten()))
+    {'1': 'there is no formula for torch.nn.ELU here'}
+    """
     _check_module("left_alone", model)
-    named = ((name, _obstacle(module)) for name, module in model.named_modules())
-    return {name: reason for name, reason in named if reason is not None}
+    named = ((name, _obstacle(module) or _stays(module)) for name, module in model.named_modules())
+    return {name: reason for name, reason in named if reason is not None and "parametrizations" not in name.split(".")}
 
 
 def _check_module(function: str, model: Any) -> None:
@@ -111,6 +139,19 @@ def _obstacle(module: nn.Module) -> str | None:
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             return f"its {name} is no plain floating-point parameter"
     return None
+
+
+def _stays(module: nn.Module) -> str | None:
+    """Return the reason why a layer without a formula of ours stays torch's; None if ours, or if nothing is lost."""
+    kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+    ours = _base(module) in OURS or any(kind.startswith("manual_mlp.") for kind in kinds)
+    parameters = parametrize.is_parametrized(module) or next(module.parameters(recurse=False), None) is not None
+    if ours or not (parameters or any(map(_NONLINEAR.match, kinds))):
+        return None
+    kind = _base(module)
+    if kind.__module__.startswith("torch.nn.modules."):
+        return f"there is no formula for torch.nn.{kind.__name__} here"
+    return f"there is no formula for the forward of {kind.__module__}.{kind.__qualname__}"
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -4,6 +4,7 @@ Plain SGD is done by the matrix product of step 4 itself, W := βW + α δᵀa, 
 other optimizer gets gradients in `.grad` and does its own `step()`.
 """
 
+import inspect
 import math
 import threading
 from bisect import bisect
@@ -167,6 +168,17 @@ class BackpropEngine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model, self.optimizer, self.loss, self.max_grad_norm, self.compute_dtype)
+
+    def __repr__(self) -> str:
+        """Return the net, the optimizer with its rates, the cost, and the options that are not at their default."""
+        sizes = "-".join(map(str, getattr(self.model, "sizes", ())))
+        net = sizes or f"of {sum(p.numel() for p in self.model.parameters()):,} parameters"
+        rates = ", ".join(dict.fromkeys(f"lr={group['lr']}" for group in self.optimizer.param_groups))
+        _, _, *options = inspect.signature(type(self)).parameters.values()
+        given = [(option.name, getattr(self, option.name)) for option in options if option.default is not option.empty]
+        shown = [f"{name}={value!r}" for name, value in given if name == "loss" or value is not None]
+        words = [f"{type(self.model).__name__} {net}", f"{type(self.optimizer).__name__}({rates})", *shown]
+        return f"{type(self).__name__}({', '.join(words)})"
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
         """One training step: input (N, n_1), target (N, n_L) or class indices (N,) → C before the step, a scalar."""

@@ -97,7 +97,8 @@ def name_and_values(name: str, given: dict[str, float | str]) -> tuple[str, tupl
     Raises InputError for an unknown name, parameter or option.
     """
     if name not in ACTIVATIONS:
-        raise InputError(f"expected the name of an activation, one of {', '.join(ACTIVATIONS)}; got {name!r}")
+        hint = checks.meant(name, ACTIVATIONS)
+        raise InputError(f"expected the name of an activation, one of {', '.join(ACTIVATIONS)}; got {name!r}{hint}")
     row = ACTIVATIONS[name]
     if not given:
         return name, row.values

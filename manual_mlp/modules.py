@@ -127,9 +127,11 @@ def name_and_values(activation: Any) -> tuple[str, tuple[float, ...]]:
         return name, tuple([float(getattr(activation, parameter)) for parameter, _ in row.parameters])
     if isinstance(activation, str):
         return functional.name_and_values(activation, {})
+    kind = type(activation)
+    hint = ": call it, as in nn.ReLU()" if kind is type else checks.meant(kind.__name__, sheet.ACTIVATIONS)
     raise InputError(
         f"expected the name of an activation or an activation module, one of {', '.join(sheet.ACTIVATIONS)}; "
-        f"got {activation!r}" + (": call it, as in nn.ReLU()" if isinstance(activation, type) else "")
+        f"got {activation!r}{hint}"
     )
 
 

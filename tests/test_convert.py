@@ -506,15 +506,62 @@ def test_left_alone_and_reported_by_name(case: str, caplog: pytest.LogCaptureFix
 
 
 def test_nothing_to_report_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
-    mm.convert(branches(), filter=lambda module, name: name != "head")
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(), nn.AvgPool1d(1), nn.Linear(3, 1))
+    mm.convert(model, filter=lambda module, name: name != "4")
     assert not caplog.records
 
 
 def test_attention_keeps_its_projection(caplog: pytest.LogCaptureFixture) -> None:
     """nn.MultiheadAttention reads out_proj's weight and never calls it."""
     model = mm.convert(nn.TransformerEncoderLayer(8, 2, 16))
-    assert list(mm.left_alone(model)) == ["self_attn.out_proj"]
+    assert list(mm.left_alone(model))[:2] == ["self_attn", "self_attn.out_proj"]
     assert "self_attn.out_proj" in caplog.text
+
+
+class Scaled(nn.Module):
+    """A layer of somebody's own, with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(3))
+        self.inner = nn.Sequential(nn.Linear(3, 3))
+
+
+NO_FORMULA: dict[str, Callable[[], nn.Module]] = {
+    "nonlinear": nn.ELU,
+    "of_a_subclass": type("Steep", (nn.ELU,), {}),
+    "maximum": lambda: nn.FractionalMaxPool2d(2, 2),
+    "normalised": lambda: nn.LocalResponseNorm(2),
+    "recurrent": lambda: nn.LSTM(3, 3),
+    "parameters": lambda: nn.Embedding(3, 3),
+    "parametrized": lambda: parametrizations.weight_norm(nn.ConvTranspose1d(3, 3, 1, bias=False)),
+    "own": Scaled,
+}
+
+
+@pytest.mark.parametrize("case", NO_FORMULA)
+def test_layers_without_a_formula_are_named(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A layer that stays torch's is named if it has parameters or is nonlinear; another one is as good as ours."""
+    layer = NO_FORMULA[case]()
+    model = nn.Sequential(OrderedDict(first=nn.Linear(3, 3), flat=nn.Flatten(), pool=nn.AvgPool1d(1), odd=layer))
+    with caplog.at_level(logging.INFO, "manual_mlp.conversion"):
+        mm.convert(model)
+    assert list(mm.left_alone(model)) == ["odd"]
+    assert "no formula for " in mm.left_alone(model)["odd"]
+    said, left = (record.getMessage() for record in caplog.records)
+    taken = 2 if case == "own" else 1
+    assert said == f"converted {taken} of the {taken} layers with a formula here"
+    assert left == f"left as it was: odd ({mm.left_alone(model)['odd']})"
+
+
+def test_what_the_filter_keeps_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "manual_mlp.conversion"):
+        mm.convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), filter=lambda module, name: name == "0")
+    assert [record.getMessage() for record in caplog.records] == ["converted 1 of the 2 layers with a formula here"]
+
+
+def test_nets_of_ours_have_nothing_left() -> None:
+    assert mm.left_alone(nn.Sequential(mm.MLP([2, 3, 1], dropout=0.5), mm.Perceptron(2))) == {}
 
 
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])

@@ -613,3 +613,15 @@ def test_an_interrupt_while_calls_are_bound_leaves_no_old_rates(monkeypatch: pyt
             engine.step(input, target)
     engine.step(input, target)
     assert torch.equal(net[0].weight, before)
+
+
+def test_repr_says_net_optimizer_cost_and_options() -> None:
+    net = mm.MLP([4, 3, 2])
+    assert repr(BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.5))) == (
+        "BackpropEngine(MLP 4-3-2, SGD(lr=0.5), loss='quadratic')"
+    )
+    net = nn.Sequential(nn.Linear(4, 2))
+    adam = torch.optim.Adam([{"params": [net[0].weight]}, {"params": [net[0].bias], "lr": 0.2}], lr=0.1)
+    assert repr(BackpropEngine(net, adam, "mse", max_grad_norm=1.0)) == (
+        "BackpropEngine(Sequential of 10 parameters, Adam(lr=0.1, lr=0.2), loss='mse', max_grad_norm=1.0)"
+    )

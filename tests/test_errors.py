@@ -49,6 +49,27 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: mm.MLP([3, 2], output_activation="sigmoyd"),
         "one of identity, sigmoid, tanh, relu, leaky_relu, softplus, silu, gelu, gelu_tanh; got 'sigmoyd'",
     ),
+    "misspelt activation": (lambda: mm.MLP([3, 2, 1], "rellu"), r"; got 'rellu': did you mean 'relu'\?$"),
+    "capital activation": (lambda: mm.MLP([3, 2, 1], "Relu"), r"; got 'Relu': did you mean 'relu'\?$"),
+    "softmax output": (lambda: mm.MLP([3, 2], output_activation="softmax"), "take 'identity', because CrossEntropyLoss"),
+    "softmax module": (lambda: mm.MLP([3, 2], output_activation=nn.LogSoftmax()), "take 'identity', because CrossE"),
+    "linear output": (lambda: mm.MLP([3, 2], output_activation="linear"), "got 'linear': take 'identity'$"),
+    "labels, quadratic": (
+        lambda: mm.QuadraticLoss()(LOGITS, torch.zeros(5)),
+        r"take CrossEntropyLoss .*, or torch.nn.functional.one_hot\(target.long\(\), 4\).to\(torch.float32\)$",
+    ),
+    "labels in a column": (
+        lambda: mm.MSELoss()(LOGITS, torch.zeros(5, 1).long()),
+        r"one_hot\(target.squeeze\(-1\).long\(\), 4\).to\(torch.float32\)$",
+    ),
+    "labels of an engine": (
+        lambda: engine().step(X, torch.tensor([0, 1, 2, 0, 1])),
+        r"got \(5,\) of torch.int64 on cpu: if these are class labels, .*loss='cross_entropy'.*one_hot\(target.long",
+    ),
+    "labels of network_loss": (
+        lambda: network_loss(mm.MLP([3, 4]), X, torch.zeros(5), "mse"), r"if these are class labels, .*one_hot"
+    ),
+    "one output is no class": (lambda: mm.QuadraticLoss()(LOGITS[:, :1], B.new_zeros(5)), r"\.unsqueeze\(-1\) on the target$"),
     "not an activation": (lambda: mm.AffineActivation(3, 2, nn.Softmax(-1)), r"activation module, one of .*; got Softmax"),
     "activation class": (lambda: mm.MLP([3, 2, 1], nn.ReLU), r"activation module.*: call it, as in nn.ReLU\(\)"),
     "no activation": (lambda: mm.MLP([3, 2], None), "name of an activation or an activation module.*; got None"),
@@ -154,3 +175,11 @@ def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="out of memory") as caught, torch.no_grad():
         F.affine(X.as_subclass(Broken), W)
     assert not isinstance(caught.value, mm.InputError)
+
+
+def test_following_the_hint_for_labels_works() -> None:
+    target = torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(mm.InputError) as refused:
+        mm.QuadraticLoss()(LOGITS, target)
+    mm.QuadraticLoss()(LOGITS, eval(str(refused.value).rpartition("or ")[2], {"torch": torch, "target": target}))
+    mm.CrossEntropyLoss()(LOGITS, target)

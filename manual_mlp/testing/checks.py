@@ -15,7 +15,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from manual_mlp.errors import InputError
+from manual_mlp.testing.graph import nodes_of, output_of
 from manual_mlp.testing.report import DETERMINISTIC, FIRST, Level, Row
 
 # gradcheck's own 1e-5 and 1e-3 pass a derivative that is 0.1 % wrong. A right one in float64 passes these.
@@ -86,27 +86,6 @@ def each(change: Callable[[Tensor], Tensor], values: Inputs) -> Inputs:
 
 def is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def output_of(result: Any) -> Tensor:
-    """Return the differentiable tensor of a result: itself, or the first of several."""
-    outputs = result if isinstance(result, tuple | list) else [result]
-    for output in outputs:
-        if is_real(output) or (isinstance(output, Tensor) and output.is_complex()):
-            return output
-    raise InputError(f"expected a function that returns a floating-point tensor; got {type(result).__name__}")
-
-
-def nodes_of(output: Tensor) -> list[Any]:
-    """Return every node of the graph behind an output."""
-    seen: dict[int, Any] = {}
-    waiting = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and id(node) not in seen:
-            seen[id(node)] = node
-            waiting += [before for before, _ in node.next_functions]
-    return list(seen.values())
 
 
 def leaves(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from manual_mlp.testing.checks import nodes_of, output_of
+from torch import Tensor
+
+from manual_mlp.errors import InputError
 
 # Accumulation, views, copies and casts: they compute nothing.
 _COMPUTES_NOTHING = """
@@ -11,6 +13,27 @@ AccumulateGrad Alias AsStrided Clone Copy CopySlices Detach Diagonal Expand Flat
 ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose ToCopy Unbind Unfold UnsafeView Unsqueeze View
 """
 ALLOWED = frozenset(_COMPUTES_NOTHING.split())
+
+
+def output_of(result: Any) -> Tensor:
+    """Return the differentiable tensor of a result: itself, or the first of several."""
+    outputs = result if isinstance(result, tuple | list) else [result]
+    for output in outputs:
+        if isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex()):
+            return output
+    raise InputError(f"expected a function that returns a floating-point tensor; got {type(result).__name__}")
+
+
+def nodes_of(output: Tensor) -> list[Any]:
+    """Return every node of the graph behind an output."""
+    seen: dict[int, Any] = {}
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and id(node) not in seen:
+            seen[id(node)] = node
+            waiting += [before for before, _ in node.next_functions]
+    return list(seen.values())
 
 
 def _is_ours(node: Any) -> bool:
