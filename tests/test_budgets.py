@@ -15,9 +15,9 @@ import pytest
 from tests.readme import ROOT
 
 PACKAGE = ROOT / "manual_mlp"
-WHOLE = 7990  # to be 6000
-CORE = 2430  # to be 1850
-LARGEST = 430  # to be 420
+WHOLE = 8037  # to be 6000
+CORE = 2478  # to be 1850
+LARGEST = 420
 # What the nets, the derivatives and the training engine are made of.
 CORE_FILES = {"errors", "formulas", "functions", "functional", "modules", "layers", "plan", "network", "engine"}
 CORE_FILES |= {"cuda_graph", "conversion", "kernels", "checks", "program", "snapshot"}
