@@ -46,6 +46,11 @@ def fraction(name: str, value: float) -> None:
         raise InputError(f"expected a {name} between 0 and 1; got {value}")
 
 
+def batch_size(value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"expected a batch_size of at least 1; got {value!r}")
+
+
 def reduction(value: str) -> None:
     if value not in ("none", "mean", "sum"):
         raise InputError(f"expected a reduction of 'none', 'mean' or 'sum'; got {value!r}")

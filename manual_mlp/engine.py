@@ -31,7 +31,7 @@ _BATCHES = 256  # batches in it at most, because each is a view
 
 
 # torch.inference_mode without its Python wrapper (1 µs per step).
-_inference = partial(getattr(torch._C, "_InferenceMode", torch.inference_mode), True)
+inference = partial(getattr(torch._C, "_InferenceMode", torch.inference_mode), True)
 
 Rates = tuple[tuple[float, float], ...]
 """(β, α) of w := βw + α ∂C/∂w for each group of the optimizer; (), if the optimizer takes the step itself."""
@@ -45,29 +45,31 @@ class BoundPlan(Plan):
     tensors.
     """
 
-    def __init__(self, engine: "BackpropEngine", input: Tensor, target: Tensor) -> None:
+    def __init__(self, engine: Any, input: Tensor, target: Tensor, nets: tuple[int, ...] = ()) -> None:
         self.engine, self.batches = engine, []  # type: ignore[var-annotated]
         self.bound_for: object = None
         graphed, dtype = engine._graphed, engine.compute_dtype
         with torch.inference_mode():
-            super().__init__(engine._program, engine._cost, input, dtype)
-            self.input = self.like.new_empty(input.shape) if graphed or dtype is not None else None
-            self.target = torch.empty_like(target) if graphed else None
-            self.rates = [(self.cost.new_empty(()), self.cost.new_empty(())) for _ in engine.optimizer.param_groups]
+            super().__init__(engine._program, engine._cost, input, dtype, nets)
+            self.input = self.like.new_empty(*nets, *input.shape) if graphed or dtype is not None else None
+            self.target = target.new_empty(*nets, *target.shape) if graphed else None
+            self.rates = [(self.cost.new_empty(of), self.cost.new_empty(of)) for of in engine._shapes_of_rates]
+        self.rates_lie_in_tensors = graphed or nets != ()  # a graph would keep numbers, and K nets have K
         _, self.total_weight, _ = weigh(engine._cost, self.n, self.widths[-1], input.dtype)
         self.delta_weight = kernels.weights(engine._cost, self.n, self.widths[-1])[1]
 
     def gathered(self, input: Tensor, target: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rows of `order`, which are whole batches, batch by batch."""
         if not self.batches:
-            count = min(max(1, _CHUNK // (self.n * max(1, input.shape[1]))), _BATCHES)
+            count = min(max(1, _CHUNK // (self.rows * max(1, input.shape[1]))), _BATCHES)
             with torch.inference_mode(False):  # Adam's steps fill it outside of inference mode
-                self.chunk = [data.new_empty(count * self.n, *data.shape[1:]) for data in (input, target)]
-            self.batches = list(zip(*(data.split(self.n) for data in self.chunk), strict=True))
-        for rows in order.split(len(self.batches) * self.n):
+                self.chunk = [data.new_empty(count * self.rows, *data.shape[1:]) for data in (input, target)]
+            batches = [data.view(count, *self.nets, self.n, *data.shape[1:]) for data in self.chunk]
+            self.batches = list(zip(*batches, strict=True))
+        for rows in order.split(len(self.batches) * self.rows):
             for data, chunk in zip((input, target), self.chunk, strict=True):
                 torch.index_select(data, 0, rows, out=chunk[: len(rows)])
-            yield from self.batches[: len(rows) // self.n]
+            yield from self.batches[: len(rows) // self.rows]
 
     def in_order(self, input: Tensor, target: Tensor, prediction: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rows as they come, batch by batch. Whoever asks for the next one has run the last one."""
@@ -97,15 +99,18 @@ class BoundPlan(Plan):
             for call in calls:
                 call(input) if fed else call()
 
-    def bind(self, rates: Rates) -> None:
-        """Make the calls for these rates, unless they are there."""
-        graphed, own = self.engine._graphed, self.engine._detached
+    def bind(self, rates: Any) -> None:
+        """Make the calls for these rates, unless they are there. For K nets they are lists of K numbers."""
+        own = self.engine._detached
         numbers: Any = rates
-        if graphed:  # a graph reads the rates from tensors
+        if self.rates_lie_in_tensors:
             numbers = tuple(beta != 1 for beta, _ in rates)
             with torch.inference_mode():
                 for tensor, number in zip(chain(*self.rates), chain(*rates), strict=False):
-                    tensor.fill_(number)
+                    if isinstance(number, tuple):
+                        tensor.copy_(torch.tensor(number, dtype=torch.float64).view(tensor.shape))
+                    else:
+                        tensor.fill_(number)
         if self.bound_for == (numbers,):
             return
         self.bound_for = None  # until all of it is done
@@ -133,10 +138,17 @@ class BoundPlan(Plan):
             return Sink(engine._gradient(place), alpha=self.delta_weight)
         group = engine._group_of[place]
         beta, alpha = rates[group]
-        if not engine._graphed:
+        if not self.rates_lie_in_tensors:
             return Sink(to, beta, alpha * self.delta_weight)
         decay, rate = self.rates[group]
         return Sink(to, 1.0, self.delta_weight, decay if beta != 1 else None, rate)
+
+
+def refuse_autocast(input: Tensor) -> None:
+    if autocasting(input):
+        raise InputError(
+            "the engine ignores autocast: leave its context, or pass compute_dtype=torch.bfloat16 to the engine"
+        )
 
 
 class BackpropEngine:
@@ -227,7 +239,7 @@ class BackpropEngine:
         try:
             if self._low <= input.data_ptr() < self._high and self._shares_memory(input):
                 input = input.clone()  # steps 4 and 5 would change it before they have read all of it
-            with _inference():
+            with inference():
                 plan.run(input, target, plan.out)
         except (AttributeError, IndexError, RuntimeError, TypeError):
             self._check(input, target)
@@ -240,12 +252,8 @@ class BackpropEngine:
     def _train_rows(
         self, input: Tensor, target: Tensor, batch_size: int, order: Tensor | None, prediction: Tensor | None
     ) -> Tensor:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"expected a batch_size of at least 1; got {batch_size!r}")
-        if any(tensor is not None and self._shares_memory(tensor) for tensor in (input, target, prediction)):
-            raise InputError(
-                "expected rows with memory of their own; they share that of a parameter or its .grad: .clone() them"
-            )
+        checks.batch_size(batch_size)
+        self._check_own_memory(input, target, prediction)
         rates, whole = self._rates(), len(input) // batch_size * batch_size
         input, target = input.detach(), target.detach()
         dtype = kernels.sum_dtype(input.dtype)
@@ -269,7 +277,7 @@ class BackpropEngine:
                     plan.run(input, target, out)
             return
         for (input, target), out in batches:
-            with _inference():
+            with inference():
                 plan.run(input, target, out)
             self._give_gradients()
             self._step_optimizer()
@@ -302,6 +310,7 @@ class BackpropEngine:
         self._check_parameters(group_of)
         self._group_of = [group_of.get(id(parameter), 0) for parameter in self._flat]
         self._detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in self._flat]
+        self._shapes_of_rates: list[tuple[int, ...]] = [()] * len(optimizer.param_groups)
         self._outputs = len(self._flat[-2])
         self._graphed = self._graphed or self._owned[0].is_cuda  # on CUDA a step is one graph
         self._note_memory()
@@ -349,15 +358,11 @@ class BackpropEngine:
     def _planned(self, input: Tensor, target: Tensor, rates: Rates) -> BoundPlan:
         """Return the plan for such a batch; a new one is checked."""
         try:
-            autocast = autocasting(input)
+            refuse_autocast(input)
             key: object = input.shape, target.shape, target.dtype
         except AttributeError:
             checks.tensors(input=input, target=target)
             raise
-        if autocast:
-            raise InputError(
-                "the engine ignores autocast: leave its context, or pass compute_dtype=torch.bfloat16 to the engine"
-            )
         # torch notices a wrong dtype or device of the input before anything is written; a copy notices nothing.
         if self._graphed or self.compute_dtype is not None:
             key = key, input.dtype, input.device, target.device
@@ -377,6 +382,12 @@ class BackpropEngine:
         address = tensor.data_ptr()
         place = bisect(self._starts, address)
         return place > 0 and address < self._memory[place - 1][1]
+
+    def _check_own_memory(self, *tensors: Tensor | None) -> None:
+        if any(tensor is not None and self._shares_memory(tensor) for tensor in tensors):
+            raise InputError(
+                "expected rows with memory of their own; they share that of a parameter or its .grad: .clone() them"
+            )
 
     def _check_prediction(self, prediction: Any, input: Tensor) -> None:
         """Raise InputError for a buffer that can't be filled with the predictions."""

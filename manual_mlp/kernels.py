@@ -322,7 +322,7 @@ def in_place(row: Row) -> tuple[InPlace, InPlace]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Costs of a whole net: prediction (N, n_L) ↦ a sum, and δ at once in place
+# Costs of a whole net: prediction (N, n_L) ↦ a sum, and δ at once in place; of K nets (K, N, n_L) ↦ K sums
 # ---------------------------------------------------------------------------------------------------------------------
 
 FEW = 1 << 12  # elements up to which mv takes half of dot's time; of more it is the less exact sum
@@ -335,7 +335,8 @@ class CostKernel(NamedTuple):
     C            prediction, target ↦ the cost of each element, with the bits of the row
     total        prediction, target ↦ Σ, a scalar: C = total_share/per Σ
     delta        prediction, target ↦ per/delta_share · ∂C/∂a^L
-    both         a buffer (N, n_L) ↦ the function that fills it with the same, and out (1,) with Σ
+    both         a buffer (N, n_L) ↦ the function that fills it with the same, and out (1,) with Σ; of K nets
+                 (K, N, n_L), and out (K,)
     total_share, delta_share   factors that the sums leave out: one product holds them and 1/per
 
     The target of cross-entropy may be class indices (N,), except in C.
@@ -357,14 +358,22 @@ def _sum_of_squares(prediction: Tensor, target: Tensor) -> Tensor:
     return _nn.mse_loss(prediction, target, 2)  # F.mse_loss(…, reduction="sum") without its Python wrapper
 
 
+def _by_net(x: Tensor) -> Tensor:
+    """Return (N, m) as (1, N m), and (K, N, m) as (K, N m)."""
+    return x.reshape(math.prod(x.shape[:-2]), -1)
+
+
 def _both_of_squares(delta: Tensor, few: int = FEW) -> Both:
     """delta := a − ŷ, out := Σ (a − ŷ)²."""
     flat = (delta if delta.is_contiguous() else delta.t()).view(-1)
     row, small = flat.view(1, -1), flat.numel() <= few
+    nets = _by_net(delta) if delta.dim() == 3 else None
 
     def both(prediction: Tensor, target: Tensor, out: Tensor) -> None:
         torch.sub(prediction, target, out=delta)
-        if small:
+        if nets is not None:
+            torch.linalg.vecdot(nets, nets, out=out)
+        elif small:
             torch.mv(row, flat, out=out)
         else:
             torch.dot(flat, flat, out=out.view(()))
@@ -375,7 +384,7 @@ def _both_of_squares(delta: Tensor, few: int = FEW) -> Both:
 def _both_of_binary_cross_entropy(delta: Tensor) -> Both:
     """delta := σ(z) − ŷ, out := Σ softplus(z) − ŷ z."""
     work = torch.empty_like(delta, memory_format=torch.contiguous_format)
-    flat = work.view(1, -1)
+    flat = _by_net(work)
 
     def both(z: Tensor, target: Tensor, out: Tensor) -> None:
         torch.sigmoid(z, out=delta).sub_(target)
@@ -400,18 +409,19 @@ def _cross_entropy_delta(z: Tensor, target: Tensor) -> Tensor:
 def _both_of_cross_entropy(delta: Tensor) -> Both:
     """delta := softmax(z) Σ t − t, out := −Σ t log softmax(z); t a onehot, if the target is of class indices."""
     work = torch.empty_like(delta, memory_format=torch.contiguous_format)
-    column, flat = work.new_empty(len(work), 1), work.view(1, -1)
+    column, flat = work.new_empty(*work.shape[:-1], 1), _by_net(work)
+    costs = _by_net(column)
 
     def both(z: Tensor, target: Tensor, out: Tensor) -> None:
-        torch.log_softmax(z, 1, out=work)
+        torch.log_softmax(z, -1, out=work)
         torch.exp(work, out=delta)
-        if target.dim() == 1:
-            index = target.unsqueeze(1)
-            torch.gather(work, 1, index, out=column)
-            delta.scatter_(1, index, -1, reduce="add")
-            torch.sum(column, 0, out=out)
+        if target.dim() < delta.dim():
+            index = target.unsqueeze(-1)
+            torch.gather(work, -1, index, out=column)
+            delta.scatter_(-1, index, -1, reduce="add")
+            torch.sum(costs, 1, out=out)
         else:
-            torch.sum(target, 1, keepdim=True, out=column)
+            torch.sum(target, -1, keepdim=True, out=column)
             delta.mul_(column).sub_(target)
             work.mul_(target)
             torch.sum(flat, 1, out=out)
@@ -437,7 +447,7 @@ def cost_kernel(cost: Cost) -> CostKernel:
     def both_of(delta: Tensor) -> Both:
         def both(prediction: Tensor, target: Tensor, out: Tensor) -> None:
             delta.copy_(cost.delta(prediction, target))
-            out.copy_(cost.C(prediction, target).sum())
+            torch.sum(_by_net(cost.C(prediction, target)), 1, out=out)
 
         return both
 

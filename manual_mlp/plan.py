@@ -1,9 +1,10 @@
 """A program compiled, for batches of one shape, to calls in place on buffers that are made once.
 
 `network_loss` hands the parameters to each run and gets new gradients. The engine binds them when it compiles, and
-its sinks update them in step 4's own product.
+its sinks update them in step 4's own product. K nets of one shape are one more leading dimension of every tensor.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Sink(NamedTuple):
 class Plan:
     """The buffers for batches of N rows, and the calls of steps 1 to 4 on them.
 
+    nets               () for one net; (K,) for K nets: then all shapes below begin with K
     slots              the buffer (N, n_l) of each slot; None for the input, which moves
     prediction, delta  a^L and δ^L as the cost reads and writes them
     up, down           the instructions of step 1, and of steps 2 to 4
@@ -57,12 +59,13 @@ class Plan:
         cost: Cost,
         input: Tensor,
         dtype: torch.dtype | None = None,
+        nets: tuple[int, ...] = (),
     ) -> None:
-        self.program = program
+        self.program, self.nets = program, nets
         self.like = torch.empty(0, dtype=dtype or input.dtype, device=input.device)
-        self.n, self.ones = len(input), self.like.new_ones(len(input))
+        self.n, self.rows, self.ones = len(input), math.prod(nets) * len(input), self.like.new_ones(len(input))
         self.widths = program.widths(input)
-        largest = len(input) * max(self.widths)
+        largest = self.rows * max(self.widths)
         self.scratch, self.bits = self.like.new_empty(largest), self.like.new_empty(largest, dtype=torch.bool)
         self.by_columns = self._layouts()
         self.slots: list[Any] = [None]
@@ -81,20 +84,25 @@ class Plan:
         self.prediction = torch.empty(a.shape, dtype=input.dtype, device=input.device) if self.copied else a
         self.delta = torch.empty_like(self.prediction) if self.copied else delta
         self.both = kernels.both(cost, self.delta)
-        self.cost = self.prediction.new_empty((), dtype=kernels.sum_dtype(self.prediction.dtype))
-        self.out = self.cost.view(1)
+        self.cost = self.prediction.new_empty(nets, dtype=kernels.sum_dtype(self.prediction.dtype))
+        self.out = self.cost.view(-1)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Buffers
     # -----------------------------------------------------------------------------------------------------------------
 
     def _layouts(self) -> list[bool]:
-        """Return for each slot whether it lies column by column; not beside a dropout, which draws row by row."""
+        """Return for each slot whether it lies column by column; not beside a dropout, which draws row by row.
+
+        For K nets rows are faster.
+        """
         nodes = self.program.nodes
         dropped = {slot for node in nodes if isinstance(node.rule, Drop) for slot in node.reads}
         for slot in range(len(nodes), 0, -1):
             rule, reads, _ = nodes[slot - 1]
             dropped |= set(reads) if slot in dropped and isinstance(rule, Activate) else set()
+        if self.nets:
+            return [False] * (len(nodes) + 1)
         columns = [False]
         for slot, (rule, reads, _) in enumerate(nodes, start=1):
             narrow = isinstance(rule, Affine) and kernels.by_columns(self.like, self.n, self.widths[slot])
@@ -104,7 +112,8 @@ class Plan:
     def _laid(self, flat: Tensor, slot: int) -> Tensor:
         """Return the first numbers of a flat buffer as (N, n_l), in the layout of the slot."""
         n, width = self.n, self.widths[slot]
-        return flat[: n * width].view(width, n).t() if self.by_columns[slot] else flat[: n * width].view(n, width)
+        flat = flat[: self.rows * width]
+        return flat.view(width, n).t() if self.by_columns[slot] else flat.view(*self.nets, n, width)
 
     def _slot(self, i: int) -> Any:
         """Return the buffer that node i writes. G writes over z, if G′ is written in a and nobody else reads z."""
@@ -112,7 +121,7 @@ class Plan:
         over_z = isinstance(rule, Activate) and rule.saves == "output" and self._alone(i) and reads[0] > 0
         if over_z or (isinstance(rule, Drop) and rule.p == 0):
             return self.slots[reads[0]]
-        return self._laid(self.like.new_empty(self.n * self.widths[i + 1]), i + 1)
+        return self._laid(self.like.new_empty(self.rows * self.widths[i + 1]), i + 1)
 
     def _alone(self, i: int) -> bool:
         """Return True if node i alone reads its slot; a dropout before it that draws nothing only hands the slot on."""
@@ -179,7 +188,10 @@ class Plan:
         if isinstance(weight, int):
             self._emit(self.up, partial(_linear, out=z), a, weight, bias)
         elif bias is None:
-            self._emit(self.up, partial(torch.mm, mat2=weight.t(), out=z), a)
+            self._emit(self.up, partial(torch.bmm if self.nets else torch.mm, mat2=weight.mT, out=z), a)
+        elif self.nets:
+            rows = bias.unsqueeze(1).expand(z.shape)
+            self._emit(self.up, partial(torch.baddbmm, rows, batch2=weight.mT, out=z), a)
         else:
             # On the CPU addmm would expand the bias at each call; on a GPU it adds a vector as it goes.
             rows = bias if z.is_cuda else bias.expand(z.shape)
@@ -239,7 +251,8 @@ class Plan:
     def _step_3(self, delta: Tensor, weight: Operand, slot: int) -> None:
         """∂C/∂a^l = δ^{l+1} W^l, added to what has arrived there."""
         into, more = self._into(slot)
-        call = partial(torch.addmm, into, delta, out=into) if more else partial(torch.mm, delta, out=into)
+        multiply, add = (torch.bmm, torch.baddbmm) if self.nets else (torch.mm, torch.addmm)
+        call = partial(add, into, delta, out=into) if more else partial(multiply, delta, out=into)
         self._emit(self.down, call, weight)
 
     def _step_4(self, delta: Tensor, a: Operand, sink: Sink, slot: int) -> None:
@@ -250,18 +263,18 @@ class Plan:
             return
         if sink.decay is not None:
             self._emit(self.down, sink.to.mul_, sink.decay)
-        if delta.dtype != sink.to.dtype:
+        if delta.dtype != sink.to.dtype or (self.nets and of_bias):  # of K nets, a product with 1 is slower
             rounded = delta.new_empty(sink.to.shape)
-            product = partial(torch.sum, dim=0) if of_bias else partial(torch.mm, delta.t())
+            product = partial(torch.sum, dim=-2) if of_bias else partial(torch.mm, delta.t())
             self._emit(self.down, partial(_add_rounded, sink, product, rounded), delta if of_bias else a)
             return
         if sink.rate is not None:
             work = self._laid(self.scratch, slot)
             self._emit(self.down, partial(torch.mul, delta, sink.rate, out=work))
             delta = work
-        add = sink.to.addmv_ if of_bias else sink.to.addmm_
+        add = sink.to.addmv_ if of_bias else sink.to.baddbmm_ if self.nets else sink.to.addmm_
         decay: Any = {} if sink.beta == 1 else {"beta": sink.beta}
-        self._emit(self.down, partial(add, delta.t(), alpha=sink.alpha, **decay), a)
+        self._emit(self.down, partial(add, delta.mT, alpha=sink.alpha, **decay), a)
 
     def _any_rule(self, i: int, delta: Tensor, slots: list[Operand]) -> None:
         """Steps 2 and 3 of a rule without parameters, by its own formulas."""

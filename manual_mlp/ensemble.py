@@ -1,0 +1,259 @@
+"""Train many nets at once: K nets of one shape are one more leading dimension of the engine's plan.
+
+Small nets leave torch's products nearly empty: the calls take longer than the arithmetic. With K nets, each call does
+the work of K. The parameters of all nets are copied into tensors (K, n_out, n_in) when an epoch begins, and back when
+it ends, so each model keeps its own memory. If the optimizers are more than plain SGD, they take each step themselves.
+"""
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manual_mlp import checks, kernels
+from manual_mlp.engine import BackpropEngine, BoundPlan, inference, refuse_autocast
+from manual_mlp.errors import InputError
+from manual_mlp.program import Activate, Affine, Drop
+
+_PLANS = 8  # batch shapes whose buffers are kept
+
+
+class EnsembleEngine:
+    """Trains K nets at once on the same rows: `BackpropEngine` with one more dimension.
+
+    models      K nets of the same layers and sizes, as BackpropEngine takes them
+    optimizers  an optimizer for each, all of one class; rates, decay and state are each optimizer's own
+    loss        as BackpropEngine's, the same for all
+
+    It equals K engines that train one after another: it honours and refuses what they do. Dropout draws other masks
+    than K engines would. Raises InputError for what an engine refuses, and for nets that differ.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], loss: str = "quadratic"
+    ) -> None:
+        models, optimizers = list(models), list(optimizers)
+        if not models or len(models) != len(optimizers):
+            raise InputError(
+                f"expected at least one model, and an optimizer for each; got {len(models)} models and "
+                f"{len(optimizers)} optimizers"
+            )
+        self._engines = [BackpropEngine(*pair, loss) for pair in zip(models, optimizers, strict=True)]
+        self._seen: list[Any] = []
+        self._turn = threading.RLock()
+        self._ask()
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [engine.model for engine in self._engines]
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [engine.optimizer for engine in self._engines]
+
+    @property
+    def loss(self) -> str:
+        return self._engines[0].loss
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.models, self.optimizers, self.loss)
+
+    def train_epoch(
+        self,
+        input: Tensor,
+        target: Tensor,
+        batch_size: int,
+        generators: Sequence[torch.Generator] | None = None,
+        prediction: Tensor | None = None,
+    ) -> Tensor:
+        """One step of each net for each batch, each net in a random order of its own → mean C of all rows, (K,).
+
+        Net k takes the rows in the order torch.randperm(N, generator=generators[k]); without generators torch's default
+        one draws K orders. prediction (K, N, n_L) is filled with a^L of each row before its step. Otherwise as
+        `BackpropEngine.train_epoch`.
+        """
+        with self._turn:
+            self._ask()
+            self._check(input, target, batch_size, generators, prediction)
+            orders = torch.stack([_order(len(input), generator) for generator in generators or [None] * self._k])
+            whole = len(input) // batch_size * batch_size
+            costs = [
+                self._train_rows(input.detach(), target.detach(), n, orders[:, of].to(input.device), prediction)
+                for n, of in ((batch_size, slice(whole)), (len(input) - whole, slice(whole, None)))
+                if n and len(input[of])
+            ]
+            weight, _ = kernels.weights(self._cost, len(input), self._outputs)
+            return (torch.cat(costs).sum(0) * weight).to(input.dtype)
+
+    def _train_rows(
+        self, input: Tensor, target: Tensor, n: int, orders: Tensor, prediction: Tensor | None
+    ) -> Tensor:
+        """Train on whole batches of n rows, in the orders (K, rows) → the undivided costs (batches, K)."""
+        by_batch = orders.view(self._k, -1, n).transpose(0, 1)  # (batches, K, n)
+        costs = torch.empty(by_batch.shape[:2], dtype=kernels.sum_dtype(input.dtype), device=input.device)
+        rates = self._rates()
+        plan = self._planned(input[:n], target[:n], rates)
+        self._load()
+        try:
+            batches = plan.gathered(input, target, by_batch.reshape(-1))
+            for (x, y), out, rows in zip(batches, costs, by_batch, strict=True):
+                with inference():
+                    plan.run(x, y, out)
+                    if prediction is not None:
+                        prediction.scatter_(1, rows.unsqueeze(-1).expand_as(plan.prediction), plan.prediction)
+                if not rates:
+                    self._step_optimizers()
+        finally:
+            if rates:
+                self._store()
+        return costs
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What the ensemble was made from
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        """Let each engine ask whether its net has changed; stack the nets again if one has."""
+        for engine in self._engines:
+            engine._ask()
+        seen = [engine._training for engine in self._engines]
+        if len(seen) != len(self._seen) or any(a is not b for a, b in zip(seen, self._seen, strict=True)):
+            self._seen = []
+            self._check_alike()
+            self._prepare()
+            self._seen = seen
+
+    @torch.inference_mode(False)
+    def _prepare(self) -> None:
+        first = self._engines[0]
+        self._k, self._outputs, self._graphed = len(self._engines), first._outputs, first._graphed
+        self.compute_dtype = None
+        self._program, self._cost, self._flat = first._program, first._cost, first._flat
+        self._plans: dict[object, BoundPlan] = {}
+        self._detached = [None if p is None else p.new_empty(self._k, *p.shape) for p in first._detached]
+        self._gradients: dict[int, Tensor] = {}
+        # Each parameter is a group of its own: the K optimizers may group theirs differently.
+        self._group_of = range(len(self._detached))
+        self._shapes_of_rates = [(self._k, *[1] * (1 if p is None else p.dim())) for p in first._detached]
+
+    def _check_alike(self) -> None:
+        first, *others = self._engines
+        for index, engine in enumerate(others, start=1):
+            for what, of_first, own in zip(_FORM, _form(first), _form(engine), strict=True):
+                if own != of_first:
+                    raise InputError(
+                        f"expected nets and optimizers of one kind, which share each product; got other {what} in net "
+                        f"{index} than in net 0: train it by an engine of its own"
+                    )
+        if any(not isinstance(node.rule, Affine | Activate | Drop) for node in first._program.nodes):
+            raise InputError("expected nets of affine maps, activations and dropouts: train others by their engines")
+        if first._owned[0].dtype == torch.float16:
+            raise InputError("expected nets in float32, float64 or bfloat16; got float16: call .float() on each")
+        addresses = [parameter.data_ptr() for engine in self._engines for parameter in engine._owned]
+        if len(set(addresses)) < len(addresses):
+            raise InputError("expected nets with parameters of their own; got the same in two: copy.deepcopy one")
+
+    def _check(self, input: Any, target: Any, batch_size: Any, generators: Any, prediction: Any) -> None:
+        first = self._engines[0]
+        first._check(input, target)
+        checks.batch_size(batch_size)
+        if generators is not None and len(generators) != self._k:
+            raise InputError(f"expected {self._k} generators, one for each net; got {len(generators)}")
+        for engine in self._engines:
+            engine._check_own_memory(input, target, prediction)
+        if prediction is not None:
+            if len(prediction) != self._k:
+                raise InputError(f"expected predictions of {self._k} nets to fill; got {tuple(prediction.shape)}")
+            for of_net in prediction:
+                first._check_prediction(of_net, input)
+
+    def _planned(self, input: Tensor, target: Tensor, rates: Any) -> BoundPlan:
+        """Return the plan for K such batches."""
+        refuse_autocast(input)
+        dropouts = {tuple(rule.p for rule, _, _ in e._program.nodes if isinstance(rule, Drop)) for e in self._engines}
+        if len(dropouts) > 1:
+            raise InputError("expected nets with the same dropouts; got several: set p, .train() and .eval() alike")
+        key = len(input), target.shape, target.dtype, *dropouts
+        if key not in self._plans:
+            if len(self._plans) == _PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = BoundPlan(self, input, target, (self._k,))
+        self._plans[key].bind(rates)
+        return self._plans[key]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Parameters, gradients and step 5
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        """Copy the parameters of the nets into the stacks."""
+        for place, stack in enumerate(self._detached):
+            if stack is not None:
+                torch.stack([engine._detached[place] for engine in self._engines], out=stack)
+
+    @torch.no_grad()
+    def _store(self) -> None:
+        """Copy the stacks into the parameters, those that are trained."""
+        for place in self._gradients_wanted():
+            own = [engine._flat[place] for engine in self._engines]
+            torch._foreach_copy_(own, list(self._detached[place].unbind()))
+
+    def _gradients_wanted(self) -> list[int]:
+        return [place for place, p in enumerate(self._flat) if p is not None and p.requires_grad]
+
+    def _gradient(self, place: int) -> Tensor:
+        """Return the stack whose slices become the .grad of a parameter of each net."""
+        if place not in self._gradients:
+            with torch.inference_mode(False):
+                self._gradients[place] = torch.empty_like(self._detached[place])
+            for engine, gradient in zip(self._engines, self._gradients[place], strict=True):
+                engine._gradients[place] = gradient
+                engine._note_memory()
+        return self._gradients[place]
+
+    def _rates(self) -> tuple[Any, ...]:
+        """Return (β, α) for each parameter, a number for each net; (), if an optimizer takes the step itself."""
+        of_nets = [engine._rates() for engine in self._engines]
+        if not all(of_nets):
+            return ()
+        pairs = []
+        for place in range(len(self._flat)):
+            betas, alphas = zip(
+                *(rates[engine._group_of[place]] for engine, rates in zip(self._engines, of_nets, strict=True)),
+                strict=True,
+            )
+            pairs.append((1.0 if set(betas) == {1.0} else betas, alphas))
+        return tuple(pairs)
+
+    def _step_optimizers(self) -> None:
+        for engine in self._engines:
+            engine._give_gradients()
+            engine._step_optimizer()
+        self._load()
+
+
+def _order(rows: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randperm(rows, generator=generator, device=generator.device if generator else None)
+
+
+_FORM = ("layers", "sizes", "dtype or device", "frozen parameters", "a class of optimizer")
+
+
+def _form(engine: BackpropEngine) -> tuple[Any, ...]:
+    """Return all in which the nets must agree, in the order of _FORM."""
+    nodes = [
+        (type(rule), reads, (rule.row.name, rule.row.values) if isinstance(rule, Activate) else None)
+        for rule, reads, _ in engine._program.nodes
+    ]
+    flat = engine._flat
+    return (
+        nodes,
+        [None if p is None else p.shape for p in flat],
+        (engine._owned[0].dtype, engine._owned[0].device),
+        [p is not None and p.requires_grad for p in flat],
+        type(engine.optimizer),
+    )
