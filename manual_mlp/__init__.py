@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from manual_mlp.conversion import left_alone as left_alone
     from manual_mlp.conversion import revert as revert
     from manual_mlp.engine import BackpropEngine as BackpropEngine
+    from manual_mlp.ensemble import EnsembleEngine as EnsembleEngine
     from manual_mlp.errors import InputError as InputError
     from manual_mlp.modules import *  # noqa: F403
     from manual_mlp.perceptron import Perceptron as Perceptron
@@ -29,7 +30,8 @@ __version__ = "0.2.0"
 _HOME = {
     **dict.fromkeys(("convert", "left_alone", "revert"), "conversion"),
     **dict.fromkeys(("Trace", "trace"), "tracing"),
-    **{"BackpropEngine": "engine", "InputError": "errors", "Perceptron": "perceptron", "Predictor": "training.predict"},
+    **{"BackpropEngine": "engine", "EnsembleEngine": "ensemble", "InputError": "errors", "Perceptron": "perceptron"},
+    "Predictor": "training.predict",
 }
 _SUBMODULES = ("functional", "network", "plots", "testing")
 

@@ -54,9 +54,13 @@ class BoundPlan(Plan):
             self.input = self.like.new_empty(*nets, *input.shape) if graphed or dtype is not None else None
             self.target = target.new_empty(*nets, *target.shape) if graphed else None
             self.rates = [(self.cost.new_empty(of), self.cost.new_empty(of)) for of in engine._shapes_of_rates]
-        self.rates_lie_in_tensors = graphed or nets != ()  # a graph would keep numbers, and K nets have K
         _, self.total_weight, _ = weigh(engine._cost, self.n, self.widths[-1], input.dtype)
         self.delta_weight = kernels.weights(engine._cost, self.n, self.widths[-1])[1]
+
+    @property
+    def rates_lie_in_tensors(self) -> bool:
+        """Return True for a graph, which would keep numbers, and for K nets, which have K rates."""
+        return self.engine._graphed or self.nets != ()
 
     def gathered(self, input: Tensor, target: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rows of `order`, which are whole batches, batch by batch."""

@@ -5,7 +5,6 @@ the work of K. The parameters of all nets are copied into tensors (K, n_out, n_i
 it ends, so each model keeps its own memory. If the optimizers are more than plain SGD, they take each step themselves.
 """
 
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -78,7 +77,8 @@ class EnsembleEngine:
         with self._turn:
             self._ask()
             self._check(input, target, batch_size, generators, prediction)
-            orders = torch.stack([_order(len(input), generator) for generator in generators or [None] * self._k])
+            given = list(generators or [None] * self._k)  # type: ignore[list-item]
+            orders = torch.stack([_order(len(input), generator) for generator in given])
             whole = len(input) // batch_size * batch_size
             costs = [
                 self._train_rows(input.detach(), target.detach(), n, orders[:, of].to(input.device), prediction)
@@ -88,9 +88,7 @@ class EnsembleEngine:
             weight, _ = kernels.weights(self._cost, len(input), self._outputs)
             return (torch.cat(costs).sum(0) * weight).to(input.dtype)
 
-    def _train_rows(
-        self, input: Tensor, target: Tensor, n: int, orders: Tensor, prediction: Tensor | None
-    ) -> Tensor:
+    def _train_rows(self, input: Tensor, target: Tensor, n: int, orders: Tensor, prediction: Tensor | None) -> Tensor:
         """Train on whole batches of n rows, in the orders (K, rows) → the undivided costs (batches, K)."""
         by_batch = orders.view(self._k, -1, n).transpose(0, 1)  # (batches, K, n)
         costs = torch.empty(by_batch.shape[:2], dtype=kernels.sum_dtype(input.dtype), device=input.device)
@@ -133,7 +131,7 @@ class EnsembleEngine:
         self.compute_dtype = None
         self._program, self._cost, self._flat = first._program, first._cost, first._flat
         self._plans: dict[object, BoundPlan] = {}
-        self._detached = [None if p is None else p.new_empty(self._k, *p.shape) for p in first._detached]
+        self._detached: list[Any] = [None if p is None else p.new_empty(self._k, *p.shape) for p in first._detached]
         self._gradients: dict[int, Tensor] = {}
         # Each parameter is a group of its own: the K optimizers may group theirs differently.
         self._group_of = range(len(self._detached))
