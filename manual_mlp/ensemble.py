@@ -143,7 +143,7 @@ class EnsembleEngine:
             for what, of_first, own in zip(_FORM, _form(first), _form(engine), strict=True):
                 if own != of_first:
                     raise InputError(
-                        f"expected nets and optimizers of one kind, which share each product; got other {what} in net "
+                        f"expected nets and optimizers of one kind, to share each product; got another {what} in net "
                         f"{index} than in net 0: train it by an engine of its own"
                     )
         if any(not isinstance(node.rule, Affine | Activate | Drop) for node in first._program.nodes):
@@ -238,7 +238,7 @@ def _order(rows: int, generator: torch.Generator | None) -> Tensor:
     return torch.randperm(rows, generator=generator, device=generator.device if generator else None)
 
 
-_FORM = ("layers", "sizes", "dtype or device", "frozen parameters", "a class of optimizer")
+_FORM = ("list of layers", "list of sizes", "dtype or device", "set of frozen parameters", "class of optimizer")
 
 
 def _form(engine: BackpropEngine) -> tuple[Any, ...]:

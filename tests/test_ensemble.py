@@ -184,7 +184,7 @@ def test_what_changes_between_epochs_is_honoured() -> None:
     models[1][1].bias.requires_grad_(False)
     trained = [p for p in models[1].parameters() if p.requires_grad]
     optimizers[1].param_groups[0]["params"] = trained
-    with pytest.raises(mm.InputError, match="other frozen parameters in net 1 than in net 0"):
+    with pytest.raises(mm.InputError, match="another set of frozen parameters in net 1 than in net 0"):
         ensemble.train_epoch(x, y, 8)
 
 
@@ -242,10 +242,10 @@ def other(count: int = K, **changed: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("models", "sentence"),
     [
-        (lambda: other(sizes=[4, 7, 5, 3]), "other sizes in net 2 than in net 0: train it by an engine of its own"),
-        (lambda: other(activation="tanh"), "other layers in net 2"),
-        (lambda: other(bias=False), "other sizes in net 2"),
-        (lambda: other(dtype=torch.float32), "other dtype or device in net 2"),
+        (lambda: other(sizes=[4, 7, 5, 3]), "in net 2 than in net 0: train it by an engine of its own"),
+        (lambda: other(activation="tanh"), "another list of layers in net 2"),
+        (lambda: other(bias=False), "another list of sizes in net 2"),
+        (lambda: other(dtype=torch.float32), "another dtype or device in net 2"),
         (lambda: [mm.MLP([4, 3]).half() for _ in range(K)], "got float16: call"),
         (lambda: [nets()[0]] * K, "the same in two: copy.deepcopy one"),
         (lambda: [], "at least one model, and an optimizer for each; got 0 models"),
@@ -260,7 +260,7 @@ def test_refused_nets(models: Callable[[], list[Any]], sentence: str) -> None:
 def test_refused_optimizers() -> None:
     models = nets()
     mixed = [torch.optim.SGD(models[0].parameters(), 0.1), *(torch.optim.Adam(m.parameters()) for m in models[1:])]
-    with pytest.raises(mm.InputError, match="other class of optimizer in net 1"):
+    with pytest.raises(mm.InputError, match="another class of optimizer in net 1"):
         mm.EnsembleEngine(models, mixed)
     joint = torch.optim.SGD(itertools.chain(*(model.parameters() for model in models)), 0.1)
     with pytest.raises(mm.InputError, match="an optimizer over the model's parameters"):

@@ -23,7 +23,7 @@ LAYERS = [
     ["plan"],
     ["network"],
     ["engine", "testing", "tracing"],
-    ["plots", "report"],
+    ["plots", "report", "ensemble"],
     ["training", "lecture"],
     ["benchmark"],
 ]
