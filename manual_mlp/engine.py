@@ -167,6 +167,14 @@ class BackpropEngine:
     A plain SGD's step leaves .grad alone; otherwise .grad is filled, in tensors that the next step overwrites. Hooks on
     parameters and on the optimizer are called, as are a scheduler's. If threads share an engine, they take turns.
     Raises InputError for a model, optimizer, loss or batch that it can't train faithfully.
+
+    >>> import torch, manual_mlp as mm
+    >>> net = mm.MLP([2, 3, 1])
+    >>> engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=1.0))
+    >>> x, target = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0], [0.0]])
+    >>> costs = [engine.step(x, target).item() for _ in range(500)]
+    >>> costs[-1] < 0.1 * costs[0]
+    True
     """
 
     def __init__(
@@ -197,7 +205,16 @@ class BackpropEngine:
         return f"{type(self).__name__}({', '.join(words)})"
 
     def step(self, input: Tensor, target: Tensor) -> Tensor:
-        """One training step: input (N, n_1), target (N, n_L) or class indices (N,) → C before the step, a scalar."""
+        """One training step: input (N, n_1), target (N, n_L) or class indices (N,) → C before the step, a scalar.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([2, 3, 1])
+        >>> engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=1.0))
+        >>> x, target = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0], [0.0]])
+        >>> before = mm.QuadraticLoss()(net(x), target)
+        >>> torch.allclose(engine.step(x, target), before), bool(mm.QuadraticLoss()(net(x), target) < before)
+        (True, True)
+        """
         with self._turn:
             self._ask()
             rates = self._rates()
@@ -207,7 +224,17 @@ class BackpropEngine:
         return cost
 
     def compute_gradients(self, input: Tensor, target: Tensor) -> Tensor:
-        """Steps 1 to 4: fills the parameters' .grad (it does not add to it) → C. Arguments as `step`."""
+        """Steps 1 to 4: fills the parameters' .grad (it does not add to it) → C. Arguments as `step`.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([2, 3, 1])
+        >>> engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=1.0))
+        >>> x, target = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0], [0.0]])
+        >>> _ = engine.compute_gradients(x, target)
+        >>> expected = torch.autograd.grad(mm.QuadraticLoss()(net(x), target), list(net.parameters()))
+        >>> all(torch.allclose(p.grad, gradient) for p, gradient in zip(net.parameters(), expected))
+        True
+        """
         with self._turn:
             self._ask()
             return self._pass(input, target, ())
@@ -218,6 +245,14 @@ class BackpropEngine:
         """One step for each batch of the rows in random order, the last one shorter if need be → mean C of all rows.
 
         The order is torch.randperm(N, generator=generator). Learning rates are read once, at the start.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([2, 3, 1])
+        >>> engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=1.0))
+        >>> x, target = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0], [0.0]])
+        >>> costs = [engine.train_epoch(x, target, batch_size=1).item() for _ in range(200)]  # two steps each
+        >>> costs[-1] < 0.1 * costs[0]
+        True
         """
         with self._turn:
             self._ask()
@@ -229,6 +264,15 @@ class BackpropEngine:
         """`train_epoch` on the rows in the order in which they come.
 
         prediction (N, n_L) is filled with a^L of each batch before its step.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([2, 3, 1])
+        >>> engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=1.0))
+        >>> x, target = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0], [0.0]])
+        >>> first, prediction = net(x[:1]).item(), torch.empty(2, 1)
+        >>> _ = engine.train_batches(x, target, batch_size=1, prediction=prediction)
+        >>> abs(prediction[0].item() - first) < 1e-6  # what the net answered before the first of the two steps
+        True
         """
         with self._turn:
             self._ask()

@@ -7,6 +7,13 @@ class InputError(ValueError, RuntimeError):
     It is both a ValueError (what Python raises for a wrong value) and a RuntimeError (what torch raises for a wrong
     shape or dtype), so code written around torch's own layers goes on catching it. The message is safe on a terminal,
     whatever names out of files are in it.
+
+    >>> import torch, manual_mlp as mm
+    >>> try:
+    ...     mm.Affine(3, 2)(torch.ones(5, 2))
+    ... except mm.InputError as error:
+    ...     print(str(error).partition(";")[0])
+    expected an input whose last dimension is in_features=3
     """
 
     def __str__(self) -> str:

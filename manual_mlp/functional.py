@@ -30,6 +30,11 @@ def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     input (…, n_in), weight (n_out, n_in), bias (n_out,) → (…, n_out). Leading dimensions as torch.nn.functional.linear.
     Raises InputError for sizes, dtypes or devices that do not fit each other, and for complex tensors.
+
+    >>> import torch
+    >>> from manual_mlp import functional
+    >>> functional.affine(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, -1.0]]), torch.tensor([0.5])).item()
+    -0.5
     """
     return apply_affine(functions.Affine, input, weight, bias)
 
@@ -40,6 +45,12 @@ def affine_activation(
     """G(a Wᵀ + b) as one node of the graph; shapes and errors as `affine`.
 
     activation: a name of the activation table; parameters: its parameters, such as negative_slope=0.2.
+
+    >>> import torch
+    >>> from manual_mlp import functional
+    >>> a, weight = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, -1.0]])
+    >>> round(functional.affine_activation(a, weight, activation="leaky_relu", negative_slope=0.2).item(), 4)
+    -0.2
     """
     name, values = name_and_values(activation, parameters)
     return apply_affine(functions.fused(name, values), input, weight, bias, *values)
@@ -146,9 +157,16 @@ def _of_row(row: Row) -> Callable[..., Tensor]:
 
     function.__signature__ = arguments.replace(parameters=[inspect.Parameter("input", kind), *names])  # type: ignore[attr-defined]
     function.__name__ = function.__qualname__ = row.name
-    function.__doc__ = (
-        f"a = G(z) of the row {row.name!r}, componentwise, any shape.  Raises InputError if it is complex."
-    )
+    function.__doc__ = f"""a = G(z) of the row {row.name!r}, componentwise, any shape.
+
+    Raises InputError if it is complex.
+
+    >>> import torch
+    >>> from manual_mlp import functional
+    >>> z = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    >>> torch.autograd.gradcheck(functional.{row.name}, z)  # G′ is the limit of the difference quotient
+    True
+    """
     return function
 
 
@@ -160,6 +178,13 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """a ⊙ m / (1 − p) with P(m = 0) = p, any shape; draws the mask that torch.nn.functional.dropout draws on the CPU.
 
     Raises InputError for p outside [0, 1], and for integer or complex input.
+
+    >>> import torch
+    >>> from manual_mlp import functional
+    >>> functional.dropout(torch.ones(1000), p=0.5).unique().tolist()
+    [0.0, 2.0]
+    >>> functional.dropout(torch.ones(2), p=0.5, training=False).tolist()
+    [1.0, 1.0]
     """
     checks.fraction("dropout probability", p)
     checks.real("input of dropout", input)
@@ -182,6 +207,14 @@ def quadratic_loss(input: Tensor, target: Tensor, weight: Tensor | None = None) 
     input (the prediction) and target (…, n_L), N the product of the leading dimensions, weight broadcastable to them,
     such as (N, 1) → scalar. Raises InputError for different shapes or dtypes, for a one-dimensional prediction, which
     has no N, and for a weight that requires a gradient.
+
+    >>> import torch
+    >>> from manual_mlp import functional
+    >>> prediction = torch.tensor([[0.5], [1.0]], requires_grad=True)
+    >>> cost = functional.quadratic_loss(prediction, torch.tensor([[1.0], [1.0]]))
+    >>> cost.backward()
+    >>> cost.item(), prediction.grad.tolist()  # ½ (0.5 − 1)² / 2, and (a − ŷ) / 2
+    (0.0625, [[-0.25], [0.0]])
     """
     checks.tensors(prediction=input)
     checks.samples(input)
@@ -193,6 +226,11 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """(a − ŷ)² of each element, its sum or its mean: twice the quadratic cost, over all elements instead of N.
 
     input and target of the same shape → scalar, or that shape for reduction "none". Raises InputError as above.
+
+    >>> import torch
+    >>> from manual_mlp import functional
+    >>> functional.mse_loss(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 1.0]), reduction="none").tolist()
+    [0.25, 0.0]
     """
     checks.reduction(reduction)
     input, target = _pair(input, target)
@@ -211,6 +249,13 @@ def binary_cross_entropy_with_logits(
 
     input (the logits) and target (…) of the same shape; weight and pos_weight broadcastable to it → scalar, or that
     shape for "none". Raises InputError for different shapes or dtypes, and for a weight that requires a gradient.
+
+    >>> import torch
+    >>> from manual_mlp import functional
+    >>> z = torch.zeros(2, requires_grad=True)
+    >>> functional.binary_cross_entropy_with_logits(z, torch.tensor([0.0, 1.0]), reduction="sum").backward()
+    >>> z.grad.tolist()  # σ(0) − ŷ
+    [0.5, -0.5]
     """
     checks.reduction(reduction)
     input, target = _pair(input, target)
@@ -235,6 +280,13 @@ def cross_entropy(
     without the classes, or a probability for each class, the input's shape; weight (classes,).
     → scalar, or the shape without the classes for "none". As torch.nn.functional.cross_entropy.
     Raises InputError for shapes or dtypes that do not fit, labels out of range, a smoothing outside [0, 1].
+
+    >>> import torch
+    >>> from manual_mlp import functional
+    >>> z = torch.zeros(1, 2, requires_grad=True)
+    >>> functional.cross_entropy(z, torch.tensor([1])).backward()
+    >>> z.grad.tolist()  # softmax(z) − onehot
+    [[0.5, -0.5]]
     """
     checks.reduction(reduction)
     checks.fraction("label_smoothing", label_smoothing)

@@ -35,6 +35,12 @@ class Affine(nn.Linear):
     input (…, in_features) → (…, out_features); weight (out_features, in_features), bias (out_features,).
     Same names, shapes, initialisation (the same bits from the same seed) and state_dict as nn.Linear.
     Raises InputError for a size below 0, and from forward for an input that does not fit.
+
+    >>> import torch, manual_mlp as mm
+    >>> affine = mm.Affine(2, 1)
+    >>> _ = affine.load_state_dict({"weight": torch.tensor([[2.0, -1.0]]), "bias": torch.tensor([0.5])})
+    >>> affine(torch.tensor([[1.0, 3.0]])).item()  # 2 · 1 − 1 · 3 + 0.5
+    -0.5
     """
 
     def __init__(
@@ -70,39 +76,111 @@ class _Activation(nn.Module):
 
 
 class Identity(_Activation, nn.Identity, row="identity"):
-    """a = z, the linear neuron."""
+    """a = z, the linear neuron.
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    >>> a = mm.Identity()(z)
+    >>> a.sum().backward()
+    >>> [round(value, 4) for value in a.tolist()], [round(value, 4) for value in z.grad.tolist()]  # a and G′(z)
+    ([-1.0, 0.0, 2.0], [1.0, 1.0, 1.0])
+    """
 
 
 class Sigmoid(_Activation, nn.Sigmoid, row="sigmoid"):
-    """a = 1/(1 + e^−z), δ = (g · (1 − a)) · a."""
+    """a = 1/(1 + e^−z), δ = (g · (1 − a)) · a.
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    >>> a = mm.Sigmoid()(z)
+    >>> a.sum().backward()
+    >>> [round(value, 4) for value in a.tolist()], [round(value, 4) for value in z.grad.tolist()]  # a and G′(z)
+    ([0.2689, 0.6225, 0.8808], [0.1966, 0.235, 0.105])
+    """
 
 
 class Tanh(_Activation, nn.Tanh, row="tanh"):
-    """a = tanh z, δ = g (1 − a²)."""
+    """a = tanh z, δ = g (1 − a²).
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    >>> a = mm.Tanh()(z)
+    >>> a.sum().backward()
+    >>> [round(value, 4) for value in a.tolist()], [round(value, 4) for value in z.grad.tolist()]  # a and G′(z)
+    ([-0.7616, 0.4621, 0.964], [0.42, 0.7864, 0.0707])
+    """
 
 
 class ReLU(_Activation, nn.ReLU, row="relu"):
-    """a = max(z, 0), δ = 0 where a ≤ 0, else g."""
+    """a = max(z, 0), δ = 0 where a ≤ 0, else g.
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    >>> a = mm.ReLU()(z)
+    >>> a.sum().backward()
+    >>> [round(value, 4) for value in a.tolist()], [round(value, 4) for value in z.grad.tolist()]  # a and G′(z)
+    ([0.0, 0.5, 2.0], [0.0, 1.0, 1.0])
+    """
 
 
 class LeakyReLU(_Activation, nn.LeakyReLU, row="leaky_relu"):
-    """a = z where z > 0, else s z; δ = g, or s g."""
+    """a = z where z > 0, else s z; δ = g, or s g.
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    >>> a = mm.LeakyReLU(0.1)(z)
+    >>> a.sum().backward()
+    >>> [round(value, 4) for value in a.tolist()], [round(value, 4) for value in z.grad.tolist()]  # a and G′(z)
+    ([-0.1, 0.5, 2.0], [0.1, 1.0, 1.0])
+    """
 
 
 class Softplus(_Activation, nn.Softplus, row="softplus"):
-    """a = log(1 + e^βz)/β, linear above the threshold; δ = g · (−expm1(−βa))."""
+    """a = log(1 + e^βz)/β, linear above the threshold; δ = g · (−expm1(−βa)).
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    >>> a = mm.Softplus()(z)
+    >>> a.sum().backward()
+    >>> [round(value, 4) for value in a.tolist()], [round(value, 4) for value in z.grad.tolist()]  # a and G′(z)
+    ([0.3133, 0.9741, 2.1269], [0.2689, 0.6225, 0.8808])
+    """
 
 
 class SiLU(_Activation, nn.SiLU, row="silu"):
-    """a = z σ(z), δ = g σ(z)(1 + z(1 − σ(z)))."""
+    """a = z σ(z), δ = g σ(z)(1 + z(1 − σ(z))).
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    >>> a = mm.SiLU()(z)
+    >>> a.sum().backward()
+    >>> [round(value, 4) for value in a.tolist()], [round(value, 4) for value in z.grad.tolist()]  # a and G′(z)
+    ([-0.2689, 0.3112, 1.7616], [0.0723, 0.74, 1.0908])
+    """
 
 
 class GELU(_Activation, nn.GELU, row="gelu"):
-    """a = z Φ(z), δ = g (Φ(z) + z φ(z)); or the tanh form of both."""
+    """a = z Φ(z), δ = g (Φ(z) + z φ(z)); or the tanh form of both.
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    >>> a = mm.GELU()(z)
+    >>> a.sum().backward()
+    >>> [round(value, 4) for value in a.tolist()], [round(value, 4) for value in z.grad.tolist()]  # a and G′(z)
+    ([-0.1587, 0.3457, 1.9545], [-0.0833, 0.8675, 1.0852])
+    """
 
 
 class Dropout(nn.Dropout):
-    """a ⊙ m / (1 − p) in training, the input in evaluation; δ = g ⊙ m / (1 − p)."""
+    """a ⊙ m / (1 − p) in training, the input in evaluation; δ = g ⊙ m / (1 − p).
+
+    >>> import torch, manual_mlp as mm
+    >>> a = mm.Dropout(0.75)(torch.ones(1000))
+    >>> a.unique().tolist()  # 0, or 1 / (1 − p), so that the mean stays about 1
+    [0.0, 4.0]
+    >>> mm.Dropout(0.75).eval()(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.dropout(input, self.p, self.training, self.inplace)
@@ -141,6 +219,12 @@ class AffineActivation(nn.Module):
     input (…, in_features) → (…, out_features). activation: a name, or an activation module with its arguments.
     Parameters, initialisation and state_dict as nn.Linear; it is not an nn.Linear itself, because tools that replace
     one would drop the activation. Raises InputError as `Affine`, and for an unknown activation.
+
+    >>> import torch, manual_mlp as mm
+    >>> neuron = mm.AffineActivation(2, 1, "tanh")
+    >>> x = torch.tensor([[1.0, 3.0]])
+    >>> torch.allclose(neuron(x), torch.tanh(x @ neuron.weight.T + neuron.bias))
+    True
     """
 
     bias: Tensor | None
@@ -174,11 +258,23 @@ class AffineActivation(nn.Module):
 
     @property
     def row(self) -> sheet.Row:
-        """Return the activation's row of the sheet, with the values of its parameters."""
+        """Return the activation's row of the sheet, with the values of its parameters.
+
+        >>> import torch, manual_mlp as mm
+        >>> mm.AffineActivation(2, 1, torch.nn.LeakyReLU(0.2)).row.parameters
+        (('negative_slope', 0.2),)
+        """
         return functional.bound_row(self.activation, self.parameter_values)
 
     def reset_parameters(self) -> None:
-        """Draw the parameters as nn.Linear does."""
+        """Draw the parameters as nn.Linear does.
+
+        >>> import torch, manual_mlp as mm
+        >>> neurons = mm.AffineActivation(4, 100)
+        >>> neurons.reset_parameters()
+        >>> bool(neurons.weight.abs().max() <= 1 / 4**0.5)  # uniform within 1/√n_in
+        True
+        """
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -197,6 +293,11 @@ class QuadraticLoss(nn.Module):
     """C = (1/N) Σ_N Σ_i ½ (a_i − ŷ_i)², the lecture's cost; nn.MSELoss is 2/m of it for m outputs.
 
     prediction and target (…, n_L) → scalar. Raises InputError as `functional.quadratic_loss`.
+
+    >>> import torch, manual_mlp as mm
+    >>> prediction, target = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    >>> mm.QuadraticLoss()(prediction, target).item()  # (0 + ½ (0.25 + 0.25)) / 2
+    0.125
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -204,14 +305,28 @@ class QuadraticLoss(nn.Module):
 
 
 class MSELoss(nn.MSELoss):
-    """(a − ŷ)², its mean or sum: torch.nn.MSELoss, without its silent broadcast."""
+    """(a − ŷ)², its mean or sum: torch.nn.MSELoss, without its silent broadcast.
+
+    >>> import torch, manual_mlp as mm
+    >>> prediction, target = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    >>> mm.MSELoss()(prediction, target).item()  # (0 + 0 + 0.25 + 0.25) / 4
+    0.125
+    """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.mse_loss(input, target, reduction=self.reduction)
 
 
 class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
-    """softplus(z) − ŷ z, δ = σ(z) − ŷ: torch.nn.BCEWithLogitsLoss and its arguments."""
+    """softplus(z) − ŷ z, δ = σ(z) − ŷ: torch.nn.BCEWithLogitsLoss and its arguments.
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.zeros(1, 1, requires_grad=True)
+    >>> cost = mm.BCEWithLogitsLoss()(z, torch.ones(1, 1))
+    >>> cost.backward()
+    >>> round(cost.item(), 4), z.grad.item()  # log 2, and σ(0) − 1
+    (0.6931, -0.5)
+    """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
@@ -220,7 +335,15 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """−log softmax(z)_class, δ = softmax(z) − onehot: torch.nn.CrossEntropyLoss and its arguments."""
+    """−log softmax(z)_class, δ = softmax(z) − onehot: torch.nn.CrossEntropyLoss and its arguments.
+
+    >>> import torch, manual_mlp as mm
+    >>> z = torch.zeros(1, 4, requires_grad=True)
+    >>> cost = mm.CrossEntropyLoss()(z, torch.tensor([2]))
+    >>> cost.backward()
+    >>> round(cost.item(), 4), z.grad.tolist()  # log 4, and softmax(z) − onehot
+    (1.3863, [[0.25, 0.25, -0.75, 0.25]])
+    """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(
@@ -241,6 +364,11 @@ class MLP(nn.Sequential):
     nn.Sequential(nn.Linear, activation, nn.Linear, …): 0.weight, 2.weight, …, so state_dicts go both ways; a dropout
     sits under the odd key after its layer and shifts none.
     Raises InputError for fewer than two sizes, a size below 1, an unknown activation, or a list of the wrong length.
+
+    >>> import torch, manual_mlp as mm
+    >>> net = mm.MLP([64, 30, 10], activation="tanh", output_activation="identity")
+    >>> net(torch.zeros(5, 64)).shape, list(net.state_dict())
+    (torch.Size([5, 10]), ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
 
     def __init__(
@@ -275,6 +403,11 @@ class MLP(nn.Sequential):
 
         It takes features as it was trained on them: standardised ones, if data.standardise was on
         (`mm.Predictor` standardises them itself). Raises InputError as `read_checkpoint`.
+
+        >>> import manual_mlp as mm
+        >>> net = mm.MLP.from_checkpoint("best.ckpt")  # of a run with data=iris model.hidden=[4]
+        >>> net.sizes, net.training
+        ([4, 4, 3], False)
         """
         content = read_checkpoint(path, map_location)
         values: dict[str, Any] = content["hyper_parameters"]
@@ -297,7 +430,14 @@ class MLP(nn.Sequential):
         return mlp.eval()
 
     def to_torch(self) -> nn.Sequential:
-        """Return the net in torch's own layers, nn.Linear, nn.Sigmoid, …: same keys, the same tensors as parameters."""
+        """Return the net in torch's own layers, nn.Linear, nn.Sigmoid, …: same keys, the same tensors as parameters.
+
+        >>> import torch, manual_mlp as mm
+        >>> net, x = mm.MLP([2, 3, 1]), torch.ones(1, 2)
+        >>> theirs = net.to_torch()
+        >>> [type(layer).__name__ for layer in theirs], torch.allclose(theirs(x), net(x))
+        (['Linear', 'Sigmoid', 'Linear', 'Sigmoid'], True)
+        """
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for key, layer in self.named_children():
             if isinstance(layer, AffineActivation):

@@ -181,12 +181,25 @@ def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "q
     large as the parameters. Buffers for the last four batch shapes stay allocated. If you only need the value, use
     torch.no_grad().
     Raises InputError as `program.read`, for an unknown loss, a logits cost after an activation, and as the loss itself.
+
+    >>> import torch, manual_mlp as mm
+    >>> net, x, target = mm.MLP([2, 3, 1]), torch.ones(4, 2), torch.zeros(4, 1)
+    >>> cost = mm.network.network_loss(net, x, target)
+    >>> torch.allclose(cost, mm.QuadraticLoss()(net(x), target)), type(cost.grad_fn).__name__
+    (True, 'NetworkCostBackward')
     """
     return _cost(model, input, target, loss, None)
 
 
 def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Return `network_loss`, and the prediction a^L (N, n_L) that it came from, without a history."""
+    """Return `network_loss`, and the prediction a^L (N, n_L) that it came from, without a history.
+
+    >>> import torch, manual_mlp as mm
+    >>> net, x = mm.MLP([2, 1], output_activation="identity"), torch.ones(4, 2)
+    >>> cost, prediction = mm.network.cost_and_prediction(net, x, net(x).detach(), "quadratic")
+    >>> cost.item(), torch.equal(prediction, net(x))
+    (0.0, True)
+    """
     predictions: list[Tensor] = []
     cost = _cost(model, input, target, loss, predictions)
     return cost, predictions[0]
@@ -261,7 +274,14 @@ def _has_plan(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tens
 
 
 class NetworkLoss(nn.Module):
-    """`network_loss` as a module: (input, target) ↦ C. The model stays a child, and can be called by itself."""
+    """`network_loss` as a module: (input, target) ↦ C. The model stays a child, and can be called by itself.
+
+    >>> import torch, manual_mlp as mm
+    >>> cost = mm.network.NetworkLoss(mm.MLP([2, 3, 1]))
+    >>> cost(torch.ones(4, 2), torch.zeros(4, 1)).backward()
+    >>> [parameter.grad is not None for parameter in cost.parameters()]
+    [True, True, True, True]
+    """
 
     def __init__(self, model: nn.Module, loss: str = "quadratic") -> None:
         super().__init__()

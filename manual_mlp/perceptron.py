@@ -14,6 +14,10 @@ class Perceptron(nn.Module):
     input (…, in_features) → (…, out_features), of zeros and ones. Starts from W = 0, b = 0, Rosenblatt's own choice.
     On linearly separable classes `fit` converges (Perceptron Convergence Theorem, 1962); on XOR it can't (Minsky and
     Papert, 1969).
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.Perceptron(2)(torch.tensor([[1.0, -1.0]])).item()  # W x + b = 0, which is ≥ 0
+    1.0
     """
 
     def __init__(self, in_features: int, out_features: int = 1) -> None:
@@ -31,6 +35,13 @@ class Perceptron(nn.Module):
 
         input (N, in_features), target (N, out_features) of zeros and ones → the number of mistakes in each epoch;
         the last is 0 if it converged. Raises InputError for another target, or shapes that do not fit.
+
+        >>> import torch, manual_mlp as mm
+        >>> corners = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+        >>> mm.Perceptron(2).fit(corners, torch.tensor([[0.0], [0], [0], [1]]))  # AND: a line separates it
+        [2, 3, 3, 2, 1, 0]
+        >>> min(mm.Perceptron(2).fit(corners, torch.tensor([[0.0], [1], [1], [0]])))  # XOR: none does
+        3
         """
         if target.shape != (len(input), self.affine.out_features) or not ((target == 0) | (target == 1)).all():
             raise InputError(
@@ -45,7 +56,15 @@ class Perceptron(nn.Module):
 
     @torch.no_grad()
     def learn(self, x: Tensor, target: Tensor, rate: float = 1.0) -> Tensor:
-        """Learn one sample: x (in_features,), target (out_features,) → the answer before the step, (out_features,)."""
+        """Learn one sample: x (in_features,), target (out_features,) → the answer before the step, (out_features,).
+
+        >>> import torch, manual_mlp as mm
+        >>> neuron = mm.Perceptron(2)
+        >>> neuron.learn(torch.tensor([1.0, 2.0]), torch.tensor([0.0])).item()  # 1 instead of 0, so w −= x
+        1.0
+        >>> neuron.affine.weight.tolist(), neuron.affine.bias.tolist()
+        ([[-1.0, -2.0]], [-1.0])
+        """
         prediction = sheet.threshold(self.affine(x))
         step_weight, step_bias = sheet.perceptron_step(prediction, target, x, rate)
         self.affine.weight.add_(step_weight)

@@ -55,6 +55,16 @@ class Trace:
     cost                 C, a scalar tensor; target: ŷ, class indices as rows of 0 and 1
 
     `print` gives two tables, and if no layer and no batch is larger than 6, the numbers step by step.
+
+    >>> import torch, manual_mlp as mm
+    >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
+    >>> for parameter in net.parameters():
+    ...     _ = torch.nn.init.constant_(parameter, 0.5)
+    >>> traced = mm.trace(net, [2.0], [1.0], lr=0.1)
+    >>> traced.z[2].item(), traced.delta[2].item(), traced.grad_weight[1].item()  # ∂C/∂W = δ a
+    (1.5, 0.5, 1.0)
+    >>> round(traced.new_weight[1].item(), 4)  # 0.5 − 0.1 · 1
+    0.4
     """
 
     sizes: list[int]
@@ -77,7 +87,15 @@ class Trace:
     new_bias: dict[int, Tensor | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as numbers, lists and dicts, for json."""
+        """Return all of it as numbers, lists and dicts, for json.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
+        >>> for parameter in net.parameters():
+        ...     _ = torch.nn.init.constant_(parameter, 0.5)
+        >>> mm.trace(net, [2.0], [1.0]).to_dict()["delta"]
+        {2: [[0.5]]}
+        """
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -87,7 +105,16 @@ class Trace:
         return {name: plain(value) for name, value in vars(self).items()}
 
     def steps(self) -> dict[str, str]:
-        """Return the text of each step by its title, "given" to "5. update"; none if the net or batch is too large."""
+        """Return the text of each step by its title, "given" to "5. update"; none if the net or batch is too large.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
+        >>> for parameter in net.parameters():
+        ...     _ = torch.nn.init.constant_(parameter, 0.5)
+        >>> print(mm.trace(net, [2.0], [1.0]).steps()["4. gradients"])
+           ∂C/∂w¹ = δ² · a¹ = 0.5 · 2 = 1
+           ∂C/∂b¹ = δ² = 0.5
+        """
         return {title: self._text_step(title, lines) for title, lines in self._steps()}
 
     def __str__(self) -> str:
@@ -97,7 +124,15 @@ class Trace:
     __repr__ = __str__
 
     def to_markdown(self) -> str:
-        """Return the same as tables of Markdown, and the steps as a block of text."""
+        """Return the same as tables of Markdown, and the steps as a block of text.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
+        >>> for parameter in net.parameters():
+        ...     _ = torch.nn.init.constant_(parameter, 0.5)
+        >>> print(mm.trace(net, [2.0], [1.0]).to_markdown().splitlines()[0])
+        1-1, quadratic cost, N = 1: C = 0.125
+        """
         steps = "\n\n".join(self._titled_steps())
         return "\n\n".join(
             [self._title(), *map(tables.markdown, self._tables())] + [f"```text\n{steps}\n```"] * bool(steps)
@@ -106,7 +141,15 @@ class Trace:
     _repr_markdown_ = to_markdown  # what a notebook shows
 
     def to_latex(self) -> str:
-        """Return arrays, and for small nets an align* environment; for amsmath, MathJax and KaTeX."""
+        r"""Return arrays, and for small nets an align* environment; for amsmath, MathJax and KaTeX.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
+        >>> for parameter in net.parameters():
+        ...     _ = torch.nn.init.constant_(parameter, 0.5)
+        >>> print(*[line for line in mm.trace(net, [2.0], [1.0]).to_latex().split("\n") if line[:2] == "C "])
+        C &= \tfrac{1}{2}  (a^{2} - \hat{y})^{2} = \tfrac{1}{2}  (1.5 - 1)^{2} = 0.125 \\
+        """
         arrays = [f"\\[\n{tables.latex(_latex_cells(table))}\n\\]" for table in self._tables()]
         lines = []
         for title, step in self._steps():
@@ -116,7 +159,15 @@ class Trace:
         return "\n".join(arrays + [f"\\begin{{align*}}\n{body}\n\\end{{align*}}"] * bool(lines))
 
     def formulas(self) -> list[tuple[str, list[tuple[str, str, Any]]]]:
-        """Return the givens and the five steps, by title: (symbol, formula, value) of all that each computes."""
+        """Return the givens and the five steps, by title: (symbol, formula, value) of all that each computes.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
+        >>> for parameter in net.parameters():
+        ...     _ = torch.nn.init.constant_(parameter, 0.5)
+        >>> mm.trace(net, [2.0], [1.0]).formulas()[4][1][0][:2]  # of step 4, the first line without its value
+        ('∂C/∂w¹', 'δ² · a¹')
+        """
         return list(zip(TITLES, self._formulas(), strict=True))
 
     # The tables and the steps, which the three forms share
@@ -310,6 +361,13 @@ def trace(
 
     Raises InputError for a net that is no such chain, a shared weight, hooks, an unknown loss, a logits cost after an
     activation, and for an x or target with another shape, dtype or device, or without a sample.
+
+    >>> import torch, manual_mlp as mm
+    >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
+    >>> for parameter in net.parameters():
+    ...     _ = torch.nn.init.constant_(parameter, 0.5)
+    >>> print(mm.trace(net, [2.0], [1.0]).steps()["2. output error"])  # z² = 0.5 · 2 + 0.5
+       δ² = (a² − ŷ) = (1.5 − 1) = 0.5
     """
     program = reading_of(model).program
     weights = [layer.weight for layer in program.layers]

@@ -491,7 +491,7 @@ COUNTED = ("taken", "refused")
 
 def read_curves(folder: Path) -> None:
     """Read what the program draws, and leave out the drawing, which takes longer than all else."""
-    plots._read(folder / "metrics.csv")
+    plots.course._read(folder / "metrics.csv")
 
 
 def audit(place: Path, of_checkpoints: range, of_overrides: range, runs: Iterable[str], planted: str = "") -> dict:

@@ -105,7 +105,7 @@ class TestAnswers:
         figure = plots.worst_mistakes(images, target, scores, ["zero", "one"], most=2)
         drawn = [image.get_array() for image in figure.axes[0].get_images()]
         np.testing.assert_array_equal(drawn, images[[2, 0]])
-        assert texts(figure) == ["zero\nis one", "one\nis zero"]
+        assert texts(figure) == ["predicted zero,\nis one", "predicted one,\nis zero"]
 
     def test_no_mistake_to_draw(self) -> None:
         with pytest.raises(InputError, match="at least one mistake"):
@@ -168,13 +168,13 @@ class TestGraph:
     def test_network(self) -> None:
         trace = small_trace([2, 3, 1])
         (axes,) = plots.network(trace).axes
-        numbers = [plots._short(w) for layer in (1, 2) for w in trace.weight[layer].ravel()]
-        biases = [plots._short(b) for layer in (1, 2) for b in trace.bias[layer]]
+        numbers = [plots.graph._short(w) for layer in (1, 2) for w in trace.weight[layer].ravel()]
+        biases = [plots.graph._short(b) for layer in (1, 2) for b in trace.bias[layer]]
         assert texts(axes.figure) == [*numbers, "$x_{1}$", "$x_{2}$", *biases]
         strong = [c for c in axes.collections if isinstance(c, LineCollection)][2:]
         for layer, lines in zip((1, 2), strong, strict=True):
             weight = trace.weight[layer]
-            signs = [plots.POSITIVE.lower() if w >= 0 else plots.NEGATIVE.lower() for w in weight.ravel()]
+            signs = [plots.graph.POSITIVE.lower() if w >= 0 else plots.graph.NEGATIVE.lower() for w in weight.ravel()]
             assert [to_hex(color) for color in lines.get_colors()] == signs
             order = np.argsort(np.abs(weight.ravel()))
             assert (np.diff(np.array(lines.get_linewidths())[order]) > 0).all()
@@ -185,10 +185,10 @@ class TestGraph:
     def test_flow_step_by_step(self) -> None:
         trace = small_trace([2, 2, 1])
         panels = plots.flow(trace, sample=1).axes
-        a = {layer: [plots._short(v) for v in trace.a[layer][1]] for layer in (1, 2, 3)}
-        delta = {layer: [plots._short(v) for v in trace.delta[layer][1]] for layer in (2, 3)}
-        weight = {layer: [plots._short(v) for v in trace.weight[layer].ravel()] for layer in (1, 2)}
-        gradient = {layer: [plots._short(v) for v in trace.grad_weight[layer].ravel()] for layer in (1, 2)}
+        a = {layer: [plots.graph._short(v) for v in trace.a[layer][1]] for layer in (1, 2, 3)}
+        delta = {layer: [plots.graph._short(v) for v in trace.delta[layer][1]] for layer in (2, 3)}
+        weight = {layer: [plots.graph._short(v) for v in trace.weight[layer].ravel()] for layer in (1, 2)}
+        gradient = {layer: [plots.graph._short(v) for v in trace.grad_weight[layer].ravel()] for layer in (1, 2)}
         assert [[text.get_text() for text in axes.texts] for axes in panels] == [
             [*weight[1], *a[1], *a[2]],
             [*weight[2], *a[1], *a[2], *a[3]],
@@ -203,7 +203,7 @@ class TestGraph:
         [(0.15, ".15"), (-0.0042, "-.0042"), (-4.2e-5, "-4e-5"), (-0.0, "0"), (-1.25, "-1.2"), (1234.5, "1.2e3")],
     )
     def test_numbers_fit_into_a_neuron(self, value: float, text: str) -> None:
-        assert plots._short(value) == text
+        assert plots.graph._short(value) == text
 
     def test_too_large(self) -> None:
         with pytest.raises(InputError, match=r"at most 8 layers of at most 8 neurons, .* but got 9-2; draw a smaller"):

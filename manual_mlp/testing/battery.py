@@ -27,6 +27,13 @@ def check_gradients(
 
     Raises InputError for no floating-point input, or a function that fails on these inputs, returns no tensor, or
     returns NaN or ∞.
+
+    >>> import torch, manual_mlp as mm
+    >>> x = torch.tensor([[0.5, -1.0]])
+    >>> mm.testing.check_gradients(mm.functional.tanh, x, reference=torch.tanh).verdict
+    'The derivative is right.'
+    >>> mm.testing.check_gradients(lambda x: x.detach() * x, x)["first derivative"].level  # half of (x²)′
+    'wrong'
     """
     subject = _subject(function, inputs, reference, compile)
     return Report(subject.name, tuple(run(name, subject) for name in CHECKS))
@@ -87,6 +94,12 @@ def gradient_tests(
 
     make_inputs gives the inputs anew for each. A check that does not apply, or asks for what the function does not
     support, is skipped with its reason; with strict, what is not supported fails.
+
+    >>> import torch, manual_mlp as mm
+    >>> test_tanh = mm.testing.gradient_tests(mm.functional.tanh, lambda: torch.randn(4, 2), torch.tanh)
+    >>> test_tanh("first derivative")  # pytest calls it for each check; it passes silently
+    >>> test_tanh.pytestmark[0].args[1][0]
+    'first derivative'
     """
     import pytest
 

@@ -50,6 +50,14 @@ def assert_manual_backward(model: Callable[..., Any], x: Any, allow: Collection[
 
     x: the input, or a tuple of inputs. Accumulation, views, copies and casts are allowed, and the nodes named in
     `allow`, such as "AddBackward0" for a residual connection. Raises AssertionError, listing the others.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.testing.assert_manual_backward(mm.MLP([2, 1]), torch.ones(1, 2))  # passes silently
+    >>> try:
+    ...     mm.testing.assert_manual_backward(torch.nn.Linear(2, 1), torch.ones(1, 2))
+    ... except AssertionError as error:
+    ...     print("AddmmBackward0" in str(error))
+    True
     """
     output = output_of(model(*x) if isinstance(x, tuple) else model(x))
     nodes = nodes_of(output)

@@ -19,6 +19,12 @@ class Row:
 
     level   the weight of a failure: "wrong", a wrong number comes out; "unsafe", something around it is written, kept,
             wasted or fails; "unsupported", what torch's own layers can do and this function refuses, such as a jvp
+
+    >>> import torch, manual_mlp as mm
+    >>> report = mm.testing.check_gradients(mm.functional.tanh, torch.tensor([[0.5, -1.0]]))
+    >>> row = report["first derivative"]
+    >>> row.outcome, row.error < 1e-8
+    ('passed', True)
     """
 
     check: str
@@ -31,12 +37,27 @@ class Row:
 
 
 class GradientError(AssertionError):
-    """A check of the battery failed; the message is the failed rows."""
+    """A check of the battery failed; the message is the failed rows.
+
+    >>> import torch, manual_mlp as mm
+    >>> report = mm.testing.check_gradients(lambda x: x.detach() * x, torch.tensor([[0.5, -1.0]]))  # half of (x²)′
+    >>> try:
+    ...     report.raise_if_failed()
+    ... except mm.testing.GradientError as error:
+    ...     print("first derivative" in str(error))
+    True
+    """
 
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one battery. Prints as a verdict and a table; `raise_if_failed` makes it a test."""
+    """The rows of one battery. Prints as a verdict and a table; `raise_if_failed` makes it a test.
+
+    >>> import torch, manual_mlp as mm
+    >>> report = mm.testing.check_gradients(mm.functional.tanh, torch.tensor([[0.5, -1.0]]))
+    >>> report.failed, report["second derivative"].outcome
+    ((), 'passed')
+    """
 
     name: str
     rows: tuple[Row, ...]
@@ -49,17 +70,36 @@ class Report:
         return next(row for row in self.rows if row.check == check)
 
     def counted(self, strict: bool = False) -> tuple[Row, ...]:
-        """The failures that count: those at level "wrong" or "unsafe", with strict also "unsupported"."""
+        """The failures that count: those at level "wrong" or "unsafe", with strict also "unsupported".
+
+        >>> import torch, manual_mlp as mm
+        >>> report = mm.testing.check_gradients(mm.functional.tanh, torch.tensor([[0.5, -1.0]]))
+        >>> report.counted()
+        ()
+        """
         return tuple(row for row in self.failed if strict or row.level != "unsupported")
 
     def raise_if_failed(self, strict: bool = False) -> None:
-        """Raise GradientError with the failures that count."""
+        """Raise GradientError with the failures that count.
+
+        >>> import torch, manual_mlp as mm
+        >>> report = mm.testing.check_gradients(mm.functional.tanh, torch.tensor([[0.5, -1.0]]))
+        >>> report.raise_if_failed()  # passes silently
+        >>> report["first derivative"].outcome
+        'passed'
+        """
         if failed := self.counted(strict):
             raise GradientError("\n".join([f"{self.name}: {len(failed)} checks failed", *lines(failed, 100)]))
 
     @property
     def verdict(self) -> str:
-        """The derivative is right, wrong or not judged; then what is unsafe, and what is not supported."""
+        """The derivative is right, wrong or not judged; then what is unsafe, and what is not supported.
+
+        >>> import torch, manual_mlp as mm
+        >>> report = mm.testing.check_gradients(mm.functional.tanh, torch.tensor([[0.5, -1.0]]))
+        >>> report.verdict
+        'The derivative is right.'
+        """
         levels = {level: "; ".join(row.check for row in self.failed if row.level == level) for level in LEVELS}
         first, said = self[FIRST], [] if levels["wrong"] else ["The derivative is right."]
         if first.outcome == "n/a":

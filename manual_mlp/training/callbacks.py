@@ -29,7 +29,7 @@ INPUTS, PARAMETERS = 2, 10_000  # up to which the net's answers can be drawn, so
 
 
 class DeltaFlow(L.Callback):
-    """A callback that records what plots.py draws, by the recursion and on the same rows each time.
+    """A callback that records what `plots` draws, by the recursion and on the same rows each time.
 
     every: mini-batches from one record to the next. rows: how many of the training part, its first ones.
 

@@ -129,7 +129,7 @@ class _Answers:
         parts = features.split(EVALUATION_BATCH)
         self.prediction = torch.cat([module(part.to(self.like)) for part in parts]).float()
 
-    def by_stage(self, read: Callable[[Tensor], Tensor]) -> dict[str, plots.Predict]:
+    def by_stage(self, read: Callable[[Tensor], Tensor]) -> dict[str, plots.answers.Predict]:
         """Return for each stage: features in their units ↦ what `read` makes of the prediction."""
 
         @torch.no_grad()
@@ -179,7 +179,7 @@ def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> It
     """Yield the weights, and what flowed through the net."""
     if trace is None:
         return
-    if max(len(trace.sizes), *trace.sizes) <= plots.MAX_DRAWN:
+    if max(len(trace.sizes), *trace.sizes) <= plots.graph.MAX_DRAWN:
         text = "W on the lines, orange where positive, purple where negative, the thicker the larger; b in the neurons."
         yield Picture("The net", text, plots.network(trace))
     else:

@@ -26,6 +26,12 @@ class Predictor(nn.Module):
     features (N, n_1) → (N, n_L). It standardises as training did, so it can be exported as one whole, to ONNX or by
     torch.export. `formulas.probability` defines P for each cost.
     class_names: of the columns of P, empty in a regression. feature_names: of the n_1 columns, if they had any.
+
+    >>> import torch, manual_mlp as mm
+    >>> predictor = mm.Predictor.from_checkpoint("best.ckpt")  # of a run with data=iris
+    >>> P = predictor(torch.tensor([[5.1, 3.5, 1.4, 0.2]], dtype=torch.float64))  # sepal and petal, in cm
+    >>> predictor.class_names[P.argmax().item()], round(P.sum().item(), 4)
+    ('setosa', 1.0)
     """
 
     mean: Tensor
@@ -50,7 +56,12 @@ class Predictor(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike[str]) -> "Predictor":
-        """Make the predictor of a checkpoint. Raises InputError for other files, and for a perceptron's checkpoint."""
+        """Make the predictor of a checkpoint. Raises InputError for other files, and for a perceptron's checkpoint.
+
+        >>> import manual_mlp as mm
+        >>> mm.Predictor.from_checkpoint("best.ckpt").class_names
+        ['setosa', 'versicolor', 'virginica']
+        """
         content = read_checkpoint(path)
         if "DataModule" not in content:
             raise InputError(f"expected a checkpoint that says how to prepare rows, but {path} does not; train anew")
@@ -65,16 +76,35 @@ class Predictor(nn.Module):
         return self.interpreted(self.prediction(features))
 
     def prediction(self, features: Tensor) -> Tensor:
-        """Return a^L (N, n_L) for features (N, n_1); the largest in a row is the class that accuracy counts."""
+        """Return a^L (N, n_L) for features (N, n_1); the largest in a row is the class that accuracy counts.
+
+        >>> import torch, manual_mlp as mm
+        >>> predictor = mm.Predictor.from_checkpoint("best.ckpt")  # of a run with data=iris
+        >>> predictor.prediction(torch.tensor([[5.1, 3.5, 1.4, 0.2]], dtype=torch.float64)).argmax().item()
+        0
+        """
         return self.net(self.standardised(features))
 
     def standardised(self, features: Tensor) -> Tensor:
-        """Return features (N, n_1) as the net takes them: standardised, as in training."""
+        """Return features (N, n_1) as the net takes them: standardised, as in training.
+
+        >>> import torch, manual_mlp as mm
+        >>> predictor = mm.Predictor.from_checkpoint("best.ckpt")  # of a run with data=iris
+        >>> predictor.standardised(predictor.mean[None]).tolist()  # the mean of the training part is 0
+        [[0.0, 0.0, 0.0, 0.0]]
+        """
         weight: Any = self.net[0].weight
         return ((features - self.mean) / self.scale).to(weight.dtype)
 
     def interpreted(self, prediction: Tensor) -> Tensor:
-        """Return P of each class, or the target in its units, for a^L (N, n_L)."""
+        """Return P of each class, or the target in its units, for a^L (N, n_L).
+
+        >>> import torch, manual_mlp as mm
+        >>> predictor = mm.Predictor.from_checkpoint("best.ckpt")  # of a run with data=iris
+        >>> P = predictor.interpreted(torch.tensor([[0.9, 0.2, 0.1]]))
+        >>> P.argmax().item(), round(P.sum().item(), 4)
+        (0, 1.0)
+        """
         if self.class_names:
             return probability(prediction, self.loss)
         return prediction * self.target_scale + self.target_mean

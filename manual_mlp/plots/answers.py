@@ -1,0 +1,196 @@
+"""Pictures of the answers of a net, and of the weights of its first layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from manual_mlp.errors import InputError
+from manual_mlp.plots.style import COLORS, MARKERS, new_panels, short_names, styled, tiled
+
+IN_A_LINE = 17  # characters above an image
+MAX_NEURONS = 64  # with their weights shown as images
+Predict = Callable[[np.ndarray], np.ndarray]
+
+
+@styled
+def confusion_matrix(target: np.ndarray, prediction: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Draw how often each class (row) was answered with each (column). target, prediction (N,): class indices.
+
+    >>> import numpy as np, manual_mlp as mm
+    >>> figure = mm.plots.confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), ["cat", "dog"])
+    >>> figure.axes[0].get_images()[0].get_array().tolist()  # of two cats, one was taken for a dog
+    [[1, 1], [0, 1]]
+    """
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix  # type: ignore[import-untyped]
+
+    n = len(class_names)
+    counts = confusion_matrix(target, prediction, labels=range(n))
+    figure, panels = new_panels(1, 1, 4.2)
+    axes = panels[0, 0]
+    axes.grid(False)
+    ConfusionMatrixDisplay(counts, display_labels=short_names(class_names)).plot(
+        ax=axes,
+        cmap="Blues",
+        colorbar=False,
+        include_values=n <= 20,
+        xticks_rotation="vertical" if max(map(len, class_names)) > 3 else "horizontal",
+        text_kw={"fontsize": 9 if n <= 10 else 6},
+    )
+    axes.set(xlabel="prediction", ylabel="target")
+    return figure
+
+
+@styled
+def worst_mistakes(
+    images: np.ndarray, target: np.ndarray, scores: np.ndarray, class_names: Sequence[str], most: int = 12
+) -> Figure:
+    """Draw the wrongly answered images, the worst first: the true class had a much lower score than the answer.
+
+    images (N, height, width), target (N,) class indices, scores (N, classes): the highest is the answer.
+    Raises: InputError if every answer is right.
+
+    >>> import numpy as np, manual_mlp as mm
+    >>> images, scores = np.zeros((2, 8, 8)), np.array([[0.9, 0.1], [0.2, 0.8]])
+    >>> figure = mm.plots.worst_mistakes(images, np.array([0, 0]), scores, ["8", "1"])
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['predicted 1, is 8']
+    """
+    prediction = scores.argmax(1)
+    rows = np.arange(len(target))
+    behind = scores[rows, prediction] - scores[rows, target]
+    worst = [row for row in np.argsort(-behind, kind="stable") if prediction[row] != target[row]][:most]
+    if not worst:
+        raise InputError("expected at least one mistake to draw, but every answer is right; draw something else")
+    names, columns = short_names(class_names), 4
+    figure, axes = tiled(len(worst), columns, 1.35)
+    for place, row in enumerate(worst):
+        x, y = place % columns, place // columns * 1.35
+        axes.imshow(images[row], cmap="Greys", extent=(x, x + 0.94, y + 1.3, y + 0.36))
+        answer, truth = f"predicted {names[prediction[row]]},", f"is {names[target[row]]}"
+        gap = " " if len(answer + truth) <= IN_A_LINE else "\n"
+        axes.text(x, y + 0.32, answer + gap + truth, fontsize=7)
+    return figure
+
+
+@styled
+def first_layer_weights(weight: np.ndarray, image_shape: Sequence[int] = ()) -> Figure:
+    """Draw W^1 (n_2, n_1): for each neuron an image of `image_shape`, or all of it as one table of colours.
+
+    Orange is positive, purple negative, white 0. At most the first 64 neurons are shown.
+
+    >>> import numpy as np, manual_mlp as mm
+    >>> figure = mm.plots.first_layer_weights(np.array([[1.0, -2.0, 0.0]]))
+    >>> figure.axes[0].get_images()[0].get_clim()  # white is 0
+    (-2.0, 2.0)
+    """
+    weight = weight[:MAX_NEURONS]
+    if not image_shape:
+        figure, panels = new_panels(1, 1, min(6.0, 1.2 + 0.12 * len(weight)))
+        axes, tiles = panels[0, 0], weight
+        axes.set(xlabel="feature", ylabel="neuron")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(False)
+    else:
+        columns = min(8, int(np.ceil(len(weight) ** 0.5)))
+        height, width = image_shape
+        figure, axes = tiled(len(weight), columns, (height + 1) / (width + 1))
+        tiles = np.full((-(-len(weight) // columns) * (height + 1), columns * (width + 1)), np.nan)
+        for index, row in enumerate(weight):
+            top, left = index // columns * (height + 1), index % columns * (width + 1)
+            tiles[top : top + height, left : left + width] = row.reshape(height, width)
+    limit = np.abs(weight).max() or 1.0
+    place = {"extent": (*axes.get_xlim(), *axes.get_ylim())} if image_shape else {"aspect": "auto"}
+    image = axes.imshow(tiles, cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest", **place)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
+    return figure
+
+
+@styled
+def decision_boundary(
+    stages: Mapping[str, Predict], features: np.ndarray, target: np.ndarray, class_names: Sequence[str]
+) -> Figure:
+    """Draw the net's answer at each place of the plane, and the samples; one panel for each stage of training.
+
+    stages: {title: predict}, predict (M, 2) ↦ class indices (M,). features (N, 2), target (N,) class indices.
+
+    >>> import numpy as np, manual_mlp as mm
+    >>> x, target = np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([0, 1])
+    >>> stages = {"at the end": lambda points: (points[:, 0] > 0.5).astype(int)}
+    >>> mm.plots.decision_boundary(stages, x, target, ["low", "high"]).axes[0].get_title()
+    'at the end'
+    """
+    low, high = features.min(0), features.max(0)
+    margin = 0.1 * (high - low)
+    lines = [np.linspace(*limits, 150) for limits in zip(low - margin, high + margin, strict=True)]
+    plane = np.stack(np.meshgrid(*lines), -1)
+    columns = min(2, len(stages))
+    rows = -(-len(stages) // columns)
+    figure, panels = new_panels(rows, columns, (3.4 if columns == 1 else 1.5) + 0.8 / rows, sharex=True, sharey=True)
+    n = len(class_names)
+    colors = [COLORS[index % len(COLORS)] for index in range(n)]
+    for axes in panels.ravel()[len(stages) :]:
+        axes.set_visible(False)
+        panels[-2, -1].tick_params(labelbottom=True)
+    for axes, (title, predict) in zip(panels.ravel(), stages.items(), strict=False):
+        # scikit-learn's DecisionBoundaryDisplay wants an estimator; its constructor changes from version to version
+        answer = predict(plane.reshape(-1, 2)).reshape(plane.shape[:2])
+        axes.contourf(*lines, answer, levels=np.arange(n + 1) - 0.5, cmap=ListedColormap(colors), alpha=0.25)
+        for index, name in enumerate(short_names(class_names)):
+            points, marker = features[target == index], MARKERS[index % len(MARKERS)]
+            axes.scatter(*points.T, s=7, color=colors[index], marker=marker, linewidths=0, label=name)
+        axes.set(title=title)
+        axes.grid(False)
+    figure.supxlabel("$x_1$", fontsize=9)
+    figure.supylabel("$x_2$", fontsize=9)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(n, 4))
+    return figure
+
+
+@styled
+def fitted_curve(stages: Mapping[str, Predict], x: np.ndarray, target: np.ndarray) -> Figure:
+    """Draw the net's answer along its one input, a line for each stage, the last one strongest, over the samples.
+
+    stages: {label: predict}, predict (M, 1) ↦ (M,). x (N,), target (N,).
+
+    >>> import numpy as np, manual_mlp as mm
+    >>> x = np.linspace(0, 1, 5)
+    >>> figure = mm.plots.fitted_curve({"before": lambda x: 0 * x[:, 0], "after": lambda x: x[:, 0]}, x, x)
+    >>> [line.get_label() for line in figure.axes[0].get_lines()]
+    ['before', 'after']
+    """
+    figure, panels = new_panels(1, 1, 3.2)
+    axes = panels[0, 0]
+    axes.scatter(x, target, s=7, color="0.6", linewidths=0, label="samples")
+    line = np.linspace(x.min(), x.max(), 400)
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.1, 1, len(stages))) if len(stages) > 1 else COLORS[:1]
+    for (label, predict), color in zip(stages.items(), shades, strict=True):
+        axes.plot(line, predict(line[:, None]), color=color, label=label)
+    axes.get_lines()[-1].set_linewidth(2.5)
+    axes.set(xlabel="$x$", ylabel="$y$")
+    axes.legend()
+    return figure
+
+
+@styled
+def predicted_against_true(target: np.ndarray, prediction: np.ndarray) -> Figure:
+    """Draw each sample of a regression at (prediction, target); on the line the net is right. Both (N,).
+
+    >>> import numpy as np, manual_mlp as mm
+    >>> axes = mm.plots.predicted_against_true(np.array([1.0, 2.0]), np.array([1.1, 1.9])).axes[0]
+    >>> axes.get_xlabel(), axes.get_ylabel()
+    ('prediction', 'target')
+    """
+    from sklearn.metrics import PredictionErrorDisplay
+
+    figure, panels = new_panels(1, 1, 3.6)
+    look = {"s": 10, "color": COLORS[0], "alpha": 0.6, "linewidths": 0}
+    PredictionErrorDisplay(y_true=target, y_pred=prediction).plot(
+        panels[0, 0], kind="actual_vs_predicted", scatter_kwargs=look
+    )
+    panels[0, 0].set(xlabel="prediction", ylabel="target")
+    return figure

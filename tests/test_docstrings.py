@@ -1,0 +1,55 @@
+"""Each public docstring holds an example that runs, with a result that says something."""
+
+import doctest
+import inspect
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import manual_mlp as mm
+
+SUBMODULES = (mm.functional, mm.network, mm.plots, mm.testing)
+# Public only to the files beside them.
+INTERNAL = {f"functional.{name}" for name in ("apply_affine", "autocasting", "bound_row", "name_and_values")}
+INTERNAL |= {f"network.{name}" for name in ("Reading", "reading_of", "parameters_of", "LossPlan", "NetworkCost")}
+INTERNAL |= {"functional.activation"}
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def public(module: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the public names of a submodule with what they name: what it exports, or what it defines."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    for name in getattr(module, "__all__", own):
+        if not name.startswith("_"):
+            yield f"{module.__name__.partition('.')[2]}.{name}", getattr(module, name)
+
+
+def members(name: str, kind: type) -> Iterator[tuple[str, Any]]:
+    """Yield the public methods and properties of a class that have a docstring of their own."""
+    for member, value in vars(kind).items():
+        function = getattr(value, "__func__", getattr(value, "fget", value))
+        if not member.startswith("_") and inspect.isroutine(function) and function.__doc__ and member != "forward":
+            yield f"{name}.{member}", function
+
+
+OBJECTS: dict[str, Any] = {name: getattr(mm, name) for name in mm.__all__ if callable(getattr(mm, name))}
+OBJECTS |= dict(pair for module in SUBMODULES for pair in public(module) if pair[0] not in INTERNAL)
+OBJECTS |= dict(pair for name, value in OBJECTS.items() if isinstance(value, type) for pair in members(name, value))
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in an empty folder beside a checkpoint, best.ckpt, of a small classifier."""
+    shutil.copy(FIXTURES / "v0.1-classes.ckpt", tmp_path / "best.ckpt")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    test = doctest.DocTestParser().get_doctest(OBJECTS[name].__doc__ or "", {}, name, None, None)
+    assert any(example.want for example in test.examples), f"expected an example with a result in {name}"
+    said: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False)
+    runner.run(test, out=said.append)
+    assert runner.failures == 0, "".join(said)
