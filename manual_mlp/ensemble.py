@@ -29,6 +29,15 @@ class EnsembleEngine:
 
     It equals K engines that train one after another: it honours and refuses what they do. Dropout draws other masks
     than K engines would. Raises InputError for what an engine refuses, and for nets that differ.
+
+    >>> import torch, manual_mlp as mm
+    >>> nets = [mm.MLP([2, 3, 1]) for _ in range(3)]
+    >>> optimizers = [torch.optim.SGD(net.parameters(), lr=lr) for net, lr in zip(nets, (0.0, 1.0, 5.0))]
+    >>> engine = mm.EnsembleEngine(nets, optimizers)
+    >>> x, target = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0], [0.0]])
+    >>> costs = torch.stack([engine.train_epoch(x, target, batch_size=1) for _ in range(200)])  # (epochs, nets)
+    >>> (costs[-1] < 0.1 * costs[0]).tolist()  # the first net has LR 0
+    [False, True, True]
     """
 
     def __init__(
@@ -73,6 +82,17 @@ class EnsembleEngine:
         Net k takes the rows in the order torch.randperm(N, generator=generators[k]); without generators torch's default
         one draws K orders. prediction (K, N, n_L) is filled with a^L of each row before its step. Otherwise as
         `BackpropEngine.train_epoch`.
+
+        >>> import torch, manual_mlp as mm
+        >>> nets = [mm.MLP([2, 3, 1]) for _ in range(3)]
+        >>> optimizers = [torch.optim.SGD(net.parameters(), lr=lr) for net, lr in zip(nets, (0.0, 1.0, 5.0))]
+        >>> engine = mm.EnsembleEngine(nets, optimizers)
+        >>> x, target = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0], [0.0]])
+        >>> prediction = torch.empty(3, 2, 1)
+        >>> engine.train_epoch(x, target, batch_size=2, prediction=prediction).shape
+        torch.Size([3])
+        >>> torch.allclose(prediction[0], nets[0](x))  # before the step, which LR 0 has not changed
+        True
         """
         with self._turn:
             self._ask()
