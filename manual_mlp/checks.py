@@ -82,6 +82,15 @@ def real(name: str, tensor: Tensor, whole: bool = False) -> None:
     raise InputError(f"expected a real floating-point {name}; got {tensor.dtype}: {fix}")
 
 
+def jagged(args: Iterable[Any]) -> None:
+    """Refuse nested tensors of the older layout, of which autograd can ask no sizes."""
+    if any(isinstance(arg, Tensor) and arg.is_nested and arg.layout == torch.strided for arg in args):
+        raise InputError(
+            "expected a nested input of layout torch.jagged; got torch.strided, which no autograd.Function can return: "
+            "make it by torch.nested.nested_tensor(…, layout=torch.jagged)"
+        )
+
+
 def one_kind(**named: Tensor | None) -> None:
     """Refuse tensors of several dtypes or devices; the last one is what the first should be moved to."""
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -102,6 +111,8 @@ def affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             real(f"{name} of an affine map", tensor)
+    if input.is_nested and input.layout == torch.strided:
+        return  # it has no shape to speak of: what was raised before stands
     if weight.dim() != 2:
         raise InputError(f"expected a weight of shape (out_features, in_features); got shape {tuple(weight.shape)}")
     n_out, n_in = weight.shape

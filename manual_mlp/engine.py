@@ -371,6 +371,9 @@ class BackpropEngine:
     def _check_parameters(self, group_of: dict[int, int]) -> None:
         owned, first = self._owned, self._owned[0]
         checks.trainable(owned)
+        for parameter in owned:
+            if (kind := type(parameter.detach())) is not Tensor:
+                raise InputError(f"expected ordinary parameters; got a {kind.__name__}: train them by their layers")
         trained = {id(parameter) for parameter in owned if parameter.requires_grad}
         if any(p.dtype != first.dtype or p.device != first.device or not p.is_floating_point() for p in owned):
             raise InputError("expected parameters of one floating-point dtype on one device: call model.to() with both")
@@ -380,7 +383,8 @@ class BackpropEngine:
                     f"expected a bias of shape {tuple(layer.weight.shape[:1])}, a number for each row of the weight; "
                     f"got {tuple(layer.bias.shape)} in {layer.affine}: cut both alike"
                 )
-        if len({parameter.data_ptr() for parameter in owned}) < len(owned):
+        addresses = [parameter.data_ptr() for parameter in owned if parameter.numel() > 0]  # all empty ones lie at 0
+        if len(set(addresses)) < len(addresses):
             raise InputError("expected layers with parameters of their own; got tied ones: train them by their layers")
         if self.compute_dtype is not None and (self.compute_dtype, first.dtype) != (torch.bfloat16, torch.float32):
             raise InputError(

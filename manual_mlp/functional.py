@@ -62,8 +62,9 @@ def apply_affine(
     """Call an affine Function, with autocast and errors around it."""
     if autocasting(input):
         input, weight, bias = _autocast(input), _autocast(weight), None if bias is None else _autocast(bias)
-    # torch would take these: complex numbers, and shapes that broadcast.
-    if weight.dtype.is_complex or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+    # torch would take these: complex numbers, and shapes that broadcast. torch.jit.trace warns if shapes are compared.
+    compared = None if torch._C._get_tracing_state() else bias
+    if weight.dtype.is_complex or weight.dim() != 2 or (compared is not None and compared.shape != (weight.shape[0],)):
         checks.affine(input, weight, bias)
     try:
         output = apply(function, input, weight, bias, *values)
@@ -177,7 +178,7 @@ globals().update({name: _of_row(row) for name, row in ACTIVATIONS.items()})
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """a ⊙ m / (1 − p) with P(m = 0) = p, any shape; draws the mask that torch.nn.functional.dropout draws on the CPU.
 
-    Raises InputError for p outside [0, 1], and for integer or complex input.
+    Raises InputError for p outside [0, 1], for complex input, and for integers in training.
 
     >>> import torch
     >>> from manual_mlp import functional
@@ -187,7 +188,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     [1.0, 1.0]
     """
     checks.fraction("dropout probability", p)
-    checks.real("input of dropout", input)
+    checks.real("input of dropout", input, whole=not training or p == 0)
     if not training or p == 0:
         return input
     mask = kernels.draw_(torch.empty_like(input, dtype=torch.bool), 1 - p)

@@ -68,23 +68,29 @@ def _primals(ctx: Any) -> tuple[Any, ...]:
 def apply(function: type[ManualFunction], *args: Any) -> Any:
     """Call Function.apply without binding its signature in Python, which takes longer than a small layer.
 
-    Under a transform or a compiler this is the public `Function.apply`; without a gradient mode, the formula alone.
+    Under a transform or a compiler this is the public `Function.apply`. Without a gradient mode, and in what
+    torch.jit.trace records, it is the formula alone.
     """
     if torch.compiler.is_compiling():
         return function.apply(*args) if _differentiated(args) else function.forward(*args)
     if kernels.transforming():
         return function.dual.apply(*args)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch._C._is_tracing():
         return function.forward(*args)
-    return function.direct(*args)
+    try:
+        return function.direct(*args)
+    except RuntimeError:
+        checks.jagged(args)
+        raise
 
 
 def _differentiated(args: tuple[Any, ...]) -> bool:
     """Return True if a graph needs the backward.
 
     If none does, a plain call is what dynamo can trace with *values, and what an exported program should consist of.
+    Inside a transform dynamo calls no custom backward, and asks a Function for wrong gradients (pytorch#193279).
     """
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return False
     return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
@@ -133,7 +139,7 @@ def _own(z: Tensor) -> Tensor:
     Unless the input has two dimensions, F.linear returns a view. autograd forbids in-place writes to a view that a
     Function returns, and gives it no tangent.
     """
-    if z.dim() == 2 or torch.compiler.is_compiling():
+    if z.dim() == 2 or z.is_nested or torch.compiler.is_compiling():
         return z
     return torch.ops.aten._unsafe_view.default(z, z.shape)
 

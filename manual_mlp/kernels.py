@@ -82,7 +82,9 @@ def transforming() -> bool:
 
 def draw_(mask: Tensor, keep: float) -> Tensor:
     """Fill a bool tensor with ones of probability `keep`. As in torch's dropout, keep = 0 draws nothing."""
-    return mask.bernoulli_(keep) if keep > 0 else mask.zero_()
+    values = mask.values() if mask.is_nested else mask
+    values.bernoulli_(keep) if keep > 0 else values.zero_()
+    return mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
