@@ -1,4 +1,4 @@
-"""End a program quietly if nobody reads its output any more."""
+"""Tell if somebody watches the output, and end quietly if nobody reads on."""
 
 import logging
 import os
@@ -34,6 +34,11 @@ def while_read() -> Iterator[None]:
         sys.exit(128 + signal.SIGPIPE)
     finally:
         logging.Handler.handleError = print_error  # type: ignore[method-assign]
+
+
+def is_watched() -> bool:
+    """Return True if what the program prints is read on a terminal as it comes."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def _is_unread(fd: int) -> bool:

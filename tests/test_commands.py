@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 
 from manual_mlp import InputError
 from manual_mlp.errors import shown
-from manual_mlp.training.commands import command, override
-from manual_mlp.training.resume import MOST, PLACE, WORD, _shipped, read_overrides, with_its_own_overrides
+from manual_mlp.training.commands import command, override, python
+from manual_mlp.training.resume import MOST, PLACE, WORD, read_overrides, with_its_own_overrides
+from manual_mlp.training.shipped import shipped
 from tests.configs import CONF, ROOT, configured
 
 PARSE = OverridesParser.create().parse_overrides
@@ -63,7 +64,7 @@ def read_by_shell(line: str, shell: str) -> list[str]:
     if "$(" not in line:
         return shlex.split(line)[1:]
     echo = "import sys; sys.stdout.buffer.write('\\0'.join(sys.argv[1:]).encode(errors='surrogateescape'))"
-    line = line.replace("python", shlex.join([sys.executable, "-c", echo]), 1)
+    line = shlex.join([sys.executable, "-c", echo]) + line.removeprefix(python())
     job = subprocess.run(line, shell=True, executable=shell, capture_output=True, check=True)
     return job.stdout.decode(errors="surrogateescape").split("\0")
 
@@ -105,7 +106,7 @@ class TestCommand:
 
     def test_named_as_it_was_called(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", ["my code/train.py"])
-        assert command("a=1") == "python 'my code/train.py' a=1"
+        assert command("a=1") == f"{python()} 'my code/train.py' a=1"
 
 
 class TestFolder:
@@ -147,7 +148,7 @@ class TestFolder:
 
     def test_every_shipped_place_is_known(self) -> None:
         """A new key of conf/ whose value is a file, a folder or an address has a name that says so."""
-        assert set(_shipped()[0]) == {path.name for path in CONF.iterdir() if path.is_dir()}
+        assert set(shipped()[0]) == {path.name for path in CONF.iterdir() if path.is_dir()}
         values = re.compile(r"^ *(\w+): .*(/[a-z]|run_dir)", re.MULTILINE)
         for path in (path for path in CONF.rglob("*.yaml") if path.name != "config.yaml"):
             assert [name for name, _ in values.findall(path.read_text()) if not PLACE.search(name)] == []
@@ -159,7 +160,7 @@ class TestFolder:
             words = read_overrides(text)
         except InputError:
             return
-        groups, keys = _shipped()
+        groups, keys = shipped()
         for word in words:
             if word.plain:
                 key, value = PARSE([word.text])[0].key_or_group, PARSE([word.text])[0].value()
@@ -312,7 +313,7 @@ def test_pasted_command_shows_the_configuration_of_the_run(tmp_path: Path) -> No
     given_now = folder_of(path, "data=table", f"data.source.path='{tmp_path}/it is, (1).csv'", "data.source.target=y")
     with pytest.raises(InputError) as error:
         with_its_own_overrides(["--cfg=job", "--resolve", "--package=data.source", given_now, "hydra.run.dir=."])
-    line = str(error.value).partition("\n")[2].replace("python", shlex.quote(sys.executable), 1)
+    line = str(error.value).partition("\n")[2]
     job = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert job.returncode == 0, job.stderr
     shown = yaml.safe_load(job.stdout)

@@ -159,7 +159,7 @@ class TestImages:
         ("error", "sentence"),
         [
             (URLError("no route"), "the network did not answer .*IDX files into a folder.*data=fashion_mnist"),
-            (ImportError("pandas"), r"expected pandas .* pip install 'manual-mlp\[table\]'"),
+            (ImportError("pandas"), "expected pandas .* -m pip install pandas pyarrow"),
         ],
     )
     def test_mnist_out_of_reach(self, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str) -> None:
@@ -314,7 +314,7 @@ class TestTables:
     def test_missing_pandas(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = self.write(tmp_path / "t.csv", self.frame)
         monkeypatch.setitem(sys.modules, "pandas", None)
-        with pytest.raises(InputError, match=r"pip install 'manual-mlp\[table\]'"):
+        with pytest.raises(InputError, match="-m pip install pandas pyarrow"):
             classes(path)
 
 

@@ -19,6 +19,7 @@ import yaml
 from manual_mlp import InputError
 from manual_mlp.training import folder as folders
 from manual_mlp.training import run as training
+from manual_mlp.training.commands import python
 from manual_mlp.training.folder import alone_in
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.resume import with_its_own_overrides
@@ -202,7 +203,7 @@ class TestConfiguration:
         assert end == 130
         line = capsys.readouterr().out.partition("to go on: ")[2].partition("\n")[0]
         words = shlex.split(line)
-        assert words[:2] == ["python", str(ROOT / "train.py")]
+        assert words[:2] == [python(), str(ROOT / "train.py")]
         assert "data=iris" in with_its_own_overrides(words[2:])
 
 

@@ -26,6 +26,7 @@ LAYERS = [
     ["plots", "report", "ensemble"],
     ["training", "lecture"],
     ["benchmark"],
+    ["__main__"],
 ]
 ORDER = {name: index for index, names in enumerate(LAYERS) for name in names}
 ONLY_TRAINING = {"lightning", "hydra", "omegaconf", "sklearn", "pandas", "torchmetrics"}

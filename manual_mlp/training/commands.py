@@ -1,25 +1,62 @@
 """Quote command lines so that they run when pasted, for Hydra and for the shell, and are harmless to look at."""
 
+import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
 PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.-]*", re.ASCII | re.IGNORECASE)
+EXTRAS = {  # of pyproject.toml: the packages that each brings
+    "table": ("pandas", "pyarrow"),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic", "sqlparse"),
+    "sweep": ("hydra-joblib-launcher", "hydra-optuna-sweeper"),
+}
 
 
 def override(key: str, text: object) -> str:
     """Return the override that gives `key` this text: Hydra and OmegaConf read nothing else out of it."""
+    from hydra.core.override_parser.types import Quote, QuotedString  # a reader of tables needs no Hydra
+
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(text))  # a bare ${ would begin an interpolation
     return f"{key}={literal if PLAIN.fullmatch(literal) else QuotedString(literal, Quote.single).with_quotes()}"
 
 
-def command(*words: str) -> str:
-    """Return the shell's line that runs train.py, as it was called, with these arguments."""
-    script = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return " ".join(for_the_shell(word) for word in ("python", script, *words))
+def command(*words: str, shared: bool = False) -> str:
+    """Return the shell's line that runs this program, as it was called, with these arguments.
+
+    shared: for others to read, too, so it names no folder of this machine.
+    """
+    script = Path(sys.argv[0])
+    if script.stem == "manual-mlp":
+        started = ["manual-mlp" if shared else _found(script)]
+    elif script.parts[-2:] == ("manual_mlp", "__main__.py"):
+        started = ["python" if shared else python(), "-m", "manual_mlp"]
+    else:
+        own = script.name == "train.py" and not shared
+        started = ["python" if shared else python(), str(script) if own else "train.py"]
+    return " ".join(for_the_shell(word) for word in (*started, *words))
+
+
+def python() -> str:
+    """Return the word that starts this Python in the shell: `python` if that is the one, else its path."""
+    return _found(Path(sys.executable), "python")
+
+
+def install(extra: str) -> str:
+    """Return the shell's line that installs what an extra of this package brings."""
+    return " ".join(map(for_the_shell, (python(), "-m", "pip", "install", *EXTRAS[extra])))
+
+
+def _found(program: Path, name: str = "") -> str:
+    """Return the name of a program if the shell finds it by that, else its path, from here if it lies below."""
+    found = shutil.which(name or program.name)
+    if found and Path(found).parent.absolute() == program.parent.absolute():
+        return name or program.name
+    return os.path.relpath(program) if program.absolute().is_relative_to(Path.cwd()) else str(program)
 
 
 def for_the_shell(word: str) -> str:

@@ -27,7 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from manual_mlp.errors import InputError, shown
-from manual_mlp.training.commands import for_the_shell, override
+from manual_mlp.training.commands import for_the_shell, install, override
+from manual_mlp.training.shipped import shipped
 
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS[type(None)] = "null"
@@ -92,7 +93,7 @@ def check(cfg: DictConfig) -> None:
     node = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
     for key in ROOT.keys() & node.keys():
-        _check_value(node[key], ROOT[key], key)
+        check_value(node[key], ROOT[key], key)
     if "optimizer" in node:
         node["optimizer"] = optimizer_options(node["optimizer"])
     if node.get("scheduler"):
@@ -130,7 +131,7 @@ def build(node: DictConfig, **arguments: object) -> Any:
         if isinstance(error.__cause__, ModuleNotFoundError):
             raise InputError(
                 f"expected the package that {node['_target_']} needs, but it is not installed ({error.__cause__}); "
-                f"install it, for a logger with: pip install 'manual-mlp[{_extra(node['_target_'])}]'"
+                f"install it, for a logger with: {install(_extra(node['_target_']))}"
             ) from error
         raise
 
@@ -162,7 +163,7 @@ def _check_arguments(node: dict, path: str) -> None:
     parameters = inspect.signature(target).parameters
     hints = _hints(target)
     for key in ("_partial_", "_recursive_"):
-        _check_value(node.get(key, False), bool, f"{path}.{key}")
+        check_value(node.get(key, False), bool, f"{path}.{key}")
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in node.keys() - {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}:
         if key not in parameters:
@@ -172,10 +173,10 @@ def _check_arguments(node: dict, path: str) -> None:
                 f"expected an argument of {node['_target_']}, but got {path}.{key}; {likely(key, parameters)}"
             )
         if node[key] != parameters[key].default:
-            _check_value(node[key], hints.get(key, Any), f"{path}.{key}")
+            check_value(node[key], hints.get(key, Any), f"{path}.{key}")
 
 
-def _check_value(value: object, hint: Any, path: str) -> None:
+def check_value(value: object, hint: Any, path: str) -> None:
     if not fits(value, hint):
         raise InputError(f"expected {path} to be {_in_words(hint)}, but got {value!r}; correct its value")
 
@@ -245,7 +246,7 @@ def _unknown_choice(error: MissingConfigException) -> str:
     if not group:  # not from an override
         return "expected --config-name and --config-path to lead to a configuration, but there is none; leave them out"
     needs_extra = group.startswith("hydra/") and name in ("joblib", "optuna")
-    hint = "install it with: pip install 'manual-mlp[sweep]'" if needs_extra else likely(name, error.options or ())
+    hint = f"install it with: {install('sweep')}" if needs_extra else likely(name, error.options or ())
     return f"expected a known choice for {group}, but got {group}={name}; {hint}"
 
 
@@ -261,13 +262,26 @@ def _unknown_key(error: ConfigCompositionException) -> str:
     names = [name for name in cause.parent_node or () if name != "hydra" and not str(name).startswith("_")]
     known = [f"{parent}.{name}" if parent else name for name in names]
     where = f"a key of {parent}" if parent else "a group or a key"
-    return f"expected {where}, but got {cause.full_key}; {likely(str(cause.full_key), known)}"
+    hint = likely(str(cause.full_key), known)
+    return f"expected {where}, but got {cause.full_key}; {_elsewhere(str(cause.full_key)) or hint}"
+
+
+def _elsewhere(mistyped: str) -> str:
+    """Return a hint at the keys that end as a mistyped one of the first level does; nothing if there are none."""
+    keys = [key for key, has_own in shipped()[1].items() if not has_own and "." in key]
+    ends = {key.rpartition(".")[2] for key in keys}
+    first = {key.partition(".")[0] for key in shipped()[1]}
+    close = get_close_matches(mistyped, ends, n=1, cutoff=0.7) if "." not in mistyped else []
+    if not close or (close[0] != mistyped and get_close_matches(mistyped, first)):
+        return ""
+    found = [key for key in keys if key.rpartition(".")[2] == close[0]]
+    return f"did you mean {' or '.join(found)}?"
 
 
 def _before_the_job(error: Exception) -> str | None:
     """Return a sentence for an error of Hydra's own code, which makes the output folder and opens the log file."""
     modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
-    if "manual_mlp.training.run" in modules:
+    if modules & {"manual_mlp.training.run", "manual_mlp.training.task"}:
         return None
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError):

@@ -1,15 +1,19 @@
-"""The folder of a run: one training at a time writes to it, and its .hydra is the configuration of that one."""
+"""The folder of a run: one training at a time writes to it, and its .hydra is the configuration of that one.
+
+A run that is refused leaves no folder that it has made itself. Files go one by one, folders only if they are empty.
+"""
 
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from manual_mlp.checkpoint import write_whole
 from manual_mlp.errors import InputError
 
 try:
@@ -18,6 +22,11 @@ except ImportError:  # Windows: nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
+
+# What a run has written before anything is trained.
+FIRST = {Path(name) for name in (".lock", "train.log", "multirun.yaml")}
+FIRST |= {Path(".hydra", f"{name}.yaml") for name in ("config", "hydra", "overrides")}
+_made: list[Path] = []  # the folders that this run makes, the innermost first
 
 
 @contextmanager
@@ -50,6 +59,8 @@ def keep_configuration(cfg: DictConfig) -> None:
 
     So a refused run changes nothing in the configuration of another run in the same folder.
     """
+    from manual_mlp.checkpoint import write_whole  # brings torch, which a refused sweep need not wait for
+
     if not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
@@ -58,3 +69,57 @@ def keep_configuration(cfg: DictConfig) -> None:
     whole = HydraConfig.instance().cfg
     for name, content in {"config": cfg, "hydra": whole, "overrides": hydra.overrides.task}.items():
         write_whole(folder / f"{name}.yaml", OmegaConf.to_yaml(content).encode())
+
+
+class Made(Callback):
+    """A callback that takes down which folders a run is about to make."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        _take_down(config, "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        _take_down(config, "hydra.sweep.dir")
+
+
+def accepted() -> None:
+    """Forget the folders: the run has begun, and what it leaves is a result."""
+    _made.clear()
+
+
+@contextmanager
+def nothing_if_refused() -> Iterator[None]:
+    """Remove the folders that a run has made if it ends with a sentence and has left nothing else in them."""
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.code, str) and _made and _made[0].is_dir():
+            _remove(*_made)
+        raise
+
+
+def _take_down(config: DictConfig, key: str) -> None:
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    hydra.set_config(config)  # the folder's name may refer to it
+    folder = Path(OmegaConf.select(config, key)).absolute()
+    hydra.cfg = before
+    _made[:] = [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove(folder: Path, *outer: Path) -> None:
+    """Remove the files in a folder, and it, if all of them are a run's first ones and no other run is in it."""
+    try:
+        with alone_in(folder):
+            files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+            if not all(path.relative_to(folder) in FIRST for path in files):
+                return
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename) in files:
+                    handler.close()  # Windows removes no open file
+            for path in files:
+                path.unlink()
+    except InputError:  # another run makes the same folder
+        return
+    for path in (folder / ".hydra", folder, *outer):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()

@@ -94,7 +94,9 @@ def _command() -> str:
     """Return what gives this net from nothing. Within another program there is no command line."""
     if not HydraConfig.initialized():
         return "manual_mlp.training.run.run(cfg), with the configuration below"
-    return command(*(word for word in HydraConfig.get().overrides.task if not word.startswith("ckpt_path=")))
+    return command(
+        *(word for word in HydraConfig.get().overrides.task if not word.startswith("ckpt_path=")), shared=True
+    )
 
 
 def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manual_mlp.errors import InputError
 from manual_mlp.training.data import DataModule
-from manual_mlp.training.folder import keep_configuration
+from manual_mlp.training.folder import accepted, keep_configuration
 from manual_mlp.training.module import MLPModule, unfit
 
 Content = dict[str, Any]
@@ -93,6 +93,7 @@ class Precedence(Callback):
             _reschedule(trainer, pl_module, self.old)
             self.old = None
         if trainer.is_global_zero:  # nothing can be refused any more
+            accepted()
             keep_configuration(self.cfg)
 
     def _names(self, kind: type[Callback]) -> list[str]:

@@ -19,6 +19,7 @@ from unicodedata import normalize
 import numpy as np
 
 from manual_mlp.errors import InputError, shown
+from manual_mlp.training.commands import install
 
 SHOWN = 20  # column names in a message
 LETTERS = 100  # letters of a file's own words in a message
@@ -129,7 +130,7 @@ def read_table(path: Path, option: str, max_bytes: float, wanted: Collection[str
         raise
     except ImportError as error:
         raise InputError(
-            "expected pandas and pyarrow, but they are not installed; install them: pip install 'manual-mlp[table]'"
+            f"expected pandas and pyarrow, but they are not installed; install them: {install('table')}"
         ) from error
     except Exception as error:  # any exception: a parser fails on damage wherever it meets it
         raise _unreadable(path, error) from error

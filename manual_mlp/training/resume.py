@@ -7,11 +7,10 @@ to shipped keys. All else could run code or reach other files: only the command 
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml  # type: ignore[import-untyped]
 from hydra._internal.utils import get_args_parser
@@ -23,10 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from manual_mlp.errors import InputError
 from manual_mlp.training.commands import command, override
+from manual_mlp.training.shipped import keys_of, shipped
 
 log = logging.getLogger(__name__)
 
-CONF = Path(__file__).parents[2] / "conf"
 MOST = 1 << 13  # letters in a folder's overrides: Hydra's parser takes seconds for more
 WORD = re.compile(r"[\w+-]+")  # no path, no address, no interpolation
 PLACE = re.compile(r"(path|dir|folder|filename|uri|input|output|offline)$")  # keys of paths
@@ -185,7 +184,7 @@ def _is_plain(word: Override) -> bool:
     if word.type != OverrideType.CHANGE or word.package is not None or word.value_type != ValueType.ELEMENT:
         return False
     key, value = word.key_or_group, word.value()
-    groups, keys = _shipped()
+    groups, keys = shipped()
     if key in groups:
         return value is None or value in groups[key]
     if key not in keys or PLACE.search(key):
@@ -207,45 +206,10 @@ def _decides_data(word: Word) -> bool:
 def _is_replaced(word: Word, given: dict[str, Override]) -> bool:
     """Return True for a value of a choice that the command line replaces by another one without such a key."""
     group = word.key.partition(".")[0]
-    groups, _ = _shipped()
+    groups, _ = shipped()
     if group not in given or group == word.key or group not in groups:
         return False
     choice = given[group].value()
     if choice is not None and choice not in groups[group]:  # not shipped: Hydra will look
         return False
-    return word.key not in _keys("config") | (_keys(f"{group}/{choice}") if choice else {})
-
-
-@cache
-def _shipped() -> tuple[dict[str, list[str]], dict[str, bool]]:
-    """Return {group: its choices}, and {key: True if it has keys of its own} over all files of conf/."""
-    groups: dict[str, list[str]] = {}
-    keys: dict[str, bool] = {}
-    for path in sorted(CONF.rglob("*.yaml")):
-        name = path.relative_to(CONF).with_suffix("").as_posix()
-        group, _, choice = name.rpartition("/")
-        if group:
-            groups.setdefault(group, []).append(choice)
-        keys |= _keys(name)
-    return groups, keys
-
-
-def _keys(name: str) -> dict[str, bool]:
-    """Return {key: True if it has keys of its own} for a file of conf/ and those of its group that it includes."""
-    text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
-    tree = yaml.safe_load(text)
-    group = name.rpartition("/")[0]
-    package = "" if "@package _global_" in text else group
-    keys = dict(_flat(tree, package and f"{package}."))
-    for default in tree.get("defaults", ()):
-        if group and isinstance(default, str):
-            keys |= _keys(f"{group}/{default}")
-    return keys
-
-
-def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, bool]]:
-    for name, value in tree.items():
-        if not name.startswith("_") and prefix + name not in ("defaults", "hydra") and name != "defaults":
-            yield prefix + name, isinstance(value, dict)
-            if isinstance(value, dict):
-                yield from _flat(value, f"{prefix}{name}.")
+    return word.key not in keys_of("config") | (keys_of(f"{group}/{choice}") if choice else {})

@@ -1,6 +1,5 @@
 """Run what train.py was asked for, from the config to the summary."""
 
-import errno
 import inspect
 import json
 import logging
@@ -47,11 +46,10 @@ from manual_mlp.training.folder import alone_in, keep_configuration
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.precedence import Precedence
-from manual_mlp.training.predict import predict_file
-from manual_mlp.training.readers import MAX_BYTES
 from manual_mlp.training.strategies import choose
 from manual_mlp.training.summary import files, run_facts, summary
 from manual_mlp.training.sweep import FIGURES
+from manual_mlp.training.task import begin, check_places, disk_in_words, given, predict
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +65,6 @@ IRRELEVANT_ADVICE = (
     "missing from font",  # a letter in a class name, shown as a box in the picture
 )
 
-
-# Errors of a full disk, a quota, a lost folder or a lost right.
-NAMES = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "EACCES", "EROFS")
-NOT_WRITTEN = {getattr(errno, name) for name in NAMES}
-
-
 TORCHS_THREADS = torch.get_num_threads()
 MOST_THREADS = 1024  # more end the process in the middle of a product
 SMALL_STEP = 5_000_000  # weights times rows: half a millisecond on one core, as much as Lightning takes for a step
@@ -85,12 +77,11 @@ def run(cfg: DictConfig) -> float | None:
     predict: a file of predictions for a file of new rows.
     """
     check(cfg)
-    task = choose(cfg.task, {"train": _train, "test": _test, "predict": _predict}, "task")
-    _check_places(cfg)
+    task = choose(cfg.task, {"train": _train, "test": _test, "predict": predict}, "task")
+    check_places(cfg)
     quieten()
     with _in_words(cfg):
-        if in_sweep() or (cfg.task != "train" and not Path(cfg.run_dir, ".hydra").exists()):
-            keep_configuration(cfg)
+        begin(cfg)
         return task(cfg)
 
 
@@ -98,7 +89,8 @@ def run(cfg: DictConfig) -> float | None:
 def _in_words(cfg: DictConfig) -> Iterator[None]:
     """Raise InputError for errors that an option, the disk or another process causes in other programs."""
     try:
-        yield
+        with disk_in_words(cfg):
+            yield
     except InputError:
         raise
     except MisconfigurationException as error:  # Lightning's word for a wrong option
@@ -106,14 +98,6 @@ def _in_words(cfg: DictConfig) -> Iterator[None]:
         fix = "correct them" if given in ("auto", "cpu") else f"trainer.accelerator=auto works without {given}"
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"expected options that Lightning accepts, but: {reason}; {fix}") from error
-    except OSError as error:
-        if error.errno not in NOT_WRITTEN:
-            raise
-        raise InputError(
-            f"expected an output folder that can be written, but {error.filename or cfg.run_dir} can't be "
-            f"({error.strerror}); make room, or bring the folder back: checkpoints already there are whole, go on from "
-            "one with ckpt_path=…/last.ckpt"
-        ) from error
     except RuntimeError as error:
         if "without overflow" in str(error):  # torch could not make a number of its own out of it
             half = ", or take trainer.precision=32-true" if "Half" in str(error) or "BFloat16" in str(error) else ""
@@ -128,17 +112,6 @@ def _in_words(cfg: DictConfig) -> Iterator[None]:
             "expected all processes to live until the training ends, but another one has ended; what it had to say is "
             "printed above, or nothing if it was killed; go on with ckpt_path=…/last.ckpt"
         ) from error
-
-
-def _check_places(cfg: DictConfig) -> None:
-    """Raise InputError for a relative path that leads nowhere because Hydra has changed the working folder."""
-    for key in ("ckpt_path", "input", "data.source.path", "data.source.folder"):
-        path = OmegaConf.select(cfg, key)
-        if HydraConfig.initialized() and HydraConfig.get().job.chdir and path and not os.path.exists(path):
-            raise InputError(
-                f"expected {key} to lead to a file, but there is no {path} in {os.getcwd()}, where the run looks "
-                f"because of hydra.job.chdir=true; write {override(key, Path(get_original_cwd(), path))}"
-            )
 
 
 def quieten() -> None:
@@ -239,7 +212,7 @@ def _trained(
 
 
 def _test(cfg: DictConfig) -> float | None:
-    content = read_checkpoint(_given(cfg, "ckpt_path"))
+    content = read_checkpoint(given(cfg, "ckpt_path"))
     data = _data(cfg)
     check_same_rows(content, cfg.ckpt_path, data)
     module = MLPModule.load_from_checkpoint(cfg.ckpt_path, metrics=_metrics(cfg, data))
@@ -253,17 +226,6 @@ def _test(cfg: DictConfig) -> float | None:
         print(summary(module, data, facts, figures, cfg.optimized_metric))
         print(files(Path(cfg.run_dir)))
     return figures.get(cfg.optimized_metric)
-
-
-def _predict(cfg: DictConfig) -> None:
-    max_bytes = OmegaConf.select(cfg, "data.source.max_bytes", default=MAX_BYTES)
-    print(*predict_file(_given(cfg, "ckpt_path"), _given(cfg, "input"), cfg.output, max_bytes), sep="\n")
-
-
-def _given(cfg: DictConfig, key: str) -> str:
-    if cfg[key] is None:
-        raise InputError(f"expected {key}=… for task={cfg.task}, but got none; name the file")
-    return str(cfg[key])
 
 
 def _data(cfg: DictConfig) -> DataModule:

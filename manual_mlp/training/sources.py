@@ -11,6 +11,7 @@ from sklearn import datasets  # type: ignore[import-untyped]
 
 from manual_mlp.errors import InputError
 from manual_mlp.training import readers
+from manual_mlp.training.commands import install
 from manual_mlp.training.readers import MAX_BYTES, quoted, read_idx
 
 BUNDLED = ("digits", "iris", "wine", "breast_cancer", "diabetes")
@@ -179,7 +180,7 @@ def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
             return datasets.fetch_openml("mnist_784", version=1, as_frame=False, return_X_y=True)
     except ImportError as error:  # scikit-learn parses this file with pandas
         raise InputError(
-            "expected pandas for MNIST from openml.org, but it is missing; install it: pip install 'manual-mlp[table]'"
+            f"expected pandas for MNIST from openml.org, but it is missing; install it: {install('table')}"
         ) from error
     except OSError as error:
         raise InputError(

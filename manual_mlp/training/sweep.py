@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from manual_mlp import tables
 from manual_mlp.errors import shown
-from manual_mlp.plots import sweep_figure
 from manual_mlp.training.config import explain
 
 FIGURES = "figures.json"  # what a run leaves in its folder for programs: {"metric": …, "figures": {name: value}, …}
@@ -73,6 +72,8 @@ class Comparison(Callback):
         print(table(runs, order, min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
         files = "sweep.csv"
         if order and settings:
+            from manual_mlp.plots import sweep_figure  # brings matplotlib, which a mistyped option need not wait for
+
             figure = sweep_figure(folder / "sweep.csv", settings, order[0].metric, order[0].name)
             figure.savefig(folder / "sweep.png", dpi=120)
             files += "  sweep.png"
