@@ -102,6 +102,15 @@ def one_kind(**named: Tensor | None) -> None:
             raise InputError(f"expected one {what} for all tensors; got {came}: call .to({kinds[last]}) on the {first}")
 
 
+def one_shape(terms: Sequence[Tensor]) -> None:
+    """Refuse terms of several shapes, which would broadcast to something else."""
+    if any(term.shape != terms[0].shape for term in terms):
+        raise InputError(
+            f"expected branches that give one shape; got {' and '.join(str(tuple(term.shape)) for term in terms)}: "
+            "an identity beside layers needs as many outputs as inputs"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The affine map
 # ---------------------------------------------------------------------------------------------------------------------

@@ -377,11 +377,11 @@ class BackpropEngine:
         trained = {id(parameter) for parameter in owned if parameter.requires_grad}
         if any(p.dtype != first.dtype or p.device != first.device or not p.is_floating_point() for p in owned):
             raise InputError("expected parameters of one floating-point dtype on one device: call model.to() with both")
-        for layer in self._program.layers:
+        for layer in self._program.affine:
             if layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]:
                 raise InputError(
                     f"expected a bias of shape {tuple(layer.weight.shape[:1])}, a number for each row of the weight; "
-                    f"got {tuple(layer.bias.shape)} in {layer.affine}: cut both alike"
+                    f"got {tuple(layer.bias.shape)} in {layer}: cut both alike"
                 )
         addresses = [parameter.data_ptr() for parameter in owned if parameter.numel() > 0]  # all empty ones lie at 0
         if len(set(addresses)) < len(addresses):

@@ -10,6 +10,7 @@ Letters and indices, here and in all code that calls this file (L layers, the in
     C                   cost                                            scalar
     δ^l = ∂C/∂z^l       backpropagated error (`delta`)                  (N, n_l)
     g                   ∂C/∂(output): what arrives from downstream
+    z^l = Σ_k a^k       a sum, the layer where branches meet            (N, n_l)
 
 The five steps of backpropagation:
 
@@ -18,6 +19,9 @@ The five steps of backpropagation:
     3. right to left    δ^l = (δ^{l+1} W^l) ⊙ G′(z^l)                               grad_input, Row.delta
     4. gradients        ∂C/∂W^l = (δ^{l+1})ᵀ a^l,  ∂C/∂b^l = Σ_N δ^{l+1}            grad_weight, grad_bias
     5. update           w := w − LR · ∂C/∂w, every δ taken with the old weights
+
+In a graph a^l goes to several layers, and ∂C/∂a^l adds up what each of them sends back: δ^m W from an affine map with
+δ^m, and δ^m itself from a sum. A residual connection a^{l+1} = a^l + F(a^l) thus sends back g + (what F sends for g).
 
 Leading dimensions: N stands for any number of them, as in torch.nn.Linear. Every formula is out of place and made of
 ordinary tensor operations, so that it can itself be differentiated, vmapped and compiled. `kernels.py` has quicker
@@ -67,6 +71,11 @@ def grad_weight(delta: Tensor, a: Tensor) -> Tensor:
 def grad_bias(delta: Tensor) -> Tensor:
     """∂C/∂b = Σ_N δ, (n_out,)."""
     return rows(delta).sum(0)
+
+
+def add(*terms: Tensor) -> Tensor:
+    """z = Σ_k a^k, from the first term on. Its derivative by each term is 1, so each gets g as it is."""
+    return sum(terms[1:], terms[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

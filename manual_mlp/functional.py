@@ -175,6 +175,19 @@ def _of_row(row: Row) -> Callable[..., Tensor]:
 globals().update({name: _of_row(row) for name, row in ACTIVATIONS.items()})
 
 
+def add(*terms: Tensor) -> Tensor:
+    """Σ_k a^k of terms of one shape, from the first term on; a single term is returned as it is.
+
+    Terms of several dtypes are added in the widest, as torch adds them. Raises InputError for no terms, and for
+    several shapes.
+    """
+    if not terms:
+        raise InputError("expected at least one term to add; got none: add a branch to the Sum")
+    checks.tensors(**{f"term {index}": term for index, term in enumerate(terms)})
+    checks.one_shape(terms)
+    return apply(functions.Sum, *terms) if len(terms) > 1 else terms[0]
+
+
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """a ⊙ m / (1 − p) with P(m = 0) = p, any shape; draws the mask that torch.nn.functional.dropout draws on the CPU.
 

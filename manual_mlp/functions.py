@@ -176,7 +176,7 @@ def _affine_tangent(
 def _sum_of(*terms: Tensor | None) -> Any:
     """Return the sum of the terms that are there, None if there are none."""
     there = [term for term in terms if term is not None]
-    return sum(there[1:], there[0]) if there else None
+    return sheet.add(*there) if there else None
 
 
 class Sigmoid(ManualFunction):
@@ -322,6 +322,26 @@ AFFINE_ACTIVATION = {form: _affine_activation_function(row) for form, row in _FO
 def fused(name: str, values: tuple[float, ...]) -> type[ManualFunction]:
     """Return the Function of an affine map and this activation."""
     return AFFINE_ACTIVATION[name, sheet.ACTIVATIONS[name].saves_with(*values)]
+
+
+class Sum(ManualFunction):
+    """Σ_k a^k of terms of one shape.  Saves nothing."""
+
+    @staticmethod
+    def forward(*terms: Tensor) -> Tensor:
+        return sheet.add(*terms)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        return tuple(g if needed else None for needed in ctx.needs_input_grad)
+
+    @staticmethod
+    def tangent(ctx: Any, *terms_t: Tensor | None) -> Tensor:
+        return _sum_of(*terms_t)
 
 
 class Dropout(ManualFunction):

@@ -186,6 +186,35 @@ class Dropout(nn.Dropout):
         return functional.dropout(input, self.p, self.training, self.inplace)
 
 
+class Sum(nn.ModuleList):
+    """a = Σ_k F_k(x) of its branches F_k; ∂C/∂x = Σ_k (what F_k sends back for g).
+
+    With nn.Sequential it makes every net whose branches part and meet again. Its children have the keys of an
+    nn.ModuleList: 0, 1, …. Raises InputError for no branches, for what is no module, and from forward for branches
+    that give different shapes.
+    """
+
+    def __init__(self, *branches: nn.Module) -> None:
+        if not branches or not all(isinstance(branch, nn.Module) for branch in branches):
+            came = ", ".join(type(branch).__name__ for branch in branches) or "none"
+            raise InputError(f"expected one or more modules as branches, such as mm.Sum(a, b); got {came}")
+        super().__init__(branches)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a branch; for a slice, the Sum of those branches."""
+        return Sum(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.add(*[branch(input) for branch in self])
+
+
+class Residual(Sum):
+    """a = x + F(x), F the chain of these layers: `Sum(Identity(), nn.Sequential(*layers))`. ∂C/∂x = g + (F's for g)."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(Identity(), nn.Sequential(*layers))
+
+
 def activation_row(activation: Any) -> sheet.Row:
     """Return the row of an activation, with its values, from what `name_and_values` takes."""
     return functional.bound_row(*name_and_values(activation))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from manual_mlp import checks, functional, functions, kernels
 from manual_mlp.plan import Plan, Sink, Weighed, run, weigh
-from manual_mlp.program import Program, cost_of, read
+from manual_mlp.program import Add, Affine, Program, cost_of, read
 from manual_mlp.snapshot import Snapshot
 
 _PLANS = 4  # batch shapes whose buffers are kept for a model
@@ -269,7 +269,8 @@ def _has_plan(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tens
     tensors = [input, target, *(own for own in flat if own is not None)]
     if any(type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu for tensor in tensors):
         return False
-    neurons = sum(len(layer.weight) for layer in program.layers)
+    widths = zip(program.nodes, program.widths(input)[1:], strict=True)
+    neurons = sum(width for node, width in widths if isinstance(node.rule, Affine | Add))
     return input.dtype in (torch.float32, torch.float64) and 0 < len(input) * neurons <= _KEPT
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manual_mlp import kernels
 from manual_mlp.formulas import Cost
-from manual_mlp.program import Activate, Affine, Drop, Program
+from manual_mlp.program import Activate, Add, Affine, Drop, Program
 
 Call = Callable[..., Any]
 Operand = Tensor | int | None
@@ -106,7 +106,8 @@ class Plan:
         columns = [False]
         for slot, (rule, reads, _) in enumerate(nodes, start=1):
             narrow = isinstance(rule, Affine) and kernels.by_columns(self.like, self.n, self.widths[slot])
-            columns.append(slot not in dropped and (narrow or (isinstance(rule, Activate) and columns[reads[0]])))
+            follows = isinstance(rule, Activate | Add) and all(columns[read] for read in reads)
+            columns.append(slot not in dropped and (narrow or follows))
         return columns
 
     def _laid(self, flat: Tensor, slot: int) -> Tensor:
@@ -143,7 +144,7 @@ class Plan:
         for i in range(len(nodes)):
             self._step_1(i, slots, operands[self.program.spans[i]])
         self.wanted = self.program.wanted([sink is not None for sink in sinks])
-        self.free = self.flats[1:]
+        self.free, self.lent = self.flats[1:], -1
         self.arrived: dict[int, Tensor] = {len(nodes): self.flats[0]}
         if self.copied:
             self._emit(self.up, self.prediction.copy_, slots[-1])
@@ -181,8 +182,21 @@ class Plan:
                 drawn, scale = self.masks[i + 1]
                 self._emit(self.up, partial(_draw, drawn, scale, 1 - rule.p))
                 self._emit(self.up, partial(torch.mul, scale, out=out), read)
+        elif isinstance(rule, Add):
+            self._add([slots[slot] for slot in reads], out)
         else:
             self._emit(self.up, lambda *ins: out.copy_(rule.forward(*ins)), *(slots[slot] for slot in reads))
+
+    def _add(self, terms: list[Operand], out: Tensor) -> None:
+        """z^l = Σ_k a^k. An instruction reads at most one operand that moves."""
+        if len(terms) > 1 and not all(isinstance(term, int) for term in terms[:2]):
+            first, second, *more = terms
+            self._emit(self.up, partial(torch.add, out=out), *sorted((first, second), key=lambda t: isinstance(t, int)))
+        else:
+            first, *more = terms
+            self._emit(self.up, out.copy_, first)
+        for term in more:
+            self._emit(self.up, out.add_, term)
 
     def _affine(self, a: Operand, weight: Any, bias: Any, z: Tensor) -> None:
         if isinstance(weight, int):
@@ -208,7 +222,8 @@ class Plan:
             for a, sink in zip((self.ones, slots[reads[0]]), reversed(sinks), strict=True):
                 if sink is not None:
                     self._step_4(delta, a, sink, i + 1)
-            self.free.append(flat)
+            if i + 1 != self.lent:
+                self.free.append(flat)
             return
         if isinstance(rule, Activate) and rule.saves == "input" and (reads[0] == 0 or not self._alone(i)):
             # Somebody else still reads z, which the form in place would overwrite.
@@ -223,6 +238,9 @@ class Plan:
         elif isinstance(rule, Drop):
             if rule.p > 0:
                 self._emit(self.down, delta.mul_, self.masks[i + 1][1])
+        elif isinstance(rule, Add):
+            self._part(flat, i + 1, reads)
+            return
         else:
             self._any_rule(i, delta, slots)
             self.free.append(flat)
@@ -237,6 +255,30 @@ class Plan:
         if self.wanted[slot]:
             self._emit(self.down, self._laid(self.arrived[slot], slot).add_, self._laid(flat, slot))
         self.free.append(flat)
+
+    def _part(self, flat: Tensor, of: int, reads: Sequence[int]) -> None:
+        """Give what arrived at a sum to each slot that it reads, as often as it reads it.
+
+        One of them keeps the buffer, and the others get copies, because each δ is made in place of its g. An affine map
+        only reads it, so it borrows the buffer, if it comes next and does not add to it.
+        """
+        g = self._laid(flat, of)
+        wanted = [slot for slot in reads if self.wanted[slot]]
+        fresh = [slot for slot in wanted if slot not in self.arrived and self.by_columns[slot] == self.by_columns[of]]
+        keeps, next_ = min(fresh, default=None), self.program.nodes[of - 2]
+        borrows = isinstance(next_.rule, Affine) and keeps != next_.reads[0] and len({*wanted}) == len(wanted)
+        if keeps != max(fresh, default=None) == of - 1 and borrows:
+            self.lent = of - 1
+            self.arrived[self.lent] = flat
+        for slot in (slot for slot in wanted if slot not in (keeps, self.lent)):
+            into, more = self._into(slot)
+            self._emit(self.down, into.add_ if more else into.copy_, g)
+        if keeps is None:
+            self.free.append(flat)
+            return
+        self.arrived[keeps] = flat
+        if wanted.count(keeps) > 1:
+            self._emit(self.down, partial(g.mul_, wanted.count(keeps)))
 
     def _into(self, slot: int) -> tuple[Tensor, bool]:
         """Return the buffer of ∂C/∂slot, and True if something has arrived there. In a chain two take turns."""

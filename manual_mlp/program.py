@@ -5,9 +5,9 @@ read twice adds up what comes back. Everything here is made of ordinary tensor o
 `plan.py` compiles the same list to in-place calls on kept buffers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -83,6 +83,18 @@ class Activate:
         return (self.delta(g, saved, *self.row.values),)
 
 
+class Add:
+    """z = Σ_k a^k."""
+
+    names, saves = (), "nothing"
+
+    def forward(self, *terms: Tensor) -> Tensor:
+        return sheet.add(*terms)
+
+    def backward(self, g: Tensor, saved: Any, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        return (g,) * len(needs)
+
+
 class Drop:
     """a ⊙ m / (1 − p), with the mask m and the divisor as its parameters; without them a itself."""
 
@@ -115,15 +127,19 @@ class Drop:
 class Layer:
     """One layer of the lecture: z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}), and the dropout after it, if any.
 
-    affine     the module that owns W^l and b^l
+    A sum of branches is a layer without weights, z^l = Σ_k a^k.
+
+    z, a, out  the slots of z^l, of G(z^l), and of what the next layers read
+    reads      the layers whose a it reads, 1 for the input
+    affine     the module that owns W and b; None for a sum
     row        G with its parameters' values
-    z, a, out  the slots of z^{l+1}, of G(z^{l+1}), and of what the next layer reads
     """
 
-    affine: Any
     z: int
     a: int
     out: int
+    reads: tuple[int, ...]
+    affine: Any = None
     row: Row = ACTIVATIONS["identity"]
     dropout: Drop | None = None
 
@@ -180,17 +196,27 @@ class Program:
         return kept
 
     @property
-    def layers(self) -> list[Layer]:
-        """Return the layers of a chain."""
-        layers: list[Layer] = []
-        for i, (rule, _, owner) in enumerate(self.nodes, start=1):
-            if isinstance(rule, Affine):
-                layers.append(Layer(owner, i, i, i))
-            elif isinstance(rule, Activate):
-                layers[-1].row, layers[-1].a, layers[-1].out = rule.row, i, i
+    def layers(self) -> dict[int, Layer]:
+        """Return the layers by the sheet's l, from 2."""
+        layers: dict[int, Layer] = {}
+        of = {0: 1}  # the layer of each slot
+        for i, (rule, reads, owner) in enumerate(self.nodes, start=1):
+            if isinstance(rule, Affine | Add):
+                of[i] = len(layers) + 2
+                layers[of[i]] = Layer(i, i, i, tuple(of[slot] for slot in reads), owner)
+                continue
+            layer = layers[of.setdefault(i, of[reads[0]])]
+            if isinstance(rule, Activate):
+                layer.row, layer.a = rule.row, i
             else:
-                layers[-1].dropout, layers[-1].out = rule, i
+                layer.dropout = rule
+            layer.out = i
         return layers
+
+    @property
+    def affine(self) -> list[Any]:
+        """Return the owners of the weights, in order."""
+        return [node.owner for node in self.nodes if isinstance(node.rule, Affine)]
 
     def parameters(self) -> list[Any]:
         """Return the parameters of all nodes in one list, None for a missing bias."""
@@ -272,57 +298,106 @@ _DROPOUT = (nn.Dropout, modules.Dropout)
 
 
 def read(model: nn.Module) -> Program:
-    """Return the program of an mm.MLP, or of an nn.Sequential (nested ones too) of affine maps, activations, dropouts.
+    """Return the program of an mm.MLP, or of nn.Sequentials and mm.Sums in each other.
 
-    Each activation follows an affine map, each dropout an activation or an affine map. Raises InputError for anything
-    else in it, for what a call of the model would honour and a program does not (hooks, a replaced forward), and for
-    layers that do not fit each other.
+    Inside are affine maps, activations and dropouts. Each activation follows an affine map or a Sum, or begins a branch;
+    each dropout may follow an activation, too. Raises InputError for anything else in it, for what a call of the model
+    would honour and a program does not (hooks, a replaced forward), and for layers that do not fit each other.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a model, an mm.MLP or an nn.Sequential; got {type(model).__name__}")
-    nodes: list[Node] = []
-    for name, module in _leaves(model, ""):
-        for rule, owner in _rules(nodes, name, module):
-            nodes.append(Node(rule, (len(nodes),), owner))
-    affine = [node.owner for node in nodes if isinstance(node.rule, Affine)]
-    if not affine:
+    reader = _Reader()
+    reader.read(model, "", 0)
+    if reader.first is None:
         raise InputError("expected a net with at least one affine layer; got none: add an mm.Affine or an nn.Linear")
-    for before, after in pairwise(affine):
-        if before.weight.shape[0] != after.weight.shape[1]:
-            raise InputError(f"expected a layer of in_features={before.weight.shape[0]} after {before}; got {after}")
-    return Program(nodes)
+    return Program(reader.nodes)
 
 
-def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that a nested nn.Sequential calls, in order, by qualified name."""
+class _Reader:
+    """Nodes of the modules read so far.
+
+    ends    for each slot the affine map that gives it its width; None while it is as wide as the input
+    first   the first affine map, whose in_features is the input's width
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.ends: list[Any] = [None]
+        self.first: Any = None
+
+    def read(self, module: nn.Module, name: str, slot: int, begins: bool = False) -> int:
+        """Append the nodes of a module that reads `slot`, and return the slot that it writes.
+
+        begins: it is the first of a branch, and the slot is read by other branches, too.
+        """
+        _check_call(module, name)
+        start = len(self.nodes)
+        children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items()]
+        if isinstance(module, nn.Sequential):
+            for of_child, child in children:
+                slot = self.read(child, of_child, slot, begins and len(self.nodes) == start)  # type: ignore[arg-type]
+            return slot
+        if isinstance(module, modules.Sum):
+            slots = [self.read(child, of_child, slot, begins=True) for of_child, child in children]  # type: ignore[arg-type]
+            self._check_branches(slots, name)
+            return slots[0] if len(slots) == 1 else self._append(Node(Add(), tuple(slots)))
+        before = Add() if begins else self.nodes[slot - 1].rule if slot else None
+        for rule, owner in _rules(before, name, module):
+            if begins and not isinstance(rule, Affine):  # a copy: in place it would overwrite what others read
+                slot = self._append(Node(Add(), (slot,)))
+            begins = False
+            slot = self._append(Node(rule, (slot,), owner))
+        return slot
+
+    def _append(self, node: Node) -> int:
+        """Return the slot that the node writes. Raises InputError if an affine map does not fit what it reads."""
+        end, affine = self.ends[node.reads[0]], node.owner
+        if affine is not None:
+            self.first = first = self.first or affine
+            before, width = ("beside", first.weight.shape[1]) if end is None else ("after", end.weight.shape[0])
+            if affine is not first and width != affine.weight.shape[1]:
+                raise InputError(f"expected a layer of in_features={width} {before} {end or first}; got {affine}")
+        self.nodes.append(node)
+        self.ends.append(affine or end)
+        return len(self.nodes)
+
+    def _check_branches(self, slots: list[int], name: str) -> None:
+        ends = [self.ends[slot] for slot in slots]
+        if not slots:
+            raise InputError(f"expected a Sum with branches at {name or 'the model itself'!r}; got none: append one")
+        widths = {end.weight.shape[0] if end is not None else self.first and self.first.weight.shape[1] for end in ends}
+        if len(widths) > 1:
+            raise InputError(
+                f"expected branches of one width in the Sum at {name or 'the model itself'!r}; got "
+                f"{' and '.join(map(str, sorted(widths)))}: an identity beside layers needs as many outputs as inputs"
+            )
+
+
+def _check_call(module: nn.Module, name: str) -> None:
+    """Raise InputError for what a call of the module would honour and a program does not."""
     if any(hooks_of(module)):
         raise InputError(
             f"expected layers without hooks, because none would be called; got one on {name!r}: remove it, "
             "or train with backprop=layers"
         )
     kind: Any = getattr(module, "plain", type(module))  # of a fused nn.Sequential, the class it was
-    forward = _FORWARDS.get(kind, _FORWARDS[nn.Sequential] if issubclass(kind, nn.Sequential) else kind.forward)
+    container = next((of for of in (nn.Sequential, modules.Sum) if issubclass(kind, of)), kind)
+    forward = _FORWARDS.get(kind, _FORWARDS.get(container, kind.forward))
     if "forward" in vars(module) or kind.forward is not forward or kind.__call__ is not _CALL:
         raise InputError(
             f"expected modules with the forward of torch.nn or manual_mlp; {name or 'the model'!r} has its own: "
             "train it with backprop=layers"
         )
-    if not isinstance(module, nn.Sequential):
-        yield name, module
-        return
-    for key, child in module._modules.items():
-        assert child is not None
-        yield from _leaves(child, f"{name}.{key}" if name else key)
 
 
-_KINDS: tuple[Any, ...] = (*_AFFINE, *_DROPOUT, nn.Sequential, modules.AffineActivation, *modules.ACTIVATION_MODULES)
+_KINDS: tuple[Any, ...] = (*_AFFINE, *_DROPOUT, nn.Sequential, modules.Sum, modules.AffineActivation, *modules.ACTIVATION_MODULES)
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _KINDS}
 _CALL = nn.Module.__call__
 
 
-def _rules(nodes: list[Node], name: str, module: Any) -> list[tuple[Any, Any]]:
-    """Return the rules of one module, each with the owner of its parameters."""
-    kind, last = type(module), nodes[-1].rule if nodes else None
+def _rules(before: Any, name: str, module: Any) -> list[tuple[Any, Any]]:
+    """Return the rules of one module, each with the owner of its parameters. before: the rule that it follows."""
+    kind = type(module)
     if kind in _AFFINE or kind is modules.AffineActivation:
         if not module._parameters.keys() >= {*Affine.names}:
             raise InputError(f"expected weight and bias of {name!r} as its parameters; got a buffer or an attribute")
@@ -330,9 +405,9 @@ def _rules(nodes: list[Node], name: str, module: Any) -> list[tuple[Any, Any]]:
         return [(Affine(), module), *([] if row.name == "identity" else [(Activate(row), None)])]
     if kind in (nn.Identity, modules.Identity):
         return []
-    if kind in modules.ACTIVATION_MODULES and isinstance(last, Affine):
+    if kind in modules.ACTIVATION_MODULES and isinstance(before, Affine | Add):
         return [(Activate(modules.activation_row(module)), None)]
-    if kind in _DROPOUT and isinstance(last, Affine | Activate):
+    if kind in _DROPOUT and isinstance(before, Affine | Activate | Add):
         return [(Drop(module), None)]
     raise InputError(
         "expected affine maps, each with at most one activation and one dropout after it; "

@@ -66,7 +66,7 @@ class Snapshot:
         everything = list(model.modules())
         hooks = [hooks for module in everything for hooks in hooks_of(module)]
         self.hooks = Hooks(lambda: hooks)
-        self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential)]
+        self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential | nn.ModuleList)]
         self.below = everything[1:]
         self.dicts, self.kinds = list(map(vars, self.below)), list(set(map(type, everything)))
         self.fused = [m for m in self.below if isinstance(m, modules.AffineActivation)]

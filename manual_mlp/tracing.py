@@ -52,7 +52,11 @@ class Trace:
     new_weight, new_bias     W^l − LR ∂C/∂W^l and b^l − LR ∂C/∂b^l
     saturation           the share of the N n_l values of |G′(z^l)| below 1 % of its maximum over all z
     activation, drops    G's name, and whether dropout drew a mask, l = 2 … L
+    reads                the layers whose a a layer reads, l = 2 … L: (l − 1,) in a chain
     cost                 C, a scalar tensor; target: ŷ, class indices as rows of 0 and 1
+
+    A sum of branches is a layer z^l = Σ_k a^k without weights. In a graph W^l and b^l lead to layer l+1 from the layer
+    that it reads.
 
     `print` gives two tables, and if no layer and no batch is larger than 6, the numbers step by step.
 
@@ -74,6 +78,7 @@ class Trace:
     target: Tensor
     activation: dict[int, str]
     drops: dict[int, bool]
+    reads: dict[int, tuple[int, ...]]
     z: dict[int, Tensor] = field(default_factory=dict)
     a: dict[int, Tensor] = field(default_factory=dict)
     slope: dict[int, Tensor] = field(default_factory=dict)
@@ -176,12 +181,14 @@ class Trace:
         return f"{'-'.join(map(str, self.sizes))}, {self.loss} cost, N = {len(self.a[1])}: C = {self.cost.item():.5g}"
 
     def _tables(self) -> list[list[list[str]]]:
-        neurons = [["l", "a^l", "G", "‖z^l‖", "‖a^l‖", "‖δ^l‖", "saturated"]]
+        is_chain = all(reads == (layer - 1,) for layer, reads in self.reads.items())
+        neurons = [["l", *["from"] * (not is_chain), "a^l", "G", "‖z^l‖", "‖a^l‖", "‖δ^l‖", "saturated"]]
         for layer, a in self.a.items():
+            of = [] if is_chain else [" + ".join(map(str, self.reads.get(layer, ())))]
             G = self.activation.get(layer, "") + " + dropout" * self.drops.get(layer, False)
             saturated = f"{100 * self.saturation[layer]:.3g} %" if layer > 1 else ""
             norms = [_norm(values.get(layer)) for values in (self.z, self.a, self.delta)]
-            neurons.append([str(layer), str(tuple(a.shape)), G, *norms, saturated])
+            neurons.append([str(layer), *of, str(tuple(a.shape)), G, *norms, saturated])
         weights = [["l", "W^l", "‖W^l‖", "‖b^l‖", "‖∂C/∂W^l‖", "‖∂C/∂b^l‖"]]
         for layer, weight in self.weight.items():
             values = (weight, self.bias[layer], self.grad_weight[layer], self.grad_bias[layer])
@@ -197,21 +204,21 @@ class Trace:
         for title, part in self.formulas():
             step = []
             for symbol, formula, value in part:
-                numbers = _substituted(formula, known) if self._is_chain else ""
+                numbers = _substituted(formula, known) if self._is_scalar else ""
                 step.append(Line(symbol, formula, numbers, value))
                 known[symbol] = value
             steps += [(title, step)] if step else []
         return steps
 
     @property
-    def _is_chain(self) -> bool:
+    def _is_scalar(self) -> bool:
         """Return True for one sample through one neuron a layer: numbers, as the lecture first writes the formulas."""
         return len(self.a[1]) == 1 and set(self.sizes) == {1} and not any(self.drops.values())
 
     def _formulas(self) -> Iterator[list[tuple[str, str, Any]]]:
         """Yield the parts of `formulas`, without their titles."""
-        chain, last = self._is_chain, len(self.sizes)
-        W = "w" if chain else "W"
+        scalar, last = self._is_scalar, len(self.sizes)
+        W = "w" if scalar else "W"
         biases = {layer: bias for layer, bias in self.bias.items() if bias is not None}
         given = [("x", "", self.a[1]), ("ŷ", "", self.target)]
         for layer, weight in self.weight.items():
@@ -220,48 +227,63 @@ class Trace:
         yield given
 
         forward = [("a¹", "x", self.a[1])]
-        for layer in self.weight:
-            a, w = f"a{up(layer)}", f"{W}{up(layer)}"
-            z = (f"{w} · {a}" if chain else f"{a} ({w})ᵀ") + (f" + b{up(layer)}" if layer in biases else "")
-            forward.append((f"z{up(layer + 1)}", z, self.z[layer + 1]))
-            forward.append((f"a{up(layer + 1)}", self._G(layer + 1) + self._mask(layer + 1), self.a[layer + 1]))
+        for layer, reads in self.reads.items():
+            terms = [f"a{up(read)}" for read in reads]
+            if layer - 1 in self.weight:
+                w, bias = f"{W}{up(layer - 1)}", f" + b{up(layer - 1)}" if layer - 1 in biases else ""
+                terms = [(f"{w} · {terms[0]}" if scalar else f"{terms[0]} ({w})ᵀ") + bias]
+            if self._error(layer) == "g":
+                forward.append((f"a{up(layer)}", " + ".join(terms), self.a[layer]))
+                continue
+            forward.append((f"z{up(layer)}", " + ".join(terms), self.z[layer]))
+            forward.append((f"a{up(layer)}", self._G(layer) + self._mask(layer), self.a[layer]))
         cost = sheet.COSTS[self.loss]
-        share = "" if chain else f"1/{cost.per if cost.per == 'N' else '(N m)'} "
+        share = "" if scalar else f"1/{cost.per if cost.per == 'N' else '(N m)'} "
         text, delta_text = (notation.written(formula, f"a{up(last)}") for formula in (cost.C, cost.delta))
         yield [*forward, ("C", (f"{share}Σ " if share else "") + text, self.cost)]
 
         yield self._delta_lines(last, share + delta_text)
-        yield [
-            line
-            for layer in range(last - 1, 1, -1)
-            for line in self._delta_lines(
-                layer,
-                f"{W}{up(layer)} · δ{up(layer + 1)}" if chain else f"(δ{up(layer + 1)} {W}{up(layer)})",
-            )
-        ]
+        yield [line for layer in range(last - 1, 1, -1) for line in self._delta_lines(layer, self._arriving(layer, W))]
 
         gradients: list[Any] = []
         updates: list[Any] = []
         for layer in reversed(self.weight):
-            delta, a = f"δ{up(layer + 1)}", f"a{up(layer)}"
+            delta, a = f"δ{up(layer + 1)}", f"a{up(self.reads[layer + 1][0])}"
             to_weight, to_bias = f"∂C/∂{W}{up(layer)}", f"∂C/∂b{up(layer)}"
-            gradients.append((to_weight, f"{delta} · {a}" if chain else f"({delta})ᵀ {a}", self.grad_weight[layer]))
+            gradients.append((to_weight, f"{delta} · {a}" if scalar else f"({delta})ᵀ {a}", self.grad_weight[layer]))
             w, b = f"{W}{up(layer)}", f"b{up(layer)}"
             updates.append((f"new {w}", f"{w} − LR · {to_weight}", self.new_weight[layer]))
             if layer in biases:
-                gradients.append((to_bias, delta if chain else f"Σ {delta}", self.grad_bias[layer]))
+                gradients.append((to_bias, delta if scalar else f"Σ {delta}", self.grad_bias[layer]))
                 updates.append((f"new {b}", f"{b} − LR · {to_bias}", self.new_bias[layer]))
         yield gradients
         yield updates
 
+    def _arriving(self, layer: int, W: str) -> str:
+        """Return ∂C/∂a^l: a term for each time that a layer reads a^l."""
+        terms = []
+        for reader, reads in self.reads.items():
+            term = error = f"{self._error(reader)}{up(reader)}"
+            if reader - 1 in self.weight:
+                w = f"{W}{up(reader - 1)}"
+                term = f"{w} · {error}" if self._is_scalar else f"{error} {w}"
+            terms += [term] * reads.count(layer)
+        text = " + ".join(terms)
+        return text if len(terms) == 1 and (self._is_scalar or " " not in text) else f"({text})"
+
+    def _error(self, layer: int) -> str:
+        """Return the letter of ∂C/∂z^l: δ; g for a sum that nothing follows, whose z^l is a^l itself."""
+        plain = layer - 1 not in self.weight and self.activation[layer] == "identity" and not self.drops[layer]
+        return "g" if plain else "δ"
+
     def _delta_lines(self, layer: int, incoming: str) -> list[tuple[str, str, Any]]:
         """Return G′(z^l), unless it is 1, and δ^l, which is made of it and of ∂C/∂a^l."""
-        delta, value = f"δ{up(layer)}", self.delta[layer]
+        delta, value = f"{self._error(layer)}{up(layer)}", self.delta[layer]
         incoming += self._mask(layer)
         if self.activation[layer] == "identity":
             return [(delta, incoming, value)]
         slope = self._G(layer, "′")
-        return [(slope, "", self.slope[layer]), (delta, f"{incoming} {'·' if self._is_chain else '⊙'} {slope}", value)]
+        return [(slope, "", self.slope[layer]), (delta, f"{incoming} {'·' if self._is_scalar else '⊙'} {slope}", value)]
 
     def _G(self, layer: int, prime: str = "") -> str:
         G, z = self.activation[layer], f"z{up(layer)}"
@@ -274,7 +296,7 @@ class Trace:
         return [f"{title}\n{text}" for title, text in self.steps().items()]
 
     def _text_step(self, title: str, lines: list[Line]) -> str:
-        if self._is_chain and title == "given":
+        if self._is_scalar and title == "given":
             items = ",  ".join(f"{line.symbol}~=~{_number(line.value.item())}" for line in lines)
             return textwrap.fill(items, WIDTH, initial_indent="   ", subsequent_indent="   ").replace("~", " ")
         return "\n".join(map(_text_line, lines))
@@ -354,12 +376,12 @@ def trace(
 ) -> Trace:
     """Return z, a, δ and the gradients of every layer of one pass, by the recursion; the model stays as it is.
 
-    model   an mm.MLP or an nn.Sequential of affine maps, each with at most one activation and one dropout after it
+    model   what `program.read` takes: an mm.MLP, or nn.Sequentials and mm.Sums of affine maps, activations, dropouts
     x       (N, n_1), or one sample (n_1,); a list becomes a tensor of the model's dtype
     target  (N, n_L), or class indices (N,) for "cross_entropy"; for one sample (n_L,) or ()
     loss    "quadratic", "mse", "bce" or "cross_entropy"; lr: the LR of the step that `new_weight` shows
 
-    Raises InputError for a net that is no such chain, a shared weight, hooks, an unknown loss, a logits cost after an
+    Raises InputError for another net, a shared weight, hooks, an unknown loss, a logits cost after an
     activation, and for an x or target with another shape, dtype or device, or without a sample.
 
     >>> import torch, manual_mlp as mm
@@ -370,7 +392,7 @@ def trace(
        δ² = (a² − ŷ) = (1.5 − 1) = 0.5
     """
     program = reading_of(model).program
-    weights = [layer.weight for layer in program.layers]
+    weights = [affine.weight for affine in program.affine]
     if len(set(map(id, weights))) < len(weights):
         raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
     x, target = _batch(x, target, weights[0], loss)
@@ -379,15 +401,16 @@ def trace(
         raise InputError("expected at least one sample to trace; got none")
     one = one_pass(program, x, target, loss, program.draw(x))
 
-    layers = dict(enumerate(program.layers, 2))
+    layers = program.layers
     result = Trace(
-        sizes=[x.shape[1], *map(len, weights)],
+        sizes=[x.shape[1], *(one.slots[layer.z].shape[1] for layer in layers.values())],
         loss=loss,
         lr=lr,
         cost=one.cost,
         target=(sheet.onehot(one.slots[-1], target) if target.dim() == 1 else target).clone(),
         activation={index: layer.row.name for index, layer in layers.items()},
         drops={index: layer.drops for index, layer in layers.items()},
+        reads={index: layer.reads for index, layer in layers.items()},
     )
     result.a[1] = x.clone()
     for index, layer in layers.items():
@@ -397,6 +420,8 @@ def trace(
         result.slope[index] = kernels.delta(row)(torch.ones_like(z), a if row.saves == "a" else z, *row.values)
         flat = result.slope[index].abs() < SATURATED * steepest(row)
         result.saturation[index] = flat.double().mean().item()
+        if layer.affine is None:
+            continue
         result.weight[index - 1] = layer.weight.clone()
         result.bias[index - 1] = None if layer.bias is None else layer.bias.clone()
         grad_weight, grad_bias = one.gradients[program.spans[layer.z - 1]]

@@ -458,10 +458,10 @@ def test_module_and_converted_models() -> None:
     expected = F.quadratic_loss(plain(input), target)
     torch.testing.assert_close(NetworkLoss(plain)(input, target), expected)
     torch.testing.assert_close(NetworkLoss(mm.convert(plain))(input, target), expected)
-    assert [layer.row.name for layer in reading_of(plain).program.layers] == ["sigmoid", "identity"]
+    assert [layer.row.name for layer in reading_of(plain).program.layers.values()] == ["sigmoid", "identity"]
     lone = nn.Linear(4, 3)
     torch.testing.assert_close(network_loss(lone, input, target), F.quadratic_loss(lone(input), target))
-    assert reading_of(lone).program.layers[0].affine is lone
+    assert reading_of(lone).program.layers[2].affine is lone
 
 
 class Own(nn.Sequential):

@@ -205,7 +205,7 @@ class TestFaults:
     def test_where_it_began(self) -> None:
         module, x = MLPModule(4, 3, hidden=[5, 6], activation="relu"), torch.rand(7, 4)
         program = read(module.net)
-        layers = program.layers
+        layers = [*program.layers.values()]
 
         def after(layer: int, value: float) -> str:
             with torch.no_grad():

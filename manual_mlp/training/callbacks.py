@@ -122,7 +122,7 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
     """
     program, (features, target) = reading_of(module.net).program, module.as_net_takes(*batch)
     one = one_pass(program, features, target, module.loss)
-    layers = dict(enumerate(program.layers, 2))
+    layers = program.layers
     return {
         "z": {index: one.slots[layer.z] for index, layer in layers.items()},
         "a": {1: features} | {index: one.slots[layer.out] for index, layer in layers.items()},

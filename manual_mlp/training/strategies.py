@@ -49,21 +49,21 @@ def where_it_began(program: Program, features: Tensor) -> str:
     The step before goes from right to left, as δ does, so the rightmost W^l that is not finite became so first. If all
     W^l are finite, the forward pass is followed from left to right.
     """
-    for index, layer in reversed([*enumerate(program.layers, start=1)]):
-        if not _finite(layer.weight, layer.bias):
+    for index, layer in reversed(program.layers.items()):
+        if layer.affine is not None and not _finite(layer.weight, layer.bias):
             n_out, n_in = layer.weight.shape
-            return f"W{up(index)} ({n_in} to {n_out} neurons), by the step before: δ{up(index + 1)} overflowed"
+            return f"W{up(index - 1)} ({n_in} to {n_out} neurons), by the step before: δ{up(index)} overflowed"
     slots = program.forward([features, *program.parameters()], every=True)
-    before, growths = features, []
-    for index, layer in enumerate(program.layers, start=2):
-        z, a, largest = slots[layer.z], slots[layer.a], before.abs().max().item()
+    outs, growths = {1: features}, []
+    for index, layer in program.layers.items():
+        z, a, largest = slots[layer.z], slots[layer.a], max(outs[read].abs().max().item() for read in layer.reads)
         neurons = f"(n = {z.shape[1]}, {layer.row.name})"
         if not _finite(z, a):
             return f"{'a' if _finite(z) else 'z'}{up(index)} {neurons}"
         reached = z.abs().max().item()
-        where = f"z{up(index)} {neurons}: it reaches {reached:.1e} from an a{up(index - 1)} of {largest:.1e}"
+        where = f"z{up(index)} {neurons}: it reaches {reached:.1e} from an a{up(max(layer.reads))} of {largest:.1e}"
         growths.append((reached / max(largest, 1.0), where))
-        before = slots[layer.out]
+        outs[index] = slots[layer.out]
     return max(growths)[1]
 
 
