@@ -185,6 +185,11 @@ def add(*terms: Tensor) -> Tensor:
         raise InputError("expected at least one term to add; got none: add a branch to the Sum")
     checks.tensors(**{f"term {index}": term for index, term in enumerate(terms)})
     checks.one_shape(terms)
+    if torch.compiler.is_compiling():  # dynamo refuses a tensor that a Function gets twice, as in x + x
+        terms = tuple(
+            term.view_as(term) if any(term is before for before in terms[:index]) else term
+            for index, term in enumerate(terms)
+        )
     return apply(functions.Sum, *terms) if len(terms) > 1 else terms[0]
 
 

@@ -300,9 +300,9 @@ _DROPOUT = (nn.Dropout, modules.Dropout)
 def read(model: nn.Module) -> Program:
     """Return the program of an mm.MLP, or of nn.Sequentials and mm.Sums in each other.
 
-    Inside are affine maps, activations and dropouts. Each activation follows an affine map or a Sum, or begins a branch;
-    each dropout may follow an activation, too. Raises InputError for anything else in it, for what a call of the model
-    would honour and a program does not (hooks, a replaced forward), and for layers that do not fit each other.
+    Inside are affine maps, activations and dropouts. Each activation follows an affine map or a Sum, or begins a
+    branch; each dropout may follow an activation, too. Raises InputError for anything else in it, for what a call
+    of the model would honour and a program does not (hooks, a replaced forward), and for layers that do not fit.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a model, an mm.MLP or an nn.Sequential; got {type(model).__name__}")
@@ -339,38 +339,43 @@ class _Reader:
             return slot
         if isinstance(module, modules.Sum):
             slots = [self.read(child, of_child, slot, begins=True) for of_child, child in children]  # type: ignore[arg-type]
-            self._check_branches(slots, name)
-            return slots[0] if len(slots) == 1 else self._append(Node(Add(), tuple(slots)))
+            if not slots:
+                raise InputError(f"expected a Sum with branches at {_place(name)}; got none: append one")
+            return slots[0] if len(slots) == 1 else self._append(Node(Add(), tuple(slots)), name)
         before = Add() if begins else self.nodes[slot - 1].rule if slot else None
         for rule, owner in _rules(before, name, module):
             if begins and not isinstance(rule, Affine):  # a copy: in place it would overwrite what others read
-                slot = self._append(Node(Add(), (slot,)))
+                slot = self._append(Node(Add(), (slot,)), name)
             begins = False
-            slot = self._append(Node(rule, (slot,), owner))
+            slot = self._append(Node(rule, (slot,), owner), name)
         return slot
 
-    def _append(self, node: Node) -> int:
-        """Return the slot that the node writes. Raises InputError if an affine map does not fit what it reads."""
+    def _append(self, node: Node, name: str) -> int:
+        """Return the slot that the node writes. Raises InputError if what it reads has the wrong width."""
         end, affine = self.ends[node.reads[0]], node.owner
-        if affine is not None:
-            self.first = first = self.first or affine
-            before, width = ("beside", first.weight.shape[1]) if end is None else ("after", end.weight.shape[0])
-            if affine is not first and width != affine.weight.shape[1]:
-                raise InputError(f"expected a layer of in_features={width} {before} {end or first}; got {affine}")
+        width, *others = {self._width(slot) for slot in node.reads}
+        if others:
+            raise InputError(
+                f"expected branches of one width in the Sum at {_place(name)}; got {width} and {others[0]}: "
+                "an identity beside layers needs as many outputs as inputs"
+            )
+        if affine is not None and width not in (None, affine.weight.shape[1]):
+            before = f"beside {self.first}" if end is None else f"after {end}"
+            raise InputError(f"expected a layer of in_features={width} {before}; got {affine}")
+        self.first = self.first or affine
         self.nodes.append(node)
         self.ends.append(affine or end)
         return len(self.nodes)
 
-    def _check_branches(self, slots: list[int], name: str) -> None:
-        ends = [self.ends[slot] for slot in slots]
-        if not slots:
-            raise InputError(f"expected a Sum with branches at {name or 'the model itself'!r}; got none: append one")
-        widths = {end.weight.shape[0] if end is not None else self.first and self.first.weight.shape[1] for end in ends}
-        if len(widths) > 1:
-            raise InputError(
-                f"expected branches of one width in the Sum at {name or 'the model itself'!r}; got "
-                f"{' and '.join(map(str, sorted(widths)))}: an identity beside layers needs as many outputs as inputs"
-            )
+    def _width(self, slot: int) -> int | None:
+        """Return the number of neurons of a slot, None while no affine map has said it."""
+        if self.ends[slot] is not None:
+            return self.ends[slot].weight.shape[0]  # type: ignore[no-any-return]
+        return self.first and self.first.weight.shape[1]  # type: ignore[no-any-return]
+
+
+def _place(name: str) -> str:
+    return repr(name or "the model itself")
 
 
 def _check_call(module: nn.Module, name: str) -> None:
@@ -390,7 +395,14 @@ def _check_call(module: nn.Module, name: str) -> None:
         )
 
 
-_KINDS: tuple[Any, ...] = (*_AFFINE, *_DROPOUT, nn.Sequential, modules.Sum, modules.AffineActivation, *modules.ACTIVATION_MODULES)
+_KINDS: tuple[Any, ...] = (
+    *_AFFINE,
+    *_DROPOUT,
+    nn.Sequential,
+    modules.Sum,
+    modules.AffineActivation,
+    *modules.ACTIVATION_MODULES,
+)
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _KINDS}
 _CALL = nn.Module.__call__
 
@@ -411,7 +423,7 @@ def _rules(before: Any, name: str, module: Any) -> list[tuple[Any, Any]]:
         return [(Drop(module), None)]
     raise InputError(
         "expected affine maps, each with at most one activation and one dropout after it; "
-        f"got {kind.__name__} at {name or 'the model itself'!r}: train it with backprop=layers"
+        f"got {kind.__name__} at {_place(name)}: train it with backprop=layers"
     )
 
 

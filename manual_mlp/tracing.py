@@ -360,7 +360,9 @@ def _latex_sides(line: Line) -> list[str]:
 def _latex_cells(table: list[list[str]]) -> Iterator[list[str]]:
     """Yield the header as formulas, then rows in which words are text."""
     header, *rows = table
-    yield [r"\text{saturated}" if cell == "saturated" else _latex(cell).replace("^l", "^{l}") for cell in header]
+    yield [
+        rf"\text{{{cell}}}" if cell in ("saturated", "from") else _latex(cell).replace("^l", "^{l}") for cell in header
+    ]
     for row in rows:
         yield [rf"\text{{{cell}}}" if cell[:1].isalpha() else cell.replace("%", r"\%") for cell in row]
 

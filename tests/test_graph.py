@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import manual_mlp as mm
 from manual_mlp import network
 from manual_mlp.formulas import COSTS
-from manual_mlp.network import LossPlan, network_loss, reading_of
+from manual_mlp.network import LossPlan, network_loss
 from manual_mlp.plan import weigh
 from manual_mlp.program import read
-from manual_mlp.testing import assert_manual_backward, check_gradients, gradient_tests
+from manual_mlp.testing import assert_manual_backward, gradient_tests
 from manual_mlp.tracing import one_pass
 
 double = torch.float64
@@ -44,7 +44,9 @@ def twin(module: nn.Module) -> nn.Module:
         linear = nn.Linear(1, 1)
         linear.weight, linear.bias = module.weight, module.bias  # type: ignore[assignment]
         return nn.Sequential(linear, module.row.twin()) if isinstance(module, mm.AffineActivation) else linear
-    return nn.Dropout(module.p) if isinstance(module, nn.Dropout) else mm.modules.activation_row(module).twin()
+    if isinstance(module, nn.Dropout):
+        return nn.Dropout(module.p).train(module.training)
+    return mm.modules.activation_row(module).twin()
 
 
 class Draw:
@@ -125,9 +127,9 @@ def check_roads(seed: int) -> None:
     for _ in range(2):  # the second run finds the buffers as the first one left them
         with torch.no_grad():
             _, gradients = plan.gradients([x, *flat], target, None)
-        for gradients in (gradients, one.gradients):
+        for of_each in (gradients, one.gradients):
             summed = [torch.zeros_like(p) for p in parameters]  # a layer used twice has two gradients
-            for p, gradient in zip(flat, gradients[1:], strict=True):
+            for p, gradient in zip(flat, of_each[1:], strict=True):
                 if p is not None:
                     summed[at[id(p)]] += gradient
             assert_close(summed, expected[1:], net)
@@ -143,3 +145,261 @@ def test_random_nets_by_every_road(seed: int) -> None:
 def test_500_random_nets_by_every_road(first: int) -> None:
     for seed in range(first, first + 50):
         check_roads(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nested() -> mm.Sum:
+    torch.manual_seed(0)
+    inner = mm.Residual(mm.Tanh(), mm.Affine(3, 3, dtype=double))
+    return mm.Sum(mm.Identity(), nn.Sequential(inner, mm.Sigmoid()), nn.Sequential(), mm.Affine(3, 3, dtype=double))
+
+
+def rows() -> tuple[Tensor, ...]:
+    return (torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=double),)
+
+
+test_sum_by_the_battery = gradient_tests(nested(), rows, twin(nested()), compile=True, strict=True)
+test_residual_by_the_battery = gradient_tests(mm.Residual(mm.Affine(3, 3, dtype=double), mm.Tanh()), rows)
+
+
+def test_only_our_backward_is_in_the_graph() -> None:
+    assert_manual_backward(nested(), rows()[0].requires_grad_())
+
+
+def test_children_and_printing_are_those_of_a_module_list() -> None:
+    block = mm.Residual(mm.Affine(3, 5), mm.Tanh(), mm.Affine(5, 3))
+    listed = nn.ModuleList([nn.Identity(), nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))])
+    assert block.state_dict().keys() == listed.state_dict().keys() == {*listed.state_dict()}
+    assert repr(block).replace("Affine", "Linear") == repr(listed).replace("ModuleList", "Residual")
+    assert type(block[1:]) is mm.Sum
+    assert block[1:][0] is block[1]
+    assert len(block) == 2
+    x = torch.randn(2, 3)
+    for again in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(again(x), block(x))
+    block.append(mm.Identity())
+    assert torch.equal(block(x), x + listed[1].requires_grad_(False)(x) * 0 + (block[1](x)) + x)
+
+
+def test_one_branch_and_an_empty_chain_are_the_identity() -> None:
+    x = torch.randn(2, 3)
+    assert mm.Sum(mm.Identity())(x) is x
+    assert mm.Sum(nn.Sequential())(x) is x
+    doubled = x.clone().requires_grad_()
+    mm.Sum(mm.Identity(), mm.Identity())(doubled).sum().backward()
+    assert torch.equal(doubled.grad, torch.full_like(x, 2))
+
+
+def test_a_single_layer_is_passed_through() -> None:
+    assert [type(node.rule).__name__ for node in read(mm.Sum(mm.Affine(3, 3))).nodes] == ["Affine"]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: mm.Sum(), r"one or more modules as branches, such as mm.Sum\(a, b\); got none"),
+        (lambda: mm.Sum([mm.Identity()]), "as branches, .*; got list"),
+        (lambda: mm.Residual(mm.Affine(3, 1))(torch.rand(2, 3)), r"one shape; got \(2, 3\) and \(2, 1\): an identity"),
+        (lambda: mm.Sum(mm.Identity(), mm.Identity())(2), "torch.Tensor as term 0; got int"),
+        (lambda: read(mm.Residual(mm.Affine(3, 1))), "one width in the Sum at 'the model itself'; got 1 and 3: an"),
+        (lambda: read(nn.Sequential(mm.Affine(3, 4), mm.Sum(mm.Affine(4, 2), mm.Affine(4, 5)))), "at '1'; got 2 and 5"),
+        (lambda: read(mm.Sum(mm.Affine(3, 4), mm.Affine(5, 4))), "in_features=3 beside Affine.*3.*; got Affine.*5"),
+        (lambda: read(nn.Sequential(mm.Affine(3, 4), mm.Residual(mm.Affine(3, 4)))), "in_features=4 after .*3"),
+        (lambda: read(mm.Sum(mm.Identity(), mm.Tanh())), "at least one affine layer"),
+        (lambda: read(nn.Sequential(mm.Affine(3, 3), mm.Residual(nn.Softmax(1)))), "got Softmax at '1.1.0'"),
+        (lambda: read(nn.Sequential(mm.Affine(3, 3), mm.Residual(mm.Tanh(), mm.Tanh()))), "got Tanh at '1.1.1'"),
+    ],
+)  # fmt: skip
+def test_refusals(make: Any, sentence: str) -> None:
+    with pytest.raises(mm.InputError, match=sentence):
+        make()
+
+
+def test_a_sum_that_has_lost_its_branches_is_refused() -> None:
+    net = nn.Sequential(mm.Affine(3, 3), mm.Sum(mm.Identity()))
+    network_loss(net, torch.rand(2, 3), torch.rand(2, 3))
+    del net[1][0]
+    for call in (lambda: net(torch.rand(2, 3)), lambda: network_loss(net, torch.rand(2, 3), torch.rand(2, 3))):
+        with pytest.raises(mm.InputError, match="got none: a"):
+            call()
+
+
+def test_under_autocast_the_sum_has_the_dtype_that_torch_gives_it() -> None:
+    block, x = mm.Residual(mm.Affine(3, 3)), torch.randn(4, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = block(x), twin(block)(x)
+    assert ours.dtype == theirs.dtype
+    assert torch.equal(ours, theirs)
+    (a,), (b,) = (torch.autograd.grad(y.sum(), x) for y in (ours, theirs))
+    assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole net: engine, plans, frozen layers, what changes inside a branch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def blocks(**options: Any) -> nn.Sequential:
+    """A relu beside an identity, an activation at a branch's start, a Sum in a Sum, a sum as the last layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Linear(4, 6), nn.Tanh(), mm.Residual(nn.Linear(6, 6), mm.ReLU())),
+        mm.Residual(mm.Tanh(), nn.Linear(6, 8), mm.Residual(mm.Sigmoid(), nn.Linear(8, 8)), mm.ReLU(), nn.Linear(8, 6)),
+        *(mm.ReLU(), mm.Sum(nn.Linear(6, 3), nn.Sequential(nn.Linear(6, 5), mm.SiLU(), nn.Linear(5, 3)))),
+    ).to(double)  # fmt: skip
+
+
+def batch(n: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return tuple(torch.randn(n, m, generator=generator, dtype=double) for m in (4, 3))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("n", [12, 40])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.01),
+        lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=0.01),
+    ],
+    ids=["sgd", "momentum", "adam"],
+)
+def test_100_steps_of_the_engine_are_autograds(optimizer: Any, n: int) -> None:
+    ours, theirs = blocks(), blocks()
+    plain = twin(theirs)
+    engine, theirs_optimizer = mm.BackpropEngine(ours, optimizer(ours.parameters())), optimizer(theirs.parameters())
+    x, target = batch(n)
+    for _ in range(100):
+        cost = engine.step(x, target)
+        theirs_optimizer.zero_grad()
+        expected = (plain(x) - target).square().sum() / (2 * n)
+        expected.backward()
+        theirs_optimizer.step()
+        torch.testing.assert_close(cost, expected.detach(), rtol=1e-12, atol=0)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_an_epoch_of_the_engine_takes_the_same_steps() -> None:
+    ours, theirs = blocks(), blocks()
+    engines = [mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.05)) for net in (ours, theirs)]
+    x, target = batch(40)
+    engines[0].train_batches(x, target, 16)
+    for start in (0, 16, 32):
+        engines[1].step(x[start : start + 16], target[start : start + 16])
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def gradients_of(net: nn.Module, x: Tensor, target: Tensor) -> list[Any]:
+    """Return .grad of every parameter by network_loss, after comparing it with the engine's and autograd's."""
+    found = []
+    for by in ("autograd", "network", "engine"):
+        net.zero_grad()
+        if by == "engine":
+            trained = [p for p in net.parameters() if p.requires_grad]
+            mm.BackpropEngine(net, torch.optim.SGD(trained, lr=0.1)).compute_gradients(x, target)
+        else:
+            cost = network_loss(net, x, target) if by == "network" else mm.QuadraticLoss()(twin(net)(x), target)
+            cost.backward()
+        found.append([None if p.grad is None else p.grad.clone() for p in net.parameters()])
+    for ours in found[1:]:
+        for a, b in zip(ours, found[0], strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a - b).norm() <= 1e-13 * b.norm()
+    return found[0]
+
+
+@pytest.mark.parametrize("frozen", [["0"], ["0", "2", "3.1.1"], ["3"], ["3.1.4", "5.0"], ["0", "2", "3", "5.1"]])
+def test_frozen_layers(frozen: list[str]) -> None:
+    """The recursion ends at the lowest layer that is trained, which may lie inside a branch."""
+    net = blocks()
+    for name in frozen:
+        net.get_submodule(name).requires_grad_(False)
+    assert sum(gradient is None for gradient in gradients_of(net, *batch())) > 1
+
+
+def test_dropout_belongs_to_its_branch() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), mm.Residual(nn.Linear(6, 6), mm.Tanh(), mm.Dropout(0.5)), nn.Linear(6, 3))
+    net.insert(1, mm.Residual(mm.Dropout(0.4), nn.Linear(6, 6)))
+    net.to(double)
+    x, target = batch()
+    costs, gradients = [], []
+    for by in ("network", "twin", "engine"):
+        torch.manual_seed(1)  # all of them draw the same masks
+        if by == "engine":
+            engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.1))
+            costs.append(engine.compute_gradients(x, target))
+            gradients.append([p.grad for p in net.parameters()])
+        else:
+            cost = network_loss(net, x, target) if by == "network" else mm.QuadraticLoss()(net(x), target)
+            gradients.append(torch.autograd.grad(cost, list(net.parameters())))
+            costs.append(cost.detach())
+    for cost, of_all in zip(costs[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(cost, costs[0], rtol=1e-13, atol=0)
+        assert_close(of_all, gradients[0], by)
+    net.eval()
+    gradients_of(net, x, target)  # one that draws nothing hands its slot on
+
+
+def test_changes_inside_a_branch_are_seen() -> None:
+    net, (x, target) = blocks(), batch()
+    engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.0))
+    engine.step(x, target)
+    hook = net[2][1][0].register_forward_hook(lambda *_: None)
+    for call in (lambda: network_loss(net, x, target), lambda: engine.step(x, target)):
+        with pytest.raises(mm.InputError, match=r"hooks.*'2\.1\.0'"):
+            call()
+    hook.remove()
+    net[2].forward = lambda x: x
+    with pytest.raises(mm.InputError, match=r"forward.*'2' has its own"):
+        network_loss(net, x, target)
+    del net[2].forward
+    net[2].append(mm.Identity())
+    torch.testing.assert_close(engine.step(x, target), mm.QuadraticLoss()(net(x), target).detach(), rtol=1e-13, atol=0)
+    net[2][1][1] = mm.Sigmoid()
+    gradients_of(net, x, target)
+
+
+def test_a_layer_used_twice() -> None:
+    layer, (x, target) = mm.Affine(4, 4, dtype=double), batch()
+    net = nn.Sequential(layer, mm.Residual(layer, mm.Tanh()), mm.Affine(4, 3, dtype=double))
+    cost = network_loss(net, x, target)
+    ours = torch.autograd.grad(cost, list(net.parameters()))
+    theirs = torch.autograd.grad(mm.QuadraticLoss()(twin(net)(x), target), list(net.parameters()))
+    assert_close(ours, theirs, net)
+    with pytest.raises(mm.InputError, match="got tied ones"):
+        mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(mm.InputError, match="uses a layer twice"):
+        mm.trace(net, x, target)
+
+
+@pytest.mark.parametrize("loss", COSTS)
+def test_every_cost_after_a_sum(loss: str) -> None:
+    net, (x, target) = blocks(), batch()
+    target = target.softmax(1)
+    ours = torch.autograd.grad(network_loss(net, x, target, loss), list(net.parameters()))
+    theirs = torch.autograd.grad(mm.functional.COSTS[loss](twin(net)(x), target), list(net.parameters()))
+    assert_close(ours, theirs, net)
+
+
+def test_second_derivatives_through_a_whole_net() -> None:
+    net, (x, target) = blocks(), batch()
+    x.requires_grad_()
+    second = []
+    for cost in (network_loss(net, x, target), mm.QuadraticLoss()(twin(net)(x), target)):
+        (first,) = torch.autograd.grad(cost, x, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), list(net.parameters()), allow_unused=True))
+    assert_close(*([g for g in of if g is not None] for of in second), net)
+
+
+def test_by_columns_and_by_rows_meet() -> None:
+    """Ten outputs of 40 rows lie column by column; the input beside them lies row by row."""
+    torch.manual_seed(0)
+    net = nn.Sequential(mm.Residual(nn.Linear(10, 10), mm.Tanh()), mm.Residual(mm.ReLU(), nn.Linear(10, 10))).to(double)
+    x, target = torch.randn(2, 40, 10, dtype=double)
+    gradients_of(net, x, target)
