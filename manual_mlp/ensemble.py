@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from manual_mlp import checks, kernels
 from manual_mlp.engine import BackpropEngine, BoundPlan, inference, refuse_autocast
 from manual_mlp.errors import InputError
-from manual_mlp.program import Activate, Affine, Drop
+from manual_mlp.program import Activate, Add, Affine, Drop
 
 _PLANS = 8  # batch shapes whose buffers are kept
 
@@ -166,8 +166,8 @@ class EnsembleEngine:
                         f"expected nets and optimizers of one kind, to share each product; got another {what} in net "
                         f"{index} than in net 0: train it by an engine of its own"
                     )
-        if any(not isinstance(node.rule, Affine | Activate | Drop) for node in first._program.nodes):
-            raise InputError("expected nets of affine maps, activations and dropouts: train others by their engines")
+        if any(not isinstance(node.rule, Affine | Activate | Drop | Add) for node in first._program.nodes):
+            raise InputError("expected affine maps, activations, dropouts and sums: train other nets by their engines")
         if first._owned[0].dtype == torch.float16:
             raise InputError("expected nets in float32, float64 or bfloat16; got float16: call .float() on each")
         addresses = [parameter.data_ptr() for engine in self._engines for parameter in engine._owned]

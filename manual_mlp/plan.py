@@ -125,10 +125,15 @@ class Plan:
         return self._laid(self.like.new_empty(self.rows * self.widths[i + 1]), i + 1)
 
     def _alone(self, i: int) -> bool:
-        """Return True if node i alone reads its slot; a dropout before it that draws nothing only hands the slot on."""
+        """Return True if node i alone reads its slot, and so may write over it, in both directions.
+
+        A dropout before it that draws nothing only hands the slot on. A rule that saves its output reads it, too.
+        """
         slot = self.program.nodes[i].reads[0]
         same = {j for j, buffer in enumerate(self.slots[: i + 1]) if buffer is self.slots[slot]}
         others = [node for j, node in enumerate(self.program.nodes) if j != i and same & {*node.reads}]
+        if any(self.program.nodes[j - 1].rule.saves == "output" for j in same if j > 0):
+            return False
         return all(isinstance(rule, Drop) and rule.p == 0 and i >= min(reads) for rule, reads, _ in others)
 
     # -----------------------------------------------------------------------------------------------------------------

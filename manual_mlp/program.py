@@ -370,8 +370,8 @@ class _Reader:
     def _width(self, slot: int) -> int | None:
         """Return the number of neurons of a slot, None while no affine map has said it."""
         if self.ends[slot] is not None:
-            return self.ends[slot].weight.shape[0]  # type: ignore[no-any-return]
-        return self.first and self.first.weight.shape[1]  # type: ignore[no-any-return]
+            return self.ends[slot].weight.shape[0]
+        return self.first and self.first.weight.shape[1]
 
 
 def _place(name: str) -> str:

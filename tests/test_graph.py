@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import re
 from typing import Any
 
 import pytest
@@ -403,3 +404,58 @@ def test_by_columns_and_by_rows_meet() -> None:
     net = nn.Sequential(mm.Residual(nn.Linear(10, 10), mm.Tanh()), mm.Residual(mm.ReLU(), nn.Linear(10, 10))).to(double)
     x, target = torch.randn(2, 40, 10, dtype=double)
     gradients_of(net, x, target)
+
+
+def test_many_nets_at_once() -> None:
+    alone = [blocks() for _ in range(3)]
+    for net in alone:
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, 0, 0.3)
+    together = copy.deepcopy(alone)
+    x, target = batch(24)
+    ensemble = mm.EnsembleEngine(together, [torch.optim.SGD(net.parameters(), lr=0.05) for net in together])
+    ensemble.train_epoch(x, target, 8, [torch.Generator().manual_seed(k) for k in range(3)])
+    for k, net in enumerate(alone):
+        engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=0.05))
+        engine.train_epoch(x, target, 8, torch.Generator().manual_seed(k))
+        for a, b in zip(net.parameters(), together[k].parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_trace_names_each_consumers_term() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(mm.Affine(2, 3), mm.Tanh(), mm.Residual(mm.Affine(3, 3), mm.Sigmoid()), mm.Affine(3, 1))
+    text = str(mm.trace(net, [[1.0, 2.0]], [[0.5]]))
+    assert re.search(r"\n  l  from   a\^l .*\n  1   .*\n  2  1 .*\n  3  2 .*\n  4  2 \+ 3 .*\n  5  4 ", text)
+    for line in ("a⁴ = a² + a³ = [", "z⁵ = a⁴ (W⁴)ᵀ + b⁴ =", "g⁴ = (δ⁵ W⁴) = [", "δ³ = g⁴ ⊙ sigmoid′(z³) ="):
+        assert f"   {line}" in text
+    assert "   δ² = (δ³ W² + g⁴) ⊙ tanh′(z²) = [" in text
+    assert "W³" not in text
+    assert "from" not in str(mm.trace(mm.MLP([2, 3, 1]), [[1.0, 2.0]], [[0.5]]))
+
+
+def test_trace_of_numbers_puts_them_into_the_sums() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(mm.Affine(1, 1), mm.Residual(mm.Tanh(), mm.Affine(1, 1)), mm.Sum(mm.Identity(), mm.Identity()))
+    of = mm.trace(net, [1.0], [0.5])
+    text, g = str(of), f"{of.delta[6].item():.5g}"
+    assert f"z³ = a² = {of.a[2].item():.5g}\n" in text  # a branch that begins with an activation has a layer for it
+    assert f"g⁵ = (g⁶ + g⁶) = (({g}) + ({g})) = {of.delta[5].item():.5g}" in text
+    assert "δ² = (δ³ + g⁵) = (" in text
+    assert of.to_dict()["reads"] == {2: (1,), 3: (2,), 4: (3,), 5: (2, 4), 6: (5, 5)}
+
+
+def test_traced_numbers_are_autograds() -> None:
+    net, (x, target) = blocks(), batch()
+    of = mm.trace(net, x, target)
+    expected = gradients_of(net, x, target)
+    gradients = [g for layer in of.weight for g in (of.grad_weight[layer], of.grad_bias[layer])]
+    assert_close(gradients, expected, net)
+    for layer, reads in of.reads.items():
+        if layer - 1 not in of.weight:
+            assert torch.equal(of.z[layer], sum((of.a[read] for read in reads[1:]), of.a[reads[0]]))

@@ -14,6 +14,7 @@ from manual_mlp.formulas import ACTIVATIONS, COSTS
 from manual_mlp.network import LossPlan
 from manual_mlp.plan import weigh
 from manual_mlp.program import Activate, Affine, Drop, Node, Program
+from manual_mlp.program import Add as Sum
 
 double = torch.float64
 PACKAGE = Path(mm.__file__).parent
@@ -71,6 +72,16 @@ NETS = {
     ],
     "G of the input": lambda: [activate("silu", 0), affine(4, 5, 1), activate("tanh", 2), affine(5, 3, 3)],
     "σ of the input": lambda: [activate("sigmoid", 0), affine(4, 3, 1), activate("gelu", 2)],
+    "tanh of tanh": lambda: [affine(4, 5, 0), activate("tanh", 1), activate("tanh", 2), affine(5, 3, 3)],
+    "tanh of tanh of the input": lambda: [activate("tanh", 0), activate("tanh", 1), affine(4, 3, 2)],
+    "silu of tanh of the input": lambda: [activate("tanh", 0), activate("silu", 1), affine(4, 3, 2)],
+    "silu of tanh": lambda: [affine(4, 5, 0), activate("tanh", 1), activate("silu", 2), affine(5, 3, 3)],
+    "a sum of one slot thrice": lambda: [affine(4, 5, 0), affine(5, 5, 1), Node(Sum(), (1, 2, 2)), affine(5, 3, 3)],
+    "a sum of the input": lambda: [Node(Sum(), (0, 0, 0)), Node(Sum(), (1,)), affine(4, 3, 2)],
+    "a relu beside an identity": lambda: [
+        *(affine(4, 5, 0), affine(5, 5, 1), activate("relu", 2), Node(Sum(), (1, 3)), activate("relu", 4)),
+        affine(5, 3, 5),
+    ],
     "gelu beside z": lambda: [affine(4, 5, 0), activate("gelu", 1), Node(Multiply(), (1, 2)), affine(5, 3, 3)],
 }
 
