@@ -180,6 +180,11 @@ def add(*terms: Tensor) -> Tensor:
 
     Terms of several dtypes are added in the widest, as torch adds them. Raises InputError for no terms, and for
     several shapes.
+
+    >>> import torch
+    >>> from manual_mlp import functional
+    >>> functional.add(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.5]), torch.tensor([3.0, 4.0])).tolist()
+    [4.5, 6.5]
     """
     if not terms:
         raise InputError("expected at least one term to add; got none: add a branch to the Sum")

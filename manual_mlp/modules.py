@@ -192,6 +192,13 @@ class Sum(nn.ModuleList):
     With nn.Sequential it makes every net whose branches part and meet again. Its children have the keys of an
     nn.ModuleList: 0, 1, …. Raises InputError for no branches, for what is no module, and from forward for branches
     that give different shapes.
+
+    >>> import torch, manual_mlp as mm
+    >>> x = torch.tensor([0.0, 1.0], requires_grad=True)
+    >>> a = mm.Sum(mm.Identity(), mm.Identity(), mm.Tanh())(x)  # x + x + tanh x
+    >>> a.sum().backward()
+    >>> [round(value, 4) for value in a.tolist()], [round(value, 4) for value in x.grad.tolist()]
+    ([0.0, 2.7616], [3.0, 2.42])
     """
 
     def __init__(self, *branches: nn.Module) -> None:
@@ -209,7 +216,14 @@ class Sum(nn.ModuleList):
 
 
 class Residual(Sum):
-    """a = x + F(x), F the chain of these layers: `Sum(Identity(), nn.Sequential(*layers))`. ∂C/∂x = g + (F's for g)."""
+    """a = x + F(x), F the chain of these layers: `Sum(Identity(), nn.Sequential(*layers))`. ∂C/∂x = g + (F's for g).
+
+    >>> import torch, manual_mlp as mm
+    >>> block = mm.Residual(mm.Affine(2, 8), mm.Tanh(), mm.Affine(8, 2))
+    >>> x = torch.randn(5, 2)
+    >>> torch.equal(block(x), x + block[1](x))
+    True
+    """
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(Identity(), nn.Sequential(*layers))
