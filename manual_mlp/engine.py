@@ -5,6 +5,7 @@ other optimizer gets gradients in `.grad` and does its own `step()`.
 """
 
 import inspect
+import logging
 import math
 import threading
 from bisect import bisect
@@ -20,6 +21,7 @@ from manual_mlp import checks, kernels
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting
+from manual_mlp.native.road import CantRun, NativeNet, gains
 from manual_mlp.network import parameters_of, reading_of
 from manual_mlp.plan import Instruction, Plan, Sink, weigh
 from manual_mlp.program import Drop, cost_of
@@ -32,6 +34,8 @@ _BATCHES = 256  # batches in it at most, because each is a view
 
 # torch.inference_mode without its Python wrapper (1 µs per step).
 inference = partial(getattr(torch._C, "_InferenceMode", torch.inference_mode), True)
+
+log = logging.getLogger(__name__)
 
 Rates = tuple[tuple[float, float], ...]
 """(β, α) of w := βw + α ∂C/∂w for each group of the optimizer; (), if the optimizer takes the step itself."""
@@ -163,6 +167,8 @@ class BackpropEngine:
     loss       "quadratic", "mse", "bce" or "cross_entropy": the functions of `functional.COSTS` with their defaults
     max_grad_norm   clips the gradients, as torch.nn.utils.clip_grad_norm_
     compute_dtype   torch.bfloat16: products and activations in it; parameters, cost and update in float32
+    native          train_epoch and train_batches in C, compiled once: "auto" where that is faster and possible, True or
+                    False. `road` says what ran last, "native" or "torch"; their bits differ, by 1e-12 in float64
 
     A plain SGD's step leaves .grad alone; otherwise .grad is filled, in tensors that the next step overwrites. Hooks on
     parameters and on the optimizer are called, as are a scheduler's. If threads share an engine, they take turns.
@@ -184,14 +190,23 @@ class BackpropEngine:
         loss: str = "quadratic",
         max_grad_norm: float | None = None,
         compute_dtype: torch.dtype | None = None,
+        native: bool | str = "auto",
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.max_grad_norm, self.compute_dtype = max_grad_norm, compute_dtype
+        self.max_grad_norm, self.compute_dtype, self.native = max_grad_norm, compute_dtype, native
+        self._road, self._said = "torch", ""
         self._graphed, self._turn = False, threading.RLock()
         self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model, self.optimizer, self.loss, self.max_grad_norm, self.compute_dtype)
+        return type(self), (
+            *(self.model, self.optimizer, self.loss, self.max_grad_norm, self.compute_dtype, self.native),
+        )
+
+    @property
+    def road(self) -> str:
+        """Return the road that the last step or epoch took, "native" or "torch"."""
+        return self._road
 
     def __repr__(self) -> str:
         """Return the net, the optimizer with its rates, the cost, and the options that are not at their default."""
@@ -302,8 +317,15 @@ class BackpropEngine:
     ) -> Tensor:
         checks.batch_size(batch_size)
         self._check_own_memory(input, target, prediction)
-        rates, whole = self._rates(), len(input) // batch_size * batch_size
         input, target = input.detach(), target.detach()
+        native = self._natively(input, target, batch_size=batch_size)
+        if native is not None:
+            cost = native.train(input, target, batch_size, order, prediction)
+            self.optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks about
+            if native.kind:
+                self._give_gradients()
+            return torch.tensor(cost, dtype=input.dtype, device=input.device)
+        rates, whole = self._rates(), len(input) // batch_size * batch_size
         dtype = kernels.sum_dtype(input.dtype)
         costs = torch.empty(math.ceil(len(input) / batch_size), dtype=dtype, device=input.device)
         outs = costs.split(1)
@@ -316,6 +338,39 @@ class BackpropEngine:
                     batches = plan.gathered(input, target, order[of])
                 self._train(plan, zip(batches, out, strict=False), rates)
         return (costs.sum() * kernels.weights(self._cost, len(input), self._outputs)[0]).to(input.dtype)
+
+    def _natively(self, *data: Tensor, batch_size: int) -> NativeNet | None:
+        """Return the net that takes these mini-batches in C, or None. Raises InputError if native=True can't be."""
+        self._road = "torch"
+        if not self.native or (self.native == "auto" and not gains(self._widths, len(data[0]), batch_size)):
+            return None
+        try:
+            net = self._covered(data)
+        except CantRun as error:
+            if self.native is True:
+                raise InputError(f"expected a training that native=True covers; {error}: leave native=True out") from None
+            if self._said != str(error):
+                self._said = str(error)
+                log.info("torch's road, not the native one: %s", error)
+            return None
+        self._road = "native"
+        return net
+
+    def _covered(self, data: Iterable[Tensor]) -> NativeNet:
+        """Return the net for C with the rates of now. Raises CantRun."""
+        for wrong, reason in (
+            (self.max_grad_norm is not None, "max_grad_norm clips the gradients"),
+            (self.compute_dtype is not None, "compute_dtype is torch.bfloat16"),
+            (not self._training.has_its_own_step(self.optimizer), "the optimizer's step is replaced"),
+            (self._training.hooks.any(), "the optimizer or a parameter has a hook"),
+            (any(type(tensor) is not Tensor for tensor in data), "the data is of a class of its own"),
+        ):
+            if wrong:
+                raise CantRun(reason)
+        if self._native is None:
+            self._native = NativeNet(self._program, self._cost, self.optimizer)
+        self._native.bind(self._gradient_of)
+        return self._native
 
     def _train(self, plan: BoundPlan, batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]], rates: Rates) -> None:
         """Take a step for each (input, target), out; out := the cost, undivided."""
@@ -343,6 +398,8 @@ class BackpropEngine:
             raise InputError(f"expected a torch.optim.SGD, Adam or AdamW; got {type(optimizer).__name__}")
         if any(group["differentiable"] for group in optimizer.param_groups):
             raise InputError("expected an optimizer without differentiable=True, because the engine keeps no graph")
+        if self.native not in ("auto", True, False):
+            raise InputError(f'expected native to be "auto", True or False; got {self.native!r}')
         if clip is not None and not (isinstance(clip, int | float) and clip > 0):
             raise InputError(f"expected a max_grad_norm above 0, or None; got {clip!r}")
         self._reading = reading_of(self.model)
@@ -360,11 +417,13 @@ class BackpropEngine:
         self._detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in self._flat]
         self._shapes_of_rates: list[tuple[int, ...]] = [()] * len(optimizer.param_groups)
         self._outputs = len(self._flat[-2])
+        self._native: NativeNet | None = None
+        self._widths = [self._owned[0].shape[1], *(len(layer.weight) for layer in self._program.layers)]
         self._graphed = self._graphed or self._owned[0].is_cuda  # on CUDA a step is one graph
         self._note_memory()
         # Step 4 does the update itself. A rate in a tensor of half precision would be rounded.
         rounded = self._graphed and self._owned[0].dtype in kernels.ROUNDED
-        plain = type(optimizer) is torch.optim.SGD and self._training.is_plain_sgd()
+        plain = type(optimizer) is torch.optim.SGD and self._training.has_its_own_step(optimizer)
         self._updates = plain and clip is None and not rounded
         self._stale = False
 
@@ -479,6 +538,9 @@ class BackpropEngine:
             rates.append((1.0 - lr * group["weight_decay"], -lr))
         optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks about
         return tuple(rates)
+
+    def _gradient_of(self, parameter: Tensor) -> Tensor:
+        return self._gradient(next(place for place, own in enumerate(self._flat) if own is parameter))
 
     def _gradient(self, place: int) -> Tensor:
         """Return the tensor that becomes the .grad of a parameter; plain SGD needs none."""

@@ -21,11 +21,20 @@ _CALLS = attrgetter("forward", "__call__")
 _ACTIVATION = attrgetter("activation", "parameter_values")
 _HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 _TRAITS = attrgetter("shape", "requires_grad")
-_SGD_STEP = torch.optim.SGD.step
 _GLOBAL_HOOKS = (
     *(of_all._global_forward_hooks, of_all._global_forward_pre_hooks),
     *(of_all._global_backward_hooks, of_all._global_backward_pre_hooks),
 )
+
+
+def _unhooked(step: Any) -> Any:
+    """Return an optimizer's step without the profiler's hook, which torch adds with a class's first optimizer."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
+
+
+_STEPS = {kind: _unhooked(kind.step) for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)}
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
@@ -130,12 +139,12 @@ class Training:
         owned = self.owned
         return [*map(Tensor.data_ptr, owned), *map(_TRAITS, owned), *map(self.strides, owned)]
 
-    def is_plain_sgd(self) -> bool:
-        """Return True if optimizer.step is SGD's own, or a scheduler's wrapper around it, which only counts calls."""
+    def has_its_own_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return True if step is torch's of this class, or a scheduler's wrapper around it, which only counts calls."""
         step, of_class = self.steps
         if step is None or (getattr(step, "__wrapped__", None) is of_class and hasattr(step, "_wrapped_by_lr_sched")):
             step = of_class
-        return step is _SGD_STEP or getattr(step, "__wrapped__", None) is _SGD_STEP
+        return _unhooked(step) is _STEPS.get(type(optimizer))
 
 
 def hooks_of_parameter(parameter: Tensor) -> tuple[list[Any], list[Any]]:
