@@ -20,7 +20,7 @@ LAYERS = [
     ["modules"],
     ["conversion", "snapshot", "perceptron"],
     ["program"],
-    ["plan"],
+    ["plan", "native"],
     ["network"],
     ["engine", "testing", "tracing"],
     ["plots", "report", "ensemble"],

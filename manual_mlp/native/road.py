@@ -180,14 +180,14 @@ class NativeNet:
             if not parameter.requires_grad:
                 continue
             group = group_of[id(parameter)]
-            to.rate, to.decay = group["lr"], group["weight_decay"]
+            to.rate, to.decay = float(group["lr"]), float(group["weight_decay"])
             if self.kind == PLAIN:  # w := decay w + rate ∂C/∂w
-                to.rate, to.decay = -group["lr"], 1.0 - group["lr"] * group["weight_decay"]
+                to.rate, to.decay = -to.rate, 1.0 - to.rate * to.decay
                 continue
             to.gradient = gradient_of(parameter).data_ptr()
             to.first, to.second = (*(average.data_ptr() for average in self._averages(parameter)), None)[:2]
             if self.kind == MOMENTUM:
-                to.beta1, to.flag = group["momentum"], group["nesterov"]
+                to.beta1, to.flag = float(group["momentum"]), group["nesterov"]
             else:
                 (to.beta1, to.beta2), to.eps = group["betas"], group["eps"]
                 to.flag = group.get("decoupled_weight_decay", False)

@@ -183,7 +183,7 @@ class ByEngine(ByLayers):
         super().begin(net, optimizer)
         clip, compute_dtype = self.trainer.gradient_clip_val or None, PRECISIONS[self.trainer.precision]
         try:
-            self.engine = BackpropEngine(net, optimizer, self.loss, clip, compute_dtype)
+            self.engine = BackpropEngine(net, optimizer, self.loss, clip, compute_dtype, native=False)
         except InputError as error:
             raise InputError(f"{error}; or take backprop=network") from None
 
