@@ -183,6 +183,8 @@ class BackpropEngine:
     True
     """
 
+    _native: NativeNet | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -214,8 +216,8 @@ class BackpropEngine:
         net = sizes or f"of {sum(p.numel() for p in self.model.parameters()):,} parameters"
         rates = ", ".join(dict.fromkeys(f"lr={group['lr']}" for group in self.optimizer.param_groups))
         _, _, *options = inspect.signature(type(self)).parameters.values()
-        given = [(option.name, getattr(self, option.name)) for option in options if option.default is not option.empty]
-        shown = [f"{name}={value!r}" for name, value in given if name == "loss" or value is not None]
+        given = [(option, getattr(self, option.name)) for option in options if option.default is not option.empty]
+        shown = [f"{option.name}={value!r}" for option, value in given if option.name == "loss" or value != option.default]
         words = [f"{type(self.model).__name__} {net}", f"{type(self.optimizer).__name__}({rates})", *shown]
         return f"{type(self).__name__}({', '.join(words)})"
 
@@ -344,11 +346,14 @@ class BackpropEngine:
         self._road = "torch"
         if not self.native or (self.native == "auto" and not gains(self._widths, len(data[0]), batch_size)):
             return None
+        refuse_autocast(data[0])
         try:
             net = self._covered(data)
         except CantRun as error:
             if self.native is True:
-                raise InputError(f"expected a training that native=True covers; {error}: leave native=True out") from None
+                raise InputError(
+                    f"expected a training that native=True covers; {error}: leave native=True out"
+                ) from None
             if self._said != str(error):
                 self._said = str(error)
                 log.info("torch's road, not the native one: %s", error)
@@ -417,7 +422,7 @@ class BackpropEngine:
         self._detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in self._flat]
         self._shapes_of_rates: list[tuple[int, ...]] = [()] * len(optimizer.param_groups)
         self._outputs = len(self._flat[-2])
-        self._native: NativeNet | None = None
+        self._native = None
         self._widths = [self._owned[0].shape[1], *(len(layer.weight) for layer in self._program.layers)]
         self._graphed = self._graphed or self._owned[0].is_cuda  # on CUDA a step is one graph
         self._note_memory()

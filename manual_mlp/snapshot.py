@@ -34,7 +34,7 @@ def _unhooked(step: Any) -> Any:
     return step
 
 
-_STEPS = {kind: _unhooked(kind.step) for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)}
+_STEPS: dict[Any, Any] = {kind: _unhooked(kind.step) for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)}
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import builtins
 import functools
 import hashlib
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -153,9 +153,13 @@ class _Torch:
 
 def _executed(formula: Any, arguments: Any) -> Any:
     """Execute a formula's code with C's names."""
-    names = {name: _in_c(formula.__globals__[name]) for name in formula.__code__.co_names if name in formula.__globals__}
+    names = {
+        name: _in_c(formula.__globals__[name]) for name in formula.__code__.co_names if name in formula.__globals__
+    }
     names["__builtins__"] = builtins
-    return FunctionType(formula.__code__, names, None, formula.__defaults__, formula.__closure__)(*arguments)
+    cells = tuple(CellType(_in_c(cell.cell_contents)) for cell in formula.__closure__ or ())
+    defaults = tuple(map(_in_c, formula.__defaults__ or ()))
+    return FunctionType(formula.__code__, names, None, defaults, cells)(*arguments)
 
 
 def compiled(formula: Callable[..., Any], *values: float, inputs: int) -> Compiled:

@@ -106,8 +106,8 @@ def _library(dtype: torch.dtype, needed: list[Compiled]) -> ctypes.CDLL:
         raise CantRun(str(error)) from None
     found.place.restype = c_long
     found.place.argtypes = [c_void_p, c_long, c_void_p]
-    found.train.argtypes = [*[c_void_p, c_void_p, c_long, c_void_p, c_long, c_void_p, c_void_p, c_long, c_long]]
-    found.train.argtypes += [c_void_p, c_long, c_long]
+    words: dict[str, Any] = {"p": c_void_p, "n": c_long}
+    found.train.argtypes = [words[letter] for letter in "ppnpnppnnpnn"]  # pointers and numbers
     return found
 
 
@@ -229,7 +229,8 @@ class NativeNet:
         input, target, rows = _rows(input), _rows(target), input.shape[0]
         batch_size, net, done = min(batch_size, rows), self.net, 0
         self._place(batch_size)
-        x, y, filled, strides = input.data_ptr(), target.data_ptr(), 0, (0, 0)
+        x, y, filled = input.data_ptr(), target.data_ptr(), 0
+        strides: tuple[int, ...] = (0, 0)
         if prediction is not None:
             filled, strides = prediction.data_ptr(), prediction.stride()
         order = None if order is None else order.contiguous()
