@@ -168,7 +168,7 @@ class BackpropEngine:
     max_grad_norm   clips the gradients, as torch.nn.utils.clip_grad_norm_
     compute_dtype   torch.bfloat16: products and activations in it; parameters, cost and update in float32
     native          train_epoch and train_batches in C, compiled once: "auto" where that is faster and possible, True or
-                    False. `road` says what ran last, "native" or "torch"; their bits differ, by 1e-12 in float64
+                    False. `road` says what ran last. The bits of the roads differ, by 1e-12 in float64
 
     A plain SGD's step leaves .grad alone; otherwise .grad is filled, in tensors that the next step overwrites. Hooks on
     parameters and on the optimizer are called, as are a scheduler's. If threads share an engine, they take turns.
@@ -201,13 +201,11 @@ class BackpropEngine:
         self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (
-            *(self.model, self.optimizer, self.loss, self.max_grad_norm, self.compute_dtype, self.native),
-        )
+        return type(self), tuple(getattr(self, name) for name in inspect.signature(type(self)).parameters)
 
     @property
     def road(self) -> str:
-        """Return the road that the last step or epoch took, "native" or "torch"."""
+        """Return the road that the last `train_epoch` or `train_batches` took, "native" or "torch"."""
         return self._road
 
     def __repr__(self) -> str:
@@ -217,7 +215,9 @@ class BackpropEngine:
         rates = ", ".join(dict.fromkeys(f"lr={group['lr']}" for group in self.optimizer.param_groups))
         _, _, *options = inspect.signature(type(self)).parameters.values()
         given = [(option, getattr(self, option.name)) for option in options if option.default is not option.empty]
-        shown = [f"{option.name}={value!r}" for option, value in given if option.name == "loss" or value != option.default]
+        shown = [
+            f"{option.name}={value!r}" for option, value in given if option.name == "loss" or value != option.default
+        ]
         words = [f"{type(self.model).__name__} {net}", f"{type(self.optimizer).__name__}({rates})", *shown]
         return f"{type(self).__name__}({', '.join(words)})"
 
