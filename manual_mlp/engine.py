@@ -423,7 +423,7 @@ class BackpropEngine:
         self._shapes_of_rates: list[tuple[int, ...]] = [()] * len(optimizer.param_groups)
         self._outputs = len(self._flat[-2])
         self._native = None
-        self._widths = [self._owned[0].shape[1], *(len(layer.weight) for layer in self._program.layers)]
+        self._widths = [self._owned[0].shape[1], *(len(owner.weight) for owner in self._program.affine)]
         self._graphed = self._graphed or self._owned[0].is_cuda  # on CUDA a step is one graph
         self._note_memory()
         # Step 4 does the update itself. A rate in a tensor of half precision would be rounded.
