@@ -92,7 +92,6 @@ def test_older_exporter() -> None:
 
 
 @CONSTANT
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace.* is deprecated:DeprecationWarning")
 def test_jit_trace() -> None:
     model = nets()["every"].eval()
     x = torch.randn(7, 4)
