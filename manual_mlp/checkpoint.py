@@ -72,6 +72,13 @@ def _counts(value: Any) -> bool:
     return all(map(_counts, value)) if type(value) is list else type(value) is bool or COUNT.fits(value)
 
 
+def _plain(value: Any) -> bool:
+    """Return True if a value holds no tensor: two tables with tensors in them can't be compared by ==."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_plain, value.values() if isinstance(value, dict) else value))
+    return type(value) is not Tensor
+
+
 def _metrics(value: Any) -> bool:
     """Return True for the text of a metrics.csv, in which all cells are numbers and no name is a formula."""
     if type(value) is not str or value == "":
@@ -102,7 +109,7 @@ FLAG = Kind("true or false", lambda value: type(value) is bool)
 COUNT = _whole(0)
 SIZE = _whole(1, 2**31)
 BITS = _whole(0, 2**32 - 1)
-ANY_NUMBER = Kind("a number", lambda value: type(value) in (int, float))
+ANY_NUMBER = Kind("a number", lambda value: type(value) is float or (type(value) is int and abs(value) <= 2**53))
 NUMBER = _number("a finite number", lambda value: True)
 POSITIVE = _number("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = _number("a number of at least 0", lambda value: value >= 0)
@@ -115,6 +122,7 @@ LABEL = Kind("a text of at most 1000 letters", lambda value: TEXT.fits(value) an
 PATH = Kind("a path", lambda value: type(value) is str)
 NOTHING = Kind("null", lambda value: value is None)
 ANYTHING = Kind("a plain value", lambda value: True)
+PLAIN = Kind("made of numbers and texts alone", _plain)  # what is compared with this run's own, or printed
 STATE = {(str, int): ANYTHING}
 COUNTS = Kind("counts", _counts)
 COST = Kind(f"one of {', '.join(sheet.COSTS)}", lambda value: type(value) is str and value in sheet.COSTS)
@@ -136,7 +144,7 @@ HYPER_PARAMETERS = {
     "initialisation": NAME,
     "backprop": NAME,
     "l1": NOT_NEGATIVE,
-    str: ANYTHING,
+    str: PLAIN,
 }
 DATA = {
     "name": TEXT,
@@ -144,7 +152,7 @@ DATA = {
     "feature_mean": [NUMBER],
     "feature_scale": [POSITIVE],
     "fingerprint": COUNT,
-    str: ANYTHING,
+    str: PLAIN,
 }
 BEST = {  # of a ModelCheckpoint; training.checkpoints believes the file names in it, and no path
     "monitor": (NAME, NOTHING),
@@ -215,9 +223,9 @@ SCHEMA = {
         "stopped": FLAG,
     },
     "configured?": {  # what training.precedence compares with what is configured where a run goes on
-        "optimizer": {str: ANYTHING},
-        "scheduler": ({str: ANYTHING}, NOTHING),
-        "callbacks": {str: ANYTHING},
+        "optimizer": {"lr?": (ANY_NUMBER, NAME, NOTHING), str: PLAIN},
+        "scheduler": ({str: PLAIN}, NOTHING),
+        "callbacks": {str: PLAIN},
     },
     str: ANYTHING,
 }

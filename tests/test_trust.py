@@ -252,6 +252,14 @@ VALUES: list[tuple[str, Any, str]] = [
     ("continuation/rows", ["epoch,val_loss\n,1\n"], "the text of a metrics.csv"),
     ("continuation/rows", ["step,val_loss\n0,1\n"], "the text of a metrics.csv"),
     ("pytorch-lightning_version", "1.9.0", "a version from 2.0 on, but got '1.9.0'"),
+    ("configured/optimizer/lr", torch.ones(3), "a number or a name or null, but got a tensor"),
+    ("configured/optimizer/betas", [0.9, torch.ones(3)], r"configured.optimizer.betas .* numbers and texts alone"),
+    ("configured/scheduler", torch.ones(2), "configured.scheduler .* a table or null, but got a tensor"),
+    ("configured/scheduler/patience", torch.ones(2), "configured.scheduler .* a table or null, but got {'class'"),
+    ("configured/callbacks/best", {"mode": [torch.ones(2)]}, "configured.callbacks.best .* numbers and texts alone"),
+    ("hyper_parameters/initialisation_scale", torch.ones(2), "numbers and texts alone"),
+    ("DataModule/more", {"a": [torch.ones(2)]}, "DataModule.more .* numbers and texts alone"),
+    ("figures/val_loss", -(2**63) - 1, "a number, but got -9223372036854775809"),
     ("format", FORMAT + 1, f"format {FORMAT} at most, but .* is of format {FORMAT + 1}; .* newer"),
     ("format", "2", "a whole number from 0"),
     ("more", doubled(25), "is damaged .its values contain each other"),
@@ -315,6 +323,51 @@ def test_states_that_do_not_fit_the_run(folder: Path, place: str, value: Any, se
     rewrite(folder, lambda content: put(content, place, value))
     with pytest.raises(InputError, match=f"^expected .*{sentence}"):
         go_on(folder)
+
+
+COMPARED: list[tuple[str, Any, str]] = [
+    ("configured/optimizer/lr", "\x1b[31m" * 100, "configured.optimizer.lr .* a number or a name or null"),
+    ("configured/optimizer/lr", "x" * 1000, "optimizer.lr to be x+ …, as in .*, but it is 0.003"),
+    ("configured/optimizer/betas", {"a": ["\x1b[31m"]}, r"optimizer.betas to be .*\\x1b\[31m.*, as in"),
+    ("lr_schedulers/0/last_epoch", 2**50, "at most 10,000,000 steps .* claims 1,125,899,906,842,624"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "sentence"), COMPARED, ids=range(len(COMPARED)))
+def test_what_is_compared_is_shown_short_and_escaped(folder: Path, place: str, value: Any, sentence: str) -> None:
+    rewrite(folder, lambda content: put(content, place, value))
+    changed = ("scheduler=step", "scheduler.interval=step") if place.startswith("lr_") else ()
+    if changed:
+        rewrite(folder, lambda content: content["configured"]["scheduler"].update(interval="step"))
+    with pytest.raises(InputError, match=f"^expected .*{sentence}") as caught:
+        go_on(folder, *changed)
+    assert len(str(caught.value)) < 700
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["without a figure", "of 0.1"])
+def test_odd_states_of_another_schedule(folder: Path, way: str) -> None:
+    """A plateau that has kept no best figure; a file of 0.1, whose settings stand in the state of the schedule."""
+
+    def change(content: dict[str, Any]) -> None:
+        state = content["lr_schedulers"][0]
+        if way == "of 0.1":
+            del content["configured"]
+            state.update(patience=torch.ones(2))
+        else:
+            del state["best"], state["cooldown_counter"]
+
+    rewrite(folder, change)
+    go_on(folder, "scheduler.patience=7")
+
+
+def test_arguments_are_those_of_the_schema(original: Path, tmp_path: Path) -> None:
+    """A checkpoint gives none that only a program gives."""
+    shutil.copy(original / "last.ckpt", tmp_path)
+    odd = {"self": 1, "metrics": {"x": 1}, "optimizer": "abc", "scheduler": 5}
+    path = rewrite(tmp_path, lambda content: content["hyper_parameters"].update(odd))
+    module = MLPModule.load_from_checkpoint(path)
+    assert (module.optimizer, module.scheduler, module.measured) == (None, None, [])
 
 
 def test_many_classes_take_no_square_of_memory(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from textwrap import shorten
 from traceback import walk_tb
 from typing import Any
 
@@ -351,7 +350,7 @@ def check_same_rows(content: dict[str, Any], path: str, data: DataModule) -> Non
 def check_same_training(content: dict[str, Any], path: str, module: MLPModule) -> None:
     """Raise InputError if a checkpoint has another net, cost or optimizer than `module`, or can't be continued."""
     check_same_net(content, path, module)
-    _check_same("the optimizer", content["optimizer"], module.optimizer_in_words(), path)
+    check_same("the optimizer", content["optimizer"], module.optimizer_in_words(), path)
     if not content.keys() >= NEEDED:
         raise InputError(f"expected all that a run needs to go on, but {path} holds parameters alone; use last.ckpt")
 
@@ -361,16 +360,16 @@ def check_same_net(content: dict[str, Any], path: str, module: MLPModule) -> Non
     then, now = content["hyper_parameters"], dict(module.hparams)
     for name in now:
         if name not in FREE:
-            _check_same(name, then.get(name), now[name], path)
+            check_same(name, then.get(name), now[name], path)
 
 
 def check_same_size(content: dict[str, Any], path: str, hidden: Any) -> None:
     """Raise InputError if a checkpoint has other hidden layers than a net that is not built yet."""
     if hidden is not None:
-        _check_same("hidden", list(content["hyper_parameters"]["hidden"]), list(hidden), path)
+        check_same("hidden", list(content["hyper_parameters"]["hidden"]), list(hidden), path)
 
 
-def _check_same(name: str, before: object, after: object, path: str) -> None:
+def check_same(name: str, before: object, after: object, path: str) -> None:
     if before != after:
         raise InputError(
             f"expected {name} to be {_short(before)}, as in {path}, but it is {_short(after)}; "
@@ -379,4 +378,5 @@ def _check_same(name: str, before: object, after: object, path: str) -> None:
 
 
 def _short(value: object) -> str:
-    return shorten(str(value), 100, placeholder=" …")
+    text = str(value)
+    return text if len(text) <= 300 else f"{text[:300]} …"

@@ -1,6 +1,5 @@
 """The Lightning module: a net, a cost, and figures that are summed as tensors and logged once an epoch."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanSquaredError, Metric, MetricCollection, R2Score
 
 from manual_mlp import formulas as sheet
-from manual_mlp.checkpoint import FORMAT, read_checkpoint
+from manual_mlp.checkpoint import FORMAT, HYPER_PARAMETERS, read_checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.training.strategies import choose, strategy
 
@@ -151,8 +150,7 @@ class MLPModule(L.LightningModule):
         """
         arguments.pop("weights_only", None)  # always
         content = read_checkpoint(checkpoint_path, map_location)
-        known = inspect.signature(cls.__init__).parameters
-        own = {name: value for name, value in content["hyper_parameters"].items() if name in known}
+        own = {name: value for name, value in content["hyper_parameters"].items() if name in HYPER_PARAMETERS}
         module = cls(**{**own, **arguments})
         module.on_load_checkpoint(content)
         net = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("net.")}

@@ -15,12 +15,15 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateFin
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from manual_mlp.checkpoint import PLAIN
 from manual_mlp.errors import InputError
+from manual_mlp.training.checkpoints import check_same
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.folder import accepted, keep_configuration
 from manual_mlp.training.module import MLPModule, unfit
 
 Content = dict[str, Any]
+MOST_STEPS = 10**7  # that a new schedule takes at once, in about a minute
 SEEN = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # ReduceLROnPlateau's, about its figure
 
 
@@ -49,7 +52,7 @@ class Precedence(Callback):
         """Set lr to the one that LearningRateFinder found. Raises InputError for a finder that has not searched."""
         for name in self._names(LearningRateFinder):
             then = content.get("configured", {"callbacks": {}})
-            _check_same(f"callbacks.{name}", then["callbacks"].get(name), self.callbacks[name], path)
+            check_same(f"callbacks.{name}", then["callbacks"].get(name), self.callbacks[name], path)
             module.lr = then["optimizer"].get("lr")
 
     def check(self, content: Content, path: str, module: MLPModule, data: DataModule) -> None:
@@ -57,12 +60,12 @@ class Precedence(Callback):
         then: Any = content.get("configured")
         now = self.configured(module)
         standardised = bool(content.get("DataModule", {}).get("feature_mean"))
-        _check_same("data.standardise", standardised, bool(data.feature_mean), path)
+        check_same("data.standardise", standardised, bool(data.feature_mean), path)
         for name, value in now["optimizer"].items() if then else ():
-            _check_same(f"optimizer.{name}", then["optimizer"].get(name), value, path)
+            check_same(f"optimizer.{name}", then["optimizer"].get(name), value, path)
         if now["scheduler"] and now["scheduler"]["interval"] == "step":  # nobody has counted steps for another one
             interval = then["scheduler"] and then["scheduler"].get("interval") if then else "step"
-            _check_same("scheduler.interval", interval if content["lr_schedulers"] else None, "step", path)
+            check_same("scheduler.interval", interval if content["lr_schedulers"] else None, "step", path)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Content) -> None:
         checkpoint["configured"] = self.configured(pl_module)  # type: ignore[arg-type]
@@ -102,14 +105,6 @@ class Precedence(Callback):
         return [name for name, found in classes.items() if inspect.isclass(found) and issubclass(found, kind)]
 
 
-def _check_same(name: str, then: object, now: object, path: str) -> None:
-    if then != now:
-        raise InputError(
-            f"expected {name} to be {then}, as in {path}, but it is {now}; "
-            "leave out what differs, or start a new run without ckpt_path"
-        )
-
-
 def _arguments(made: partial) -> Content:
     """Return {"class": …} and all arguments that a partial gives it, with the defaults."""
     parameters = inspect.signature(made.func).parameters.values()
@@ -128,7 +123,7 @@ def _configure(callback: Callback, state: Content) -> bool:
     """Put a callback's arguments of now into its state; return True if they differ from the old ones."""
     names = state.keys() & inspect.signature(type(callback)).parameters.keys() & vars(callback).keys()
     given = {name: getattr(callback, name) for name in names}
-    differs = any(state[name] != value for name, value in given.items())
+    differs = not all(_is(state[name], value) for name, value in given.items())
     state.update(given)
     return differs
 
@@ -147,7 +142,12 @@ def _same_schedule(then: Content | None, now: Content, module: MLPModule, states
     if module.scheduler is None or not states:
         return module.scheduler is None and not states
     given = module.scheduler["scheduler"].keywords  # version 0.1 has kept them in the schedule's state alone
-    return all(states[0].get(name) == value for name, value in given.items())
+    return all(_is(states[0].get(name), value) for name, value in given.items())
+
+
+def _is(then: object, now: object) -> bool:
+    """Return True if a value of a state, which may hold tensors, is the configured one."""
+    return PLAIN.fits(then) and then == now
 
 
 def _reschedule(trainer: L.Trainer, module: MLPModule, old: Content) -> None:
@@ -169,9 +169,14 @@ def _reschedule(trainer: L.Trainer, module: MLPModule, old: Content) -> None:
     schedule: LRScheduler = made(optimizer)
     if watches:
         if all(name in old and old[name] == getattr(schedule, name) for name in ("mode", "threshold_mode")):
-            vars(schedule).update({name: old[name] for name in SEEN})
+            vars(schedule).update({name: old[name] for name in SEEN if name in old})
     else:
         steps = old["last_epoch"] if module.scheduler.get("interval") == "step" else trainer.current_epoch
+        if steps > MOST_STEPS:
+            raise InputError(
+                f"expected at most {MOST_STEPS:,} steps after which another schedule goes on, but the checkpoint "
+                f"claims {steps:,}; leave out what differs in scheduler, or start a new run without ckpt_path"
+            )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # before optimizer.step
             try:
