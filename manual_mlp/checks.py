@@ -4,6 +4,7 @@ Every function returns nothing if all is well, and raises InputError otherwise. 
 functions are called only after torch has refused.
 """
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -268,3 +269,71 @@ def trainable(parameters: Iterable[Tensor | None]) -> None:
             "expected parameters made outside torch.inference_mode, which can't be trained; got a model made inside: "
             "make the model before, or train a copy.deepcopy of it"
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grids and norms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pair(name: str, value: Any) -> None:
+    raise InputError(f"expected one number as {name}, or one for each of the two axes; got {value!r}")
+
+
+def same_padding(padding: str, stride: tuple[int, int]) -> None:
+    if padding != "same":
+        raise InputError(f"expected a padding of 'valid', 'same' or numbers; got {padding!r}")
+    if stride != (1, 1):
+        raise InputError(f"expected a stride of 1 for padding='same'; got {stride}: give the padding in numbers")
+
+
+def padding_mode(value: str) -> None:
+    if value != "zeros":
+        raise InputError(f"expected padding_mode='zeros'; got {value!r}: apply torch.nn.functional.pad to the input before")
+
+
+def image(name: str, tensor: Tensor) -> None:
+    if tensor.dim() not in (3, 4):
+        raise InputError(f"expected an {name} of shape (N, C, H, W) or (C, H, W); got {tuple(tensor.shape)}")
+
+
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            real(f"{name} of a convolution", tensor)
+    image("input of a convolution", input)
+    if weight.dim() != 4 or input.shape[-3] != weight.shape[1] * groups:
+        raise InputError(
+            f"expected a weight of shape (out_channels, {input.shape[-3]} / groups, kernel, kernel) for an input of "
+            f"shape {tuple(input.shape)} and groups={groups}; got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"expected a bias of shape ({len(weight)},), one for each output; got {tuple(bias.shape)}")
+    one_kind(input=input, weight=weight, bias=bias)
+
+
+def batch_norm(
+    x: Tensor, m: Tensor | None, s: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool, ε: float
+) -> None:
+    if x.dim() < 2:
+        raise InputError(f"expected an input of shape (N, C, …) for a batch norm; got {tuple(x.shape)}")
+    for name, values in (("running_mean", m), ("running_var", s), ("weight", weight), ("bias", bias)):
+        if values is not None and values.shape != x.shape[1:2]:
+            raise InputError(f"expected a {name} of shape ({x.shape[1]},), one for each channel; got {tuple(values.shape)}")
+    if not training and (m is None or s is None):
+        raise InputError("expected running_mean and running_var outside of training; got None: pass training=True")
+    if ε < 0 or (training and ε == 0):
+        raise InputError(f"expected a positive eps; got {ε}")
+    if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
+        raise InputError(
+            f"expected more than one number for each channel in training; got an input of shape {tuple(x.shape)}, whose "
+            "variance is 0: pass more rows, call .eval(), or take a LayerNorm (under vmap each sample is a batch)"
+        )
+
+
+def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
+    if not shape or x.shape[-len(shape) :] != shape:
+        raise InputError(f"expected an input of shape (…, {', '.join(map(str, shape))}); got {tuple(x.shape)}")
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None and values.shape != shape:
+            raise InputError(f"expected a {name} of shape {shape}; got {tuple(values.shape)}")

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from manual_mlp import checks, functions, kernels
+from manual_mlp.autocast import autocasting, cast
 from manual_mlp.errors import InputError
 from manual_mlp.formulas import ACTIVATIONS, Row
 from manual_mlp.functions import ManualFunction, apply
+from manual_mlp.grid_functional import avg_pool2d as avg_pool2d
+from manual_mlp.grid_functional import batch_norm as batch_norm
+from manual_mlp.grid_functional import conv2d as conv2d
+from manual_mlp.grid_functional import layer_norm as layer_norm
+from manual_mlp.grid_functional import max_pool2d as max_pool2d
+from manual_mlp.grid_functional import softmax as softmax
 
 if TYPE_CHECKING:  # the arguments of what `_of_row` makes
     from torch.nn.functional import gelu, leaky_relu, relu, sigmoid, silu, softplus, tanh  # noqa: F401
@@ -61,7 +68,7 @@ def apply_affine(
 ) -> Tensor:
     """Call an affine Function, with autocast and errors around it."""
     if autocasting(input):
-        input, weight, bias = _autocast(input), _autocast(weight), None if bias is None else _autocast(bias)
+        input, weight, bias = cast(input), cast(weight), None if bias is None else cast(bias)
     # torch would take these: complex numbers, and shapes that broadcast. torch.jit.trace warns if shapes are compared.
     compared = None if torch._C._get_tracing_state() else bias
     if weight.dtype.is_complex or weight.dim() != 2 or (compared is not None and compared.shape != (weight.shape[0],)):
@@ -72,24 +79,6 @@ def apply_affine(
         checks.affine(input, weight, bias)
         raise
     return output[0] if isinstance(output, tuple) else output
-
-
-def _device_type(tensor: Tensor) -> str:
-    """Return the device whose autocast counts; torch has none for meta."""
-    device = tensor.device.type
-    return "cpu" if device == "meta" else device
-
-
-def autocasting(tensor: Tensor) -> bool:
-    """Return True if autocast is on for the tensor's device. Asks for any device first: naming the device is slow."""
-    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(_device_type(tensor))
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """Return the tensor in autocast's dtype, as torch casts for a linear layer: floating point but not float64."""
-    if not tensor.dtype.is_floating_point or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(_device_type(tensor)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

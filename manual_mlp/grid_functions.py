@@ -1,0 +1,350 @@
+"""torch.autograd.Functions of convolution, pooling, normalisation and softmax, from their formulas in `grids.py`.
+
+As in `functions.py`, g is ∂C/∂(output), may be None, and is never written. Convolution, Largest and Average are linear
+in each tensor that they read, so their backwards apply the same Function in another role: no derivative of any order
+is torch's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manual_mlp import checks, kernels
+from manual_mlp import grids as sheet
+from manual_mlp.functions import Gradients, ManualFunction, _primals, _save_all, _sum_of, apply
+from manual_mlp.grids import Axes, Dims, Geometry, Windows
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolution
+# ---------------------------------------------------------------------------------------------------------------------
+
+INPUT, WEIGHT, OUTPUT = range(3)
+
+
+class Convolution(ManualFunction):
+    """The partial derivative of T(a, W, g) = Σ g · (a ∗ W) by one of the three, from the other two.  Saves these.
+
+    role is the one that is missing, and None in its place: OUTPUT gives z = a ∗ W + b, INPUT gives ∂C/∂a from W and g,
+    WEIGHT gives ∂C/∂W from a and g.
+    """
+
+    @staticmethod
+    def forward(
+        role: int, a: Tensor | None, weight: Tensor | None, g: Tensor | None, bias: Tensor | None, at: Geometry
+    ) -> Tensor:
+        if role == OUTPUT:
+            return sheet.conv(a, weight, bias, at)  # type: ignore[arg-type]
+        return sheet.conv_input(weight, g, at) if role == INPUT else sheet.conv_weight(a, g, at)  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.role, *three, _, ctx.at = inputs
+        ctx.shape = output.shape
+        checks.real("input of a convolution", output, whole=True)
+        wanted = ctx.needs_input_grad[1:4]
+        ctx.save_for_backward(*(x if any(wanted[:i] + wanted[i + 1 :]) else None for i, x in enumerate(three)))
+        ctx.save_for_forward(*three)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        if g is None:
+            return (None,) * 6
+        three, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        gradients = [
+            Convolution.of(role, _with(_with(three, ctx.role, g), role, None), None, ctx.at) if wanted[1 + role] else None
+            for role in range(3)
+        ]
+        return None, *gradients, sheet.conv_bias(g) if wanted[4] else None, None
+
+    @staticmethod
+    def tangent(ctx: Any, _: None, *tangents: Any) -> Tensor:
+        three, (*moving, bias_t, _) = _primals(ctx), tangents
+        return _sum_of(
+            *(
+                Convolution.of(ctx.role, _with(three, i, x_t), None, ctx.at)
+                for i, x_t in enumerate(moving)
+                if x_t is not None
+            ),
+            None if bias_t is None else bias_t.view(-1, 1, 1).expand(ctx.shape),
+        )
+
+    @staticmethod
+    def of(role: int, three: Sequence[Any], bias: Tensor | None, at: Geometry) -> Tensor:
+        """Apply the Function in a role."""
+        return apply(Convolution, role, *three, bias, at)  # type: ignore[no-any-return]
+
+
+def _with(three: Sequence[Any], role: int, x: Tensor | None) -> list[Any]:
+    return [x if i == role else other for i, other in enumerate(three)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Largest(ManualFunction):
+    """a′ = the largest number of each window, the first of equals, and its place i.  Saves i."""
+
+    @staticmethod
+    def forward(a: Tensor, at: Windows, dilation: Axes) -> tuple[Tensor, Tensor]:
+        return sheet.largest(a, at, dilation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.at, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        _save_all(ctx, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None = None) -> Gradients:
+        (i,) = ctx.saved_tensors
+        return None if g is None else apply(Picked, g, i, ctx.at.size), None, None
+
+    @staticmethod
+    def tangent(ctx: Any, a_t: Tensor, *_: None) -> tuple[Tensor, None]:
+        (i,) = _primals(ctx)
+        return apply(Picked, a_t, i, None), None
+
+
+class Picked(ManualFunction):
+    """a′_p = a_{i(p)}; with a size, its transpose: what p sends arrives at i(p).  Saves i."""
+
+    @staticmethod
+    def forward(x: Tensor, i: Tensor, size: Axes | None) -> Tensor:
+        return sheet.gather(x, i) if size is None else sheet.scatter(_float(x), i, size).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, i, size = inputs
+        ctx.size, ctx.turned = size, None if size is not None else (x.shape[2], x.shape[3])
+        _save_all(ctx, i)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        (i,) = ctx.saved_tensors
+        return None if g is None else apply(Picked, g, i, ctx.turned), None, None
+
+    @staticmethod
+    def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
+        (i,) = _primals(ctx)
+        return apply(Picked, x_t, i, ctx.size)  # type: ignore[no-any-return]
+
+
+class Average(ManualFunction):
+    """a′ = S a / D; turned, its transpose Sᵀ (g / D).  Saves nothing."""
+
+    @staticmethod
+    def forward(x: Tensor, at: Windows, with_padding: bool, divisor: int | None, turned: bool) -> Tensor:
+        if turned:
+            return _spread(x, at, with_padding, divisor)
+        return sheet.average(x, at, with_padding, divisor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *ctx.arguments, ctx.turned = inputs
+        checks.real("input of a pooling", x, whole=True)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        return None if g is None else apply(Average, g, *ctx.arguments, not ctx.turned), None, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
+        return apply(Average, x_t, *ctx.arguments, ctx.turned)  # type: ignore[no-any-return]
+
+
+_spread = kernels.rounded_once(sheet.spread)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalisation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BatchNorm(ManualFunction):
+    """y = γ x̂ + β over the set of each channel, μ, r, and the running statistics m and s after this batch.
+
+    x (N, C, …), γ, β, m, s (C,) or None.  Saves x, γ, μ, r.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, m: Tensor | None, s: Tensor | None, κ: float, ε: float
+    ) -> tuple[Tensor, ...]:
+        m, s = None if m is None else m.clone(), None if s is None else s.clone()
+        if x.numel() == 0:  # which the kernel refuses
+            y, μ, r = x.clone(), x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+        else:
+            y, μ, r = torch.native_batch_norm(x, weight, bias, m, s, True, κ, ε)
+        return (y, μ, r) if m is None or s is None else (y, μ, r, m, s)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, *_, ctx.ε = inputs
+        _, *statistics = output
+        ctx.mark_non_differentiable(*statistics)
+        ctx.others = len(statistics)
+        _save_all(ctx, x, weight, *statistics[:2])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> Gradients:
+        x, weight, μ, r = ctx.saved_tensors
+        over = _places(x)
+        μ, r = _again(x, over, ctx.ε) if _recorded() else (_along(μ, x), _along(r, x))
+        return *_norm_gradients(ctx, g, x, _along(weight, x), μ, r, over, over), None, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
+        x, weight, *_ = _primals(ctx)
+        over = _places(x)
+        μ, r = _again(x, over, ctx.ε)
+        moving = x_t, _along(weight_t, x), _along(bias_t, x)
+        return _norm_tangent(x, _along(weight, x), μ, r, over, *moving), *(None,) * ctx.others
+
+
+class RunningNorm(ManualFunction):
+    """y = γ (x − m) ρ + β, ρ = 1/√(s + ε): m and s, the running statistics, are given.  Saves x, γ, m, s."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, m: Tensor, s: Tensor, ε: float) -> Tensor:
+        if x.numel() == 0:
+            return x.clone()
+        return torch.native_batch_norm(x, weight, bias, m, s, False, 0.0, ε)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, m, s, ctx.ε = inputs
+        _save_all(ctx, x, weight, m, s)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        x, weight, m, s = ctx.saved_tensors
+        m, r = _along(m, x), sheet.reciprocal(_along(s, x), ctx.ε)
+        return *_norm_gradients(ctx, g, x, _along(weight, x), m, r, None, _places(x)), None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Tensor:
+        x, weight, m, s = _primals(ctx)
+        m, r = _along(m, x), sheet.reciprocal(_along(s, x), ctx.ε)
+        return _norm_tangent(x, _along(weight, x), m, r, None, x_t, _along(weight_t, x), _along(bias_t, x))
+
+
+class LayerNorm(ManualFunction):
+    """y = γ x̂ + β over the set of each row, the last dimensions, and μ, r.  Saves x, γ, μ, r."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], ε: float
+    ) -> tuple[Tensor, ...]:
+        return torch.native_layer_norm(x, shape, weight, bias, ε)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, shape, ctx.ε = inputs
+        _, μ, r = output
+        ctx.mark_non_differentiable(μ, r)
+        ctx.last = len(shape)
+        _save_all(ctx, x, weight, μ, r)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> Gradients:
+        x, weight, μ, r = ctx.saved_tensors
+        rows, over = _split(x, ctx.last)
+        μ, r = _again(x, over, ctx.ε) if _recorded() else (μ, r)
+        return *_norm_gradients(ctx, g, x, weight, μ, r, over, rows), None, None
+
+    @staticmethod
+    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
+        x, weight, *_ = _primals(ctx)
+        _, over = _split(x, ctx.last)
+        return _norm_tangent(x, weight, *_again(x, over, ctx.ε), over, x_t, weight_t, bias_t), None, None
+
+
+def _recorded() -> bool:
+    """Return True if the backward may be differentiated: μ and r, as they were saved, have no history."""
+    return torch.is_grad_enabled() or kernels.transforming()
+
+
+def _split(x: Tensor, last: int) -> tuple[Dims, Dims]:
+    dims = tuple(range(x.dim()))
+    return dims[: len(dims) - last], dims[len(dims) - last :]
+
+
+def _places(x: Tensor) -> Dims:
+    """Return all dimensions but that of the channels."""
+    return (0, *range(2, x.dim()))
+
+
+def _along(values: Tensor | None, x: Tensor) -> Any:
+    """Return values (C,) so that they broadcast along the channels of x."""
+    return values if values is None or x.dim() == 2 else values.view(-1, *(1,) * (x.dim() - 2))
+
+
+def _float(x: Tensor | None) -> Any:
+    return x.float() if x is not None and x.dtype in kernels.ROUNDED else x
+
+
+def _again(x: Tensor, over: Dims, ε: float) -> tuple[Tensor, Tensor]:
+    return sheet.moments(_float(x), over, ε)
+
+
+def _norm_gradients(
+    ctx: Any, g: Tensor | None, x: Tensor, weight: Any, μ: Tensor, r: Tensor, over: Dims | None, rows: Dims
+) -> Gradients:
+    """∂C/∂x, ∂C/∂γ, ∂C/∂β; evaluated in float32 for half precision, and rounded once."""
+    if g is None:
+        return None, None, None
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dtype, g, γ = x.dtype, _float(g), _float(weight)
+    x̂ = sheet.normalised(_float(x), _float(μ), _float(r))
+    return (
+        sheet.norm_input(g, x̂, _float(r), γ, over).to(dtype) if needs_x else None,
+        sheet.norm_weight(g, x̂, rows).to(weight.dtype) if needs_weight else None,
+        sheet.norm_bias(g, rows) if needs_bias else None,
+    )
+
+
+def _norm_tangent(
+    x: Tensor, weight: Any, μ: Tensor, r: Tensor, over: Dims | None, x_t: Any, weight_t: Any, bias_t: Any
+) -> Tensor:
+    """ẏ = γ r P ẋ + γ̇ x̂ + β̇, the terms that are there."""
+    x̂ = sheet.normalised(_float(x), _float(μ), _float(r))
+    return _sum_of(
+        None if x_t is None else sheet.scaled(sheet.norm_input(_float(x_t), x̂, _float(r), None, over), weight, None),
+        None if weight_t is None else sheet.scaled(x̂, weight_t, None),
+        None if bias_t is None else bias_t.expand_as(x),
+    ).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax
+# ---------------------------------------------------------------------------------------------------------------------
+
+_softmax_delta = kernels.rounded_once(sheet.softmax_delta)
+
+
+class Softmax(ManualFunction):
+    """a = softmax z along one dimension.  Saves a."""
+
+    @staticmethod
+    def forward(z: Tensor, dim: int) -> Tensor:
+        return sheet.softmax(z, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        _, ctx.dim = inputs
+        _save_all(ctx, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Gradients:
+        (a,) = ctx.saved_tensors
+        return None if g is None else _softmax_delta(g, a, ctx.dim), None
+
+    @staticmethod
+    def tangent(ctx: Any, z_t: Tensor, _: None) -> Tensor:
+        (a,) = _primals(ctx)
+        return _softmax_delta(z_t, a, ctx.dim)

@@ -1,0 +1,112 @@
+"""The counterpart of torch.nn for grids and norms: each is torch's class with another forward, as in `modules.py`."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from manual_mlp import checks, grid_functional
+from manual_mlp.grid_functional import Size
+
+
+class Conv2d(nn.Conv2d):
+    """z_{n,o,p} = Σ_{c,k} a_{n,c,sp+dk−q} W_{o,c,k} + b_o: an nn.Conv2d whose forward and backward are ours.
+
+    input (N, in_channels, H, W) or (in_channels, H, W) → (N, out_channels, H′, W′) or (out_channels, H′, W′).
+    Same names, shapes, initialisation and state_dict as nn.Conv2d. Raises InputError for a padding_mode other than
+    "zeros", and from forward as `functional.conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Size | str = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        checks.padding_mode(padding_mode)
+        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(*sizes, bias, padding_mode, device, dtype)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:
+        checks.padding_mode(self.padding_mode)
+        places = self.stride, self.padding, self.dilation, self.groups
+        return grid_functional.conv2d(input, self.weight, self.bias, *places)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """The largest number of each window, the first of equals; δ goes where it came from. Arguments as nn.MaxPool2d."""
+
+    def forward(self, input: Tensor) -> Any:
+        places: Any = self.kernel_size, self.stride, self.padding, self.dilation
+        return grid_functional.max_pool2d(input, *places, self.ceil_mode, self.return_indices)
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """The mean of each window; δ spreads evenly over it. Arguments as nn.AvgPool2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        places: Any = self.kernel_size, self.stride, self.padding
+        divisor = self.count_include_pad, self.divisor_override
+        return grid_functional.avg_pool2d(input, *places, self.ceil_mode, *divisor)
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """γ x̂ + β over the set of each channel; in evaluation by the running statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        tracks, κ = self.training and self.track_running_stats, self.momentum or 0.0
+        if tracks and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the mean of all batches so far
+                κ = 1 / float(self.num_batches_tracked)
+        m, s = (self.running_mean, self.running_var) if tracks or not self.training else (None, None)
+        training = self.training or (m is None and s is None)
+        return grid_functional.batch_norm(input, m, s, self.weight, self.bias, training, κ, self.eps)
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """γ x̂ + β, x̂ = (x − μ)/√(v + ε) over the rows of each channel; δ = γ r (g − mean g − x̂ mean(g x̂)).
+
+    input (N, num_features) or (N, num_features, places). Arguments, buffers and state_dict as nn.BatchNorm1d; the
+    running variance is unbiased, v is not. Raises InputError as `functional.batch_norm`.
+    """
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """γ x̂ + β, x̂ = (x − μ)/√(v + ε) over the rows and places of each channel: input (N, num_features, H, W).
+
+    Else as `BatchNorm1d`.
+    """
+
+
+class LayerNorm(nn.LayerNorm):
+    """γ ⊙ x̂ + β, x̂ = (x − μ)/√(v + ε) over the last dimensions of each row; δ = r P(γ g). Arguments as nn.LayerNorm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return grid_functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class Softmax(nn.Softmax):
+    """a = e^z / Σ_c e^z along `dim`; δ = (g − Σ_c g a) a. A cost of logits holds it already: don't put both."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return grid_functional.softmax(input, self.dim, _stacklevel=5)
+
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: Conv2d,
+    nn.MaxPool2d: MaxPool2d,
+    nn.AvgPool2d: AvgPool2d,
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.LayerNorm: LayerNorm,
+    nn.Softmax: Softmax,
+}

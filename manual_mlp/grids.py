@@ -1,0 +1,210 @@
+"""THE SECOND PAGE OF THE SHEET: convolution, pooling, normalisation and softmax, forward and backward.
+
+The letters of `formulas.py` hold. Beside them:
+
+    a                   a grid of numbers for each sample and channel   (N, C, H, W)
+    W, b                kernels and biases of a convolution             (O, C/m, k, k), (O,)
+    p, k                a place of the output, a place of the kernel    one for each axis
+    s, q, d, m          stride, padding, dilation (for each axis), number of groups
+    i                   the place in its plane that a largest number was taken from
+    x̂ = (x − μ) r       x normalised over a set of n elements: mean μ, biased variance v, r = 1/√(v + ε)
+    γ, β                weight and bias of a norm
+
+The convolution closes under differentiation: T(a, W, g) = Σ g · (a ∗ W) is linear in each of the three, and its partial
+derivatives are `conv`, `conv_input` and `conv_weight`. Derivatives of any order are these three again.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, rsqrt
+from torch.nn import functional as F
+
+Axes = tuple[int, int]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolution
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """Where a kernel reads: output place p and kernel place k meet at input place s p + d k − q.
+
+    size and kernel are (H, W) of the input and of the kernel.
+    """
+
+    s: Axes
+    q: Axes
+    d: Axes
+    m: int
+    size: Axes
+    kernel: Axes
+
+
+def conv(a: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
+    """z_{n,o,p} = Σ_{c,k} a_{n,c,sp+dk−q} W_{o,c,k} + b_o, (N, C, H, W) → (N, O, H′, W′)."""
+    return F.conv2d(a, weight, bias, at.s, at.q, at.d, at.m)
+
+
+def conv_input(weight: Tensor, g: Tensor, at: Geometry) -> Tensor:
+    """∂C/∂a = g ∗ᵀ W, (N, O, H′, W′) → (N, C, H, W). r: the cells at the end of an axis that the stride left unread."""
+    r = [
+        size - ((places - 1) * s - 2 * q + d * (k - 1) + 1)
+        for size, places, s, q, d, k in zip(at.size, g.shape[2:], at.s, at.q, at.d, at.kernel, strict=True)
+    ]
+    return F.conv_transpose2d(g, weight, None, at.s, at.q, r, at.m, at.d)
+
+
+def conv_weight(a: Tensor, g: Tensor, at: Geometry) -> Tensor:
+    """∂C/∂W_{o,c,k} = Σ_{n,p} g_{n,o,p} a_{n,c,sp+dk−q}: a convolution in which s and d, rows and channels change places."""
+    n, channels, *_ = a.shape
+    c, outputs = channels // at.m, g.shape[1]
+    if a.numel() == 0 or g.numel() == 0:
+        return g.new_zeros(outputs, c, *at.kernel)
+    by_group = a.reshape(n, at.m, c, *at.size).permute(2, 1, 0, 3, 4).reshape(c, at.m * n, *at.size)
+    products = F.conv2d(by_group, g.transpose(0, 1), None, at.d, at.q, at.s, at.m)
+    return products.narrow(2, 0, at.kernel[0]).narrow(3, 0, at.kernel[1]).transpose(0, 1).contiguous()
+
+
+def conv_bias(g: Tensor) -> Tensor:
+    """∂C/∂b_o = Σ_{n,p} g_{n,o,p}."""
+    return g.sum((0, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pooling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Windows(NamedTuple):
+    """Where the windows of a pooling lie: output place p starts at input place s p − q of a plane of this size."""
+
+    kernel: Axes
+    s: Axes
+    q: Axes
+    ceil: bool
+    size: Axes
+
+
+def places(x: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, C, H W)."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
+
+
+def largest(a: Tensor, at: Windows, d: Axes) -> tuple[Tensor, Tensor]:
+    """a′_{n,c,p} = max_k a_{n,c,sp+dk−q}, and i, the place in the plane of the first that is largest. NaN is largest."""
+    return F.max_pool2d(a, at.kernel, at.s, at.q, d, at.ceil, return_indices=True)
+
+
+def gather(a: Tensor, i: Tensor) -> Tensor:
+    """a′_{n,c,p} = a_{n,c,i(p)}, (N, C, H, W) → (N, C, H′, W′): the largest number of each window, by its place."""
+    return places(a).gather(2, places(i)).reshape(i.shape)
+
+
+def scatter(g: Tensor, i: Tensor, size: Axes) -> Tensor:
+    """∂C/∂a_j = Σ_{p: i(p)=j} g_p, (N, C, H′, W′) → (N, C, H, W)."""
+    plane = g.new_zeros(*g.shape[:2], size[0] * size[1])
+    return plane.scatter_add(2, places(i), places(g)).reshape(*g.shape[:2], *size)
+
+
+def average(a: Tensor, at: Windows, with_padding: bool, divisor: int | None) -> Tensor:
+    """a′ = S a / D, (N, C, H, W) → (N, C, H′, W′): S sums windows, D counts their cells."""
+    return F.avg_pool2d(a, at.kernel, at.s, at.q, at.ceil, with_padding, divisor)
+
+
+def counts(windows: int, s: int, k: int, q: int, size: int, with_padding: bool) -> list[int]:
+    """Return how many cells each of the windows along one axis counts, with or without the padding's."""
+    low, high = (-q, size + q) if with_padding else (0, size)
+    return [min(p * s - q + k, high) - max(p * s - q, low) for p in range(windows)]
+
+
+def shared(g: Tensor, at: Windows, with_padding: bool, divisor: int | None) -> Tensor:
+    """g / D."""
+    axes = zip(g.shape[2:], at.s, at.kernel, at.q, at.size, strict=True)
+    rows, columns = (counts(*axis, with_padding) for axis in axes)
+    if divisor is None and ({*rows}, {*columns}) != ({at.kernel[0]}, {at.kernel[1]}):
+        cells = [[row * column for column in columns] for row in rows]
+        return g / torch.tensor(cells, dtype=g.dtype, device=g.device)
+    return g / (divisor or at.kernel[0] * at.kernel[1])
+
+
+def spread(g: Tensor, at: Windows, with_padding: bool, divisor: int | None) -> Tensor:
+    """Sᵀ (g / D), (N, C, H′, W′) → (N, C, H, W): what the windows send that read a cell; of windows side by side, one."""
+    g = shared(g, at, with_padding, divisor)
+    n, c, *places = g.shape
+    full = [(count - 1) * s + k for count, s, k in zip(places, at.s, at.kernel, strict=True)]
+    if at.s == at.kernel:
+        whole = g[..., :, None, :, None].expand(n, c, places[0], at.kernel[0], places[1], at.kernel[1])
+        whole = whole.reshape(n, c, *full)
+    else:
+        cells, windows = at.kernel[0] * at.kernel[1], places[0] * places[1]
+        copies = g.reshape(n, c, 1, windows).expand(n, c, cells, windows).reshape(n, c * cells, windows)
+        whole = F.fold(copies, full, at.kernel, stride=at.s)
+    for dim, (q, size) in enumerate(zip(at.q, at.size, strict=True), start=2):
+        whole = whole.narrow(dim, q, min(size, whole.shape[dim] - q))
+    return F.pad(whole, (0, at.size[1] - whole.shape[3], 0, at.size[0] - whole.shape[2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalisation: batch norm takes the set of a channel, layer norm that of a row
+# ---------------------------------------------------------------------------------------------------------------------
+
+Dims = tuple[int, ...]
+
+
+def moments(x: Tensor, over: Dims, ε: float) -> tuple[Tensor, Tensor]:
+    """μ = mean x, r = 1/√(v + ε), v = mean (x − μ)² over the set."""
+    μ = x.mean(over, keepdim=True)
+    return μ, reciprocal(((x - μ) ** 2).mean(over, keepdim=True), ε)
+
+
+def reciprocal(v: Tensor, ε: float) -> Tensor:
+    """r = 1/√(v + ε)."""
+    return rsqrt(v + ε)
+
+
+def normalised(x: Tensor, μ: Tensor, r: Tensor) -> Tensor:
+    """x̂ = (x − μ) r."""
+    return (x - μ) * r
+
+
+def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """γ x + β, of those that are there."""
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def P(u: Tensor, x̂: Tensor, over: Dims) -> Tensor:
+    """P u = u − mean u − x̂ mean(u x̂): ∂x̂/∂x = r P. It is symmetric, so backward and tangent are the same line."""
+    return u - u.mean(over, keepdim=True) - x̂ * (u * x̂).mean(over, keepdim=True)
+
+
+def norm_input(g: Tensor, x̂: Tensor, r: Tensor, weight: Tensor | None, over: Dims | None) -> Tensor:
+    """∂C/∂x = r P(γ g); where μ and r are given numbers, and no set is, r γ g."""
+    u = scaled(g, weight, None)
+    return (u if over is None else P(u, x̂, over)) * r
+
+
+def norm_weight(g: Tensor, x̂: Tensor, rows: Dims) -> Tensor:
+    """∂C/∂γ = Σ g x̂."""
+    return (g * x̂).sum(rows)
+
+
+def norm_bias(g: Tensor, rows: Dims) -> Tensor:
+    """∂C/∂β = Σ g."""
+    return g.sum(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def softmax(z: Tensor, dim: int) -> Tensor:
+    """a = e^z / Σ_c e^z, the sum over the classes c along one dimension."""
+    return torch.softmax(z, dim)
+
+
+def softmax_delta(g: Tensor, a: Tensor, dim: int) -> Tensor:
+    """δ = (g − Σ_c g a) a."""
+    return (g - (g * a).sum(dim, keepdim=True)) * a
