@@ -289,7 +289,9 @@ def same_padding(padding: str, stride: tuple[int, int]) -> None:
 
 def padding_mode(value: str) -> None:
     if value != "zeros":
-        raise InputError(f"expected padding_mode='zeros'; got {value!r}: apply torch.nn.functional.pad to the input before")
+        raise InputError(
+            f"expected padding_mode='zeros'; got {value!r}: apply torch.nn.functional.pad to the input before"
+        )
 
 
 def image(name: str, tensor: Tensor) -> None:
@@ -319,15 +321,17 @@ def batch_norm(
         raise InputError(f"expected an input of shape (N, C, …) for a batch norm; got {tuple(x.shape)}")
     for name, values in (("running_mean", m), ("running_var", s), ("weight", weight), ("bias", bias)):
         if values is not None and values.shape != x.shape[1:2]:
-            raise InputError(f"expected a {name} of shape ({x.shape[1]},), one for each channel; got {tuple(values.shape)}")
+            raise InputError(
+                f"expected a {name} of shape ({x.shape[1]},), one for each channel; got {tuple(values.shape)}"
+            )
     if not training and (m is None or s is None):
         raise InputError("expected running_mean and running_var outside of training; got None: pass training=True")
     if ε < 0 or (training and ε == 0):
         raise InputError(f"expected a positive eps; got {ε}")
     if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise InputError(
-            f"expected more than one number for each channel in training; got an input of shape {tuple(x.shape)}, whose "
-            "variance is 0: pass more rows, call .eval(), or take a LayerNorm (under vmap each sample is a batch)"
+            f"expected more than one number for each channel in training; got an input of shape {tuple(x.shape)}, "
+            "whose variance is 0: pass more rows, call .eval(), or take a LayerNorm (under vmap each sample is a batch)"
         )
 
 

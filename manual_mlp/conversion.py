@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
-from manual_mlp import functional, functions, modules
+from manual_mlp import functional, functions, grid_modules, modules
 from manual_mlp.errors import InputError
 
-OURS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: modules.Affine, **modules.OURS}
+OURS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: modules.Affine, **modules.OURS, **grid_modules.OURS}
 _CONVERTED = tuple(OURS.values())
-_ACTIVATIONS = frozenset(_CONVERTED) - {modules.Affine}
+_ACTIVATIONS = frozenset(modules.OURS.values())
 # A layer with such a name that can't be converted is reported. Quantised layers share nothing else with nn.Linear.
 _NAMES = frozenset(plain.__name__ for plain in OURS) - {nn.Identity.__name__}
 # The classes of torch.nn that compute something nonlinear, by file or name.

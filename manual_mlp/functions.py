@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, FunctionMeta
 
@@ -62,7 +63,15 @@ def _nesting(tangent: Callable[..., Any]) -> Callable[..., Any]:
 
 def _primals(ctx: Any) -> tuple[Any, ...]:
     """Return the saved tensors without the tangents that they carry themselves at this level."""
-    return tuple(None if saved is None else forward_ad.unpack_dual(saved).primal for saved in ctx.saved_tensors)
+    return tuple(None if saved is None else _primal(saved) for saved in ctx.saved_tensors)
+
+
+def _primal(saved: Tensor) -> Tensor:
+    if not _functorch.is_batchedtensor(saved):
+        return forward_ad.unpack_dual(saved).primal
+    # torch has no rule for unpack_dual under the vmap of a jvp(vmap(f)).
+    inner = _primal(_functorch.get_unwrapped(saved))
+    return _functorch._add_batch_dim(inner, _functorch.maybe_get_bdim(saved), _functorch.maybe_get_level(saved))
 
 
 def apply(function: type[ManualFunction], *args: Any) -> Any:
@@ -147,6 +156,8 @@ def _own(z: Tensor) -> Tensor:
 def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
     """Save a for ∂C/∂W and W for ∂C/∂a: a frozen weight keeps no input alive, a fixed input no weight."""
     needs_a, needs_weight, _ = ctx.needs_input_grad[:3]
+    if kernels.transforming():  # vmap takes what is saved for the backward and for the tangent to be the same tensors
+        needs_a = needs_weight = True
     checks.real("weight", weight, whole=True)
     ctx.save_for_backward(a if needs_weight else None, weight if needs_a else None, *also)
     ctx.set_materialize_grads(False)

@@ -85,8 +85,8 @@ def max_pool2d(
     stride None: the kernel's size. As torch.nn.functional.max_pool2d. Raises InputError for a complex input and for a
     shape that is no image's.
     """
-    batch, at = _windows(input, kernel_size, stride, padding, ceil_mode)
-    output, places = apply(grid_functions.Largest, batch, at, _pair("dilation", dilation))
+    batch, at = _windows(input, kernel_size, stride, padding, dilation, ceil_mode)
+    output, places = apply(grid_functions.Largest, batch, at)
     if input.dim() == 3:
         output, places = output.squeeze(0), places.squeeze(0)
     return (output, places) if return_indices else output
@@ -107,17 +107,21 @@ def avg_pool2d(
     count_include_pad: the padding counts in the mean; divisor_override: instead of the count. Raises InputError for a
     complex input and for a shape that is no image's.
     """
-    batch, at = _windows(input, kernel_size, stride, padding, ceil_mode)
+    batch, at = _windows(input, kernel_size, stride, padding, 1, ceil_mode)
     output: Tensor = apply(grid_functions.Average, batch, at, count_include_pad, divisor_override, False)
     return output.squeeze(0) if input.dim() == 3 else output
 
 
-def _windows(input: Tensor, kernel_size: Size, stride: Any, padding: Size, ceil_mode: bool) -> tuple[Tensor, Windows]:
+def _windows(
+    input: Tensor, kernel_size: Size, stride: Any, padding: Size, dilation: Size, ceil_mode: bool
+) -> tuple[Tensor, Windows]:
     checks.real("input of a pooling", input, whole=True)
     checks.image("input of a pooling", input)
     kernel = _pair("kernel_size", kernel_size)
     s = kernel if stride is None or stride == [] else _pair("stride", stride)
-    at = Windows(kernel, s, _pair("padding", padding), ceil_mode, (input.shape[-2], input.shape[-1]))
+    at = Windows(
+        kernel, s, _pair("padding", padding), _pair("dilation", dilation), ceil_mode, (input.shape[-2], input.shape[-1])
+    )
     return input if input.dim() == 4 else input.unsqueeze(0), at
 
 
@@ -141,15 +145,13 @@ def batch_norm(
     checks.real("input of a norm", input)
     checks.batch_norm(input, running_mean, running_var, weight, bias, training, eps)
     if not training:
-        return apply(grid_functions.RunningNorm, input, weight, bias, running_mean, running_var, eps)  # type: ignore[no-any-return]
-    y, _, _, *running = apply(
-        grid_functions.BatchNorm, input, weight, bias, running_mean, running_var, momentum, eps
-    )
+        return apply(grid_functions.RunningNorm, input, weight, bias, running_mean, running_var, eps)
+    y, _, _, *running = apply(grid_functions.BatchNorm, input, weight, bias, running_mean, running_var, momentum, eps)
     if running and input.numel():
         with torch.no_grad():
             running_mean.copy_(running[0])  # type: ignore[union-attr]
             running_var.copy_(running[1])  # type: ignore[union-attr]
-    return y  # type: ignore[no-any-return]
+    return y
 
 
 def layer_norm(
@@ -167,7 +169,7 @@ def layer_norm(
     checks.real("input of a norm", input)
     shape = tuple(normalized_shape)
     checks.layer_norm(input, shape, weight, bias)
-    return apply(grid_functions.LayerNorm, input, weight, bias, shape, eps)[0]  # type: ignore[no-any-return]
+    return apply(grid_functions.LayerNorm, input, weight, bias, len(shape), eps)[0]
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -176,7 +178,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     dtype: cast the input to it first. Raises InputError for a complex input.
     """
     if dim is None:
-        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
+        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)  # type: ignore[attr-defined]
     input = input if dtype is None else input.to(dtype)
     checks.real("input of softmax", input)
-    return apply(grid_functions.Softmax, input, dim)  # type: ignore[no-any-return]
+    return apply(grid_functions.Softmax, input, dim)

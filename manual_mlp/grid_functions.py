@@ -14,7 +14,7 @@ from torch import Tensor
 from manual_mlp import checks, kernels
 from manual_mlp import grids as sheet
 from manual_mlp.functions import Gradients, ManualFunction, _primals, _save_all, _sum_of, apply
-from manual_mlp.grids import Axes, Dims, Geometry, Windows
+from manual_mlp.grids import Dims, Geometry, Windows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Convolution
@@ -44,7 +44,9 @@ class Convolution(ManualFunction):
         ctx.shape = output.shape
         checks.real("input of a convolution", output, whole=True)
         wanted = ctx.needs_input_grad[1:4]
-        ctx.save_for_backward(*(x if any(wanted[:i] + wanted[i + 1 :]) else None for i, x in enumerate(three)))
+        if not kernels.transforming():  # where vmap takes what is saved for both to be the same tensors
+            three = [x if any(wanted[:i] + wanted[i + 1 :]) else None for i, x in enumerate(three)]
+        ctx.save_for_backward(*three)
         ctx.save_for_forward(*three)
         ctx.set_materialize_grads(False)
 
@@ -54,7 +56,9 @@ class Convolution(ManualFunction):
             return (None,) * 6
         three, wanted = ctx.saved_tensors, ctx.needs_input_grad
         gradients = [
-            Convolution.of(role, _with(_with(three, ctx.role, g), role, None), None, ctx.at) if wanted[1 + role] else None
+            Convolution.of(role, _with(_with(three, ctx.role, g), role, None), None, ctx.at)
+            if wanted[1 + role]
+            else None
             for role in range(3)
         ]
         return None, *gradients, sheet.conv_bias(g) if wanted[4] else None, None
@@ -74,7 +78,7 @@ class Convolution(ManualFunction):
     @staticmethod
     def of(role: int, three: Sequence[Any], bias: Tensor | None, at: Geometry) -> Tensor:
         """Apply the Function in a role."""
-        return apply(Convolution, role, *three, bias, at)  # type: ignore[no-any-return]
+        return apply(Convolution, role, *three, bias, at)
 
 
 def _with(three: Sequence[Any], role: int, x: Tensor | None) -> list[Any]:
@@ -90,48 +94,47 @@ class Largest(ManualFunction):
     """a′ = the largest number of each window, the first of equals, and its place i.  Saves i."""
 
     @staticmethod
-    def forward(a: Tensor, at: Windows, dilation: Axes) -> tuple[Tensor, Tensor]:
-        return sheet.largest(a, at, dilation)
+    def forward(a: Tensor, at: Windows) -> tuple[Tensor, Tensor]:
+        return sheet.largest(a, at)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, ctx.at, _ = inputs
+        _, ctx.at = inputs
         ctx.mark_non_differentiable(output[1])
         _save_all(ctx, output[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None = None) -> Gradients:
         (i,) = ctx.saved_tensors
-        return None if g is None else apply(Picked, g, i, ctx.at.size), None, None
+        return None if g is None else apply(Picked, g, i, ctx.at, True), None
 
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor, *_: None) -> tuple[Tensor, None]:
         (i,) = _primals(ctx)
-        return apply(Picked, a_t, i, None), None
+        return apply(Picked, a_t, i, ctx.at, False), None
 
 
 class Picked(ManualFunction):
-    """a′_p = a_{i(p)}; with a size, its transpose: what p sends arrives at i(p).  Saves i."""
+    """a′_p = a_{i(p)}; turned, its transpose: what p sends arrives at i(p).  Saves i."""
 
     @staticmethod
-    def forward(x: Tensor, i: Tensor, size: Axes | None) -> Tensor:
-        return sheet.gather(x, i) if size is None else sheet.scatter(_float(x), i, size).to(x.dtype)
+    def forward(x: Tensor, i: Tensor, at: Windows, turned: bool) -> Tensor:
+        return sheet.scatter(_float(x), i, at.size).to(x.dtype) if turned else sheet.gather(x, i)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, i, size = inputs
-        ctx.size, ctx.turned = size, None if size is not None else (x.shape[2], x.shape[3])
+        _, i, ctx.at, ctx.turned = inputs
         _save_all(ctx, i)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         (i,) = ctx.saved_tensors
-        return None if g is None else apply(Picked, g, i, ctx.turned), None, None
+        return None if g is None else apply(Picked, g, i, ctx.at, not ctx.turned), None, None, None
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
         (i,) = _primals(ctx)
-        return apply(Picked, x_t, i, ctx.size)  # type: ignore[no-any-return]
+        return apply(Picked, x_t, i, ctx.at, ctx.turned)
 
 
 class Average(ManualFunction):
@@ -155,7 +158,7 @@ class Average(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
-        return apply(Average, x_t, *ctx.arguments, ctx.turned)  # type: ignore[no-any-return]
+        return apply(Average, x_t, *ctx.arguments, ctx.turned)
 
 
 _spread = kernels.rounded_once(sheet.spread)
@@ -185,10 +188,9 @@ class BatchNorm(ManualFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, *_, ctx.ε = inputs
-        _, *statistics = output
-        ctx.mark_non_differentiable(*statistics)
-        ctx.others = len(statistics)
-        _save_all(ctx, x, weight, *statistics[:2])
+        _, μ, r, *running = output
+        ctx.others = 2 + len(running)
+        _save_all(ctx, x, weight, μ, r)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, *_: None) -> Gradients:
@@ -198,12 +200,12 @@ class BatchNorm(ManualFunction):
         return *_norm_gradients(ctx, g, x, _along(weight, x), μ, r, over, over), None, None, None, None
 
     @staticmethod
-    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
-        x, weight, *_ = _primals(ctx)
+    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Any:
+        x, weight, saved, _ = _primals(ctx)
         over = _places(x)
         μ, r = _again(x, over, ctx.ε)
         moving = x_t, _along(weight_t, x), _along(bias_t, x)
-        return _norm_tangent(x, _along(weight, x), μ, r, over, *moving), *(None,) * ctx.others
+        return _norm_tangent(x, _along(weight, x), μ, r, over, *moving), *_still(saved, ctx.others)
 
 
 class RunningNorm(ManualFunction):
@@ -237,17 +239,13 @@ class LayerNorm(ManualFunction):
     """y = γ x̂ + β over the set of each row, the last dimensions, and μ, r.  Saves x, γ, μ, r."""
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], ε: float
-    ) -> tuple[Tensor, ...]:
-        return torch.native_layer_norm(x, shape, weight, bias, ε)
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, last: int, ε: float) -> tuple[Tensor, ...]:
+        return torch.native_layer_norm(x, x.shape[x.dim() - last :], weight, bias, ε)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, shape, ctx.ε = inputs
+        x, weight, _, ctx.last, ctx.ε = inputs
         _, μ, r = output
-        ctx.mark_non_differentiable(μ, r)
-        ctx.last = len(shape)
         _save_all(ctx, x, weight, μ, r)
 
     @staticmethod
@@ -258,15 +256,21 @@ class LayerNorm(ManualFunction):
         return *_norm_gradients(ctx, g, x, weight, μ, r, over, rows), None, None
 
     @staticmethod
-    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
-        x, weight, *_ = _primals(ctx)
+    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Any:
+        x, weight, saved, _ = _primals(ctx)
         _, over = _split(x, ctx.last)
-        return _norm_tangent(x, weight, *_again(x, over, ctx.ε), over, x_t, weight_t, bias_t), None, None
+        y_t = _norm_tangent(x, weight, *_again(x, over, ctx.ε), over, x_t, weight_t, bias_t)
+        return y_t, *_still(saved, 2)
 
 
 def _recorded() -> bool:
     """Return True if the backward may be differentiated: μ and r, as they were saved, have no history."""
     return torch.is_grad_enabled() or kernels.transforming()
+
+
+def _still(like: Tensor, count: int) -> list[Tensor]:
+    """Return no tangents of the statistics, which nobody differentiates. Marked as such, they break jvp of vmap."""
+    return [torch.zeros_like(like)] * count
 
 
 def _split(x: Tensor, last: int) -> tuple[Dims, Dims]:

@@ -44,17 +44,17 @@ class MaxPool2d(nn.MaxPool2d):
     """The largest number of each window, the first of equals; δ goes where it came from. Arguments as nn.MaxPool2d."""
 
     def forward(self, input: Tensor) -> Any:
-        places: Any = self.kernel_size, self.stride, self.padding, self.dilation
-        return grid_functional.max_pool2d(input, *places, self.ceil_mode, self.return_indices)
+        places: Any = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
+        return grid_functional.max_pool2d(input, *places)
 
 
 class AvgPool2d(nn.AvgPool2d):
     """The mean of each window; δ spreads evenly over it. Arguments as nn.AvgPool2d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        places: Any = self.kernel_size, self.stride, self.padding
-        divisor = self.count_include_pad, self.divisor_override
-        return grid_functional.avg_pool2d(input, *places, self.ceil_mode, *divisor)
+        places: Any = self.kernel_size, self.stride, self.padding, self.ceil_mode
+        divisor: Any = self.count_include_pad, self.divisor_override
+        return grid_functional.avg_pool2d(input, *places, *divisor)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -14,7 +14,7 @@ The convolution closes under differentiation: T(a, W, g) = Σ g · (a ∗ W) is 
 derivatives are `conv`, `conv_input` and `conv_weight`. Derivatives of any order are these three again.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, rsqrt
@@ -27,7 +27,8 @@ Axes = tuple[int, int]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Geometry(NamedTuple):
+@dataclass(frozen=True)  # and no tuple, in which torch.func would look for tensors
+class Geometry:
     """Where a kernel reads: output place p and kernel place k meet at input place s p + d k − q.
 
     size and kernel are (H, W) of the input and of the kernel.
@@ -56,7 +57,7 @@ def conv_input(weight: Tensor, g: Tensor, at: Geometry) -> Tensor:
 
 
 def conv_weight(a: Tensor, g: Tensor, at: Geometry) -> Tensor:
-    """∂C/∂W_{o,c,k} = Σ_{n,p} g_{n,o,p} a_{n,c,sp+dk−q}: a convolution in which s and d, rows and channels change places."""
+    """∂C/∂W_{o,c,k} = Σ_{n,p} g_{n,o,p} a_{n,c,sp+dk−q}: conv with s and d, rows and channels exchanged."""
     n, channels, *_ = a.shape
     c, outputs = channels // at.m, g.shape[1]
     if a.numel() == 0 or g.numel() == 0:
@@ -76,12 +77,17 @@ def conv_bias(g: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Windows(NamedTuple):
-    """Where the windows of a pooling lie: output place p starts at input place s p − q of a plane of this size."""
+@dataclass(frozen=True)
+class Windows:
+    """Where the windows of a pooling lie: output place p and window place k meet at input place s p + d k − q.
+
+    size and kernel are (H, W) of the plane and of a window; with ceil a last window may overhang.
+    """
 
     kernel: Axes
     s: Axes
     q: Axes
+    d: Axes
     ceil: bool
     size: Axes
 
@@ -91,9 +97,9 @@ def places(x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
-def largest(a: Tensor, at: Windows, d: Axes) -> tuple[Tensor, Tensor]:
-    """a′_{n,c,p} = max_k a_{n,c,sp+dk−q}, and i, the place in the plane of the first that is largest. NaN is largest."""
-    return F.max_pool2d(a, at.kernel, at.s, at.q, d, at.ceil, return_indices=True)
+def largest(a: Tensor, at: Windows) -> tuple[Tensor, Tensor]:
+    """a′_{n,c,p} = max_k a_{n,c,sp+dk−q}, and i, the place in its plane of the first that is largest, or NaN."""
+    return F.max_pool2d(a, at.kernel, at.s, at.q, at.d, at.ceil, return_indices=True)
 
 
 def gather(a: Tensor, i: Tensor) -> Tensor:
@@ -129,7 +135,7 @@ def shared(g: Tensor, at: Windows, with_padding: bool, divisor: int | None) -> T
 
 
 def spread(g: Tensor, at: Windows, with_padding: bool, divisor: int | None) -> Tensor:
-    """Sᵀ (g / D), (N, C, H′, W′) → (N, C, H, W): what the windows send that read a cell; of windows side by side, one."""
+    """Sᵀ (g / D), (N, C, H′, W′) → (N, C, H, W): each cell gets what the windows send that read it."""
     g = shared(g, at, with_padding, divisor)
     n, c, *places = g.shape
     full = [(count - 1) * s + k for count, s, k in zip(places, at.s, at.kernel, strict=True)]
@@ -139,7 +145,7 @@ def spread(g: Tensor, at: Windows, with_padding: bool, divisor: int | None) -> T
     else:
         cells, windows = at.kernel[0] * at.kernel[1], places[0] * places[1]
         copies = g.reshape(n, c, 1, windows).expand(n, c, cells, windows).reshape(n, c * cells, windows)
-        whole = F.fold(copies, full, at.kernel, stride=at.s)
+        whole = F.fold(copies, (full[0], full[1]), at.kernel, stride=at.s)
     for dim, (q, size) in enumerate(zip(at.q, at.size, strict=True), start=2):
         whole = whole.narrow(dim, q, min(size, whole.shape[dim] - q))
     return F.pad(whole, (0, at.size[1] - whole.shape[3], 0, at.size[0] - whole.shape[2]))

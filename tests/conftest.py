@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.cases import CASES, Case
+from tests.grid_cases import GRIDS
 
 torch.set_num_threads(1)
 
@@ -13,7 +14,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=CASES, ids=str)
+@pytest.fixture(params=[*CASES, *GRIDS], ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     """Each Function beside its torch twin."""
     return request.param

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from manual_mlp import grid_functions
 from manual_mlp.functions import ManualFunction
 from manual_mlp.testing import check_gradients
 from manual_mlp.testing.graph import nodes_of
 from tests.cases import CASES, Case
+from tests.grid_cases import GRIDS
 
 
 def test_battery(case: Case) -> None:
@@ -32,11 +34,18 @@ def test_equal_to_the_twin_at_zero(case: Case) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
+FILES = {ManualFunction.__module__, grid_functions.__name__}
+
+
 def test_every_function_is_a_case() -> None:
-    """Each Function of functions.py is a node of some case's graph: none is without all these proofs."""
-    outputs = [case.ours(*case.inputs(torch.float64)) for case in CASES]
+    """Each Function of the package is a node of some case's graph: none is without all these proofs.
+
+    Picked appears in the backward of a max pool only.
+    """
+    outputs = [case.ours(*case.inputs(torch.float64)) for case in [*CASES, *GRIDS]]
     seen = {type(node)._forward_cls for output in outputs for node in nodes_of(output) if hasattr(node, "_forward_cls")}
-    assert {cls for cls in ManualFunction.__subclasses__() if cls.__module__ == ManualFunction.__module__} <= seen
+    ours = {cls for cls in ManualFunction.__subclasses__() if cls.__module__ in FILES}
+    assert ours - {grid_functions.Picked} <= seen
 
 
 # A handful of operations, each rounded to half an eps, on numbers of order 1, summed over at most 16 terms: 16 eps. In

@@ -435,7 +435,8 @@ def test_filter_chooses_by_module_and_name() -> None:
 
 
 def mm_counterparts() -> set[type[nn.Module]]:
-    return {nn.Linear, nn.Identity, nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.SiLU, nn.GELU}
+    plain = {nn.Linear, nn.Identity, nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.Softplus, nn.SiLU, nn.GELU}
+    return plain | {nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.Softmax}
 
 
 def test_a_filter_that_raises_changes_nothing() -> None:

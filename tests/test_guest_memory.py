@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import manual_mlp as mm
 from tests.cases import CASES, TORCHS, Case
+from tests.grid_cases import PLAIN
 
 
 def kept(function: Callable[..., Tensor], *inputs: Tensor) -> dict[int, int]:
@@ -157,6 +158,8 @@ def test_nothing_leaks_under_a_transform() -> None:
 def test_backward_frees_what_was_saved(case: Case) -> None:
     inputs = case.inputs(torch.float64)
     output = case.ours(*inputs)
+    if not kept(case.ours, *inputs):  # an average pool, which reads nothing
+        return
     torch.autograd.grad(output.sum(), inputs)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(output.sum(), inputs)
@@ -209,4 +212,7 @@ def test_retained_graph_and_second_derivative(case: Case) -> None:
     first = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
     again = torch.autograd.grad(output.sum(), inputs, create_graph=True)
     for mine, theirs in zip(first, again, strict=True):
-        assert torch.equal(mine, theirs)
+        if case.name in PLAIN:  # a norm: μ and r are taken again from x, because what was saved has no history
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+        else:
+            assert torch.equal(mine, theirs)
