@@ -135,6 +135,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return f"a {kind.__module__}.{kind.__qualname__} may compute something else than torch.nn's own layer"
     if "forward" in vars(module) or type(module).forward is not kind.forward:
         return "its forward has been replaced"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"there is no formula for padding_mode={module.padding_mode!r} here"
     for name, parameter in module.named_parameters():
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             return f"its {name} is no plain floating-point parameter"

@@ -43,31 +43,27 @@ def conv2d(
     if input.dim() not in (3, 4) or weight.dim() != 4 or weight.dtype.is_complex:
         checks.convolution(input, weight, bias, groups)
     s, d, kernel = _pair("stride", stride), _pair("dilation", dilation), (weight.shape[2], weight.shape[3])
-    q, extra = _padding(padding, s, d, kernel)
-    at = Geometry(s, q, d, groups, (input.shape[-2], input.shape[-1]), kernel)
+    q, end = _padding(padding, s, d, kernel)
+    last = weight.shape[1] > 1 and weight.stride(1) == 1
+    at = Geometry(s, q, d, groups, (input.shape[-2], input.shape[-1]), kernel, end, last)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     try:
         z = apply(grid_functions.Convolution, grid_functions.OUTPUT, batch, weight, None, bias, at)
     except RuntimeError:
         checks.convolution(input, weight, bias, groups)
         raise
-    for dim, first in enumerate(extra, start=2):
-        z = z.narrow(dim, first, z.shape[dim] - first) if first else z
     return z if input.dim() == 4 else z.squeeze(0)
 
 
 def _padding(padding: Any, s: Axes, d: Axes, kernel: Axes) -> tuple[Axes, Axes]:
-    """Return the padding of each axis, and how many places at the start of each are too many.
-
-    "same" under an even kernel pads the end by one more: both ends get that much, and the first place is left out.
-    """
+    """Return the padding of each axis, and how much more is at its end: "same" under an even kernel needs one more."""
     if not isinstance(padding, str):
         return _pair("padding", padding), (0, 0)
     if padding == "valid":
         return (0, 0), (0, 0)
     checks.same_padding(padding, s)
     total = d[0] * (kernel[0] - 1), d[1] * (kernel[1] - 1)
-    return ((total[0] + 1) // 2, (total[1] + 1) // 2), (total[0] % 2, total[1] % 2)
+    return (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
 
 
 def max_pool2d(
@@ -118,7 +114,7 @@ def _windows(
     checks.real("input of a pooling", input, whole=True)
     checks.image("input of a pooling", input)
     kernel = _pair("kernel_size", kernel_size)
-    s = kernel if stride is None or stride == [] else _pair("stride", stride)
+    s = _pair("stride", stride) if stride or isinstance(stride, int) else kernel
     at = Windows(
         kernel, s, _pair("padding", padding), _pair("dilation", dilation), ceil_mode, (input.shape[-2], input.shape[-1])
     )

@@ -31,7 +31,8 @@ Axes = tuple[int, int]
 class Geometry:
     """Where a kernel reads: output place p and kernel place k meet at input place s p + d k − q.
 
-    size and kernel are (H, W) of the input and of the kernel.
+    size and kernel are (H, W) of the input and of the kernel; end is the padding at the end of each axis beyond q;
+    last: the weight lies in memory with its channels last, and so does its gradient.
     """
 
     s: Axes
@@ -40,31 +41,43 @@ class Geometry:
     m: int
     size: Axes
     kernel: Axes
+    end: Axes = (0, 0)
+    last: bool = False
+
+
+def padded(a: Tensor, at: Geometry) -> Tensor:
+    """Return a with zeros at the end of its axes."""
+    return F.pad(a, (0, at.end[1], 0, at.end[0])) if any(at.end) else a
 
 
 def conv(a: Tensor, weight: Tensor, bias: Tensor | None, at: Geometry) -> Tensor:
     """z_{n,o,p} = Σ_{c,k} a_{n,c,sp+dk−q} W_{o,c,k} + b_o, (N, C, H, W) → (N, O, H′, W′)."""
-    return F.conv2d(a, weight, bias, at.s, at.q, at.d, at.m)
+    return F.conv2d(padded(a, at), weight, bias, at.s, at.q, at.d, at.m)
 
 
 def conv_input(weight: Tensor, g: Tensor, at: Geometry) -> Tensor:
     """∂C/∂a = g ∗ᵀ W, (N, O, H′, W′) → (N, C, H, W). r: the cells at the end of an axis that the stride left unread."""
-    r = [
-        size - ((places - 1) * s - 2 * q + d * (k - 1) + 1)
-        for size, places, s, q, d, k in zip(at.size, g.shape[2:], at.s, at.q, at.d, at.kernel, strict=True)
-    ]
-    return F.conv_transpose2d(g, weight, None, at.s, at.q, r, at.m, at.d)
+    if weight.numel() == 0 or g.numel() == 0:
+        return g.new_zeros(g.shape[0], weight.shape[1] * at.m, *at.size)
+    sizes = [size + end for size, end in zip(at.size, at.end, strict=True)]
+    axes = zip(sizes, g.shape[2:], at.s, at.q, at.d, at.kernel, strict=True)
+    r = [size - ((places - 1) * s - 2 * q + d * (k - 1) + 1) for size, places, s, q, d, k in axes]
+    whole = F.conv_transpose2d(g, weight, None, at.s, at.q, r, at.m, at.d)
+    # No view, because torch asserts that a Function returns none under forward over reverse.
+    return whole.narrow(2, 0, at.size[0]).narrow(3, 0, at.size[1]).contiguous() if any(at.end) else whole
 
 
 def conv_weight(a: Tensor, g: Tensor, at: Geometry) -> Tensor:
     """∂C/∂W_{o,c,k} = Σ_{n,p} g_{n,o,p} a_{n,c,sp+dk−q}: conv with s and d, rows and channels exchanged."""
-    n, channels, *_ = a.shape
+    a = padded(a, at)
+    n, channels, *size = a.shape
     c, outputs = channels // at.m, g.shape[1]
     if a.numel() == 0 or g.numel() == 0:
         return g.new_zeros(outputs, c, *at.kernel)
-    by_group = a.reshape(n, at.m, c, *at.size).permute(2, 1, 0, 3, 4).reshape(c, at.m * n, *at.size)
+    by_group = a.reshape(n, at.m, c, *size).permute(2, 1, 0, 3, 4).reshape(c, at.m * n, *size)
     products = F.conv2d(by_group, g.transpose(0, 1), None, at.d, at.q, at.s, at.m)
-    return products.narrow(2, 0, at.kernel[0]).narrow(3, 0, at.kernel[1]).transpose(0, 1).contiguous()
+    products = products.narrow(2, 0, at.kernel[0]).narrow(3, 0, at.kernel[1]).transpose(0, 1)
+    return products.contiguous(memory_format=torch.channels_last if at.last else torch.contiguous_format)
 
 
 def conv_bias(g: Tensor) -> Tensor:
@@ -191,14 +204,19 @@ def norm_input(g: Tensor, x̂: Tensor, r: Tensor, weight: Tensor | None, over: D
     return (u if over is None else P(u, x̂, over)) * r
 
 
+def total(x: Tensor, rows: Dims) -> Tensor:
+    """Σ x over the rows, of which there may be none: torch would sum over all dimensions."""
+    return x.sum(rows) if rows else x
+
+
 def norm_weight(g: Tensor, x̂: Tensor, rows: Dims) -> Tensor:
     """∂C/∂γ = Σ g x̂."""
-    return (g * x̂).sum(rows)
+    return total(g * x̂, rows)
 
 
 def norm_bias(g: Tensor, rows: Dims) -> Tensor:
     """∂C/∂β = Σ g."""
-    return g.sum(rows)
+    return total(g, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
 """The pages of the documentation, and their parts that code makes. `python -m tests.readme` writes these anew."""
 
 import ast
+import inspect
 import os
 import tempfile
 from collections.abc import Callable
 from contextlib import chdir
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import FunctionType
 
 import manual_mlp as mm
-from manual_mlp import notation
+from manual_mlp import grids, notation
 from manual_mlp.formulas import ACTIVATIONS
 from manual_mlp.lecture import PAGE, executed
 
@@ -31,6 +33,19 @@ def formula_table() -> str:
         used += [row.G, row.delta]
     where = ", ".join(f"`{symbol}` = `{meaning}`" for symbol, meaning in notation.meanings(*used).items())
     return "\n".join([*lines, "", f"{where}.", ""])
+
+
+def grid_table() -> str:
+    """Return one line for each formula of the second page, with its code where that is one expression."""
+    lines = ["| name | formula | code |", "|---|---|---|"]
+    for name, formula in vars(grids).items():
+        if not isinstance(formula, FunctionType) or formula.__module__ != grids.__name__:
+            continue
+        said = " ".join((formula.__doc__ or "").split())
+        only_returns = len(ast.parse(inspect.getsource(formula)).body[0].body) == 2  # type: ignore[attr-defined]
+        code = f"`{notation.text(formula)}`" if only_returns else ""
+        lines.append(f"| {name} | {said} | {code} |")
+    return "\n".join([*lines, ""])
 
 
 def imports(file: Path) -> set[str]:
@@ -93,6 +108,7 @@ def proofs() -> str:
 # What stands between <!-- name --> and <!-- /name -->
 PARTS: dict[str, Callable[[], str]] = {
     "formulas": formula_table,
+    "grids": grid_table,
     "house": lambda: house(ROOT / "manual_mlp", "manual_mlp"),
     "proofs": proofs,
     "training": lambda: house(ROOT / "manual_mlp" / "training", "manual_mlp.training"),

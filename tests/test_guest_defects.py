@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
-from torch.func import grad, jacfwd, jvp
+from torch.func import grad, jacfwd, jacrev, jvp
 
 import manual_mlp as mm
+from tests.grid_cases import GRIDS, PLAIN
 
 
 class Cube(torch.autograd.Function):
@@ -114,3 +115,25 @@ def test_forward_over_reverse_of_torchs_mse_loss_fails() -> None:
     with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
         jvp(grad(lambda x: torch.nn.functional.mse_loss(x, target)), (x,), (x,))
     jvp(grad(lambda x: mm.functional.mse_loss(x, target)), (x,), (x,))
+
+
+@pytest.mark.parametrize("name", ["batch_norm-rows", "layer_norm-none"])
+def test_torchs_third_derivatives_of_norms_are_wrong(name: str) -> None:
+    """Central differences tell. Mended when this fails: then drop `PLAIN` in grid_cases.py, and the end of formulas.md.
+
+    Ours are compared with the norm in elementary operations, see test_guest_transforms.
+    """
+    (case,) = (case for case in GRIDS if case.name == name)
+    x, *others = (tensor.detach() for tensor in case.inputs(torch.float64))
+    direction, weight = torch.randn_like(x), torch.randn_like(x)
+
+    def along(function: Any) -> Any:
+        return lambda t: (function(x + t * direction, *others) * weight).sum()
+
+    plain, h = along(PLAIN[name]), 1e-3
+    ends = [plain(t).item() for t in (2 * h, h, -h, -2 * h)]
+    difference = (ends[0] - 2 * ends[1] + 2 * ends[2] - ends[3]) / (2 * h**3)
+    zero = torch.zeros((), dtype=torch.float64)
+    ours, torchs = (jacrev(jacrev(jacrev(along(function))))(zero).item() for function in (case.ours, case.twin))
+    assert ours == pytest.approx(difference, rel=1e-3)  # the error of such differences
+    assert abs(torchs - difference) > 0.1 * abs(difference)
