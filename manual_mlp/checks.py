@@ -304,6 +304,8 @@ def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int)
         if tensor is not None:
             real(f"{name} of a convolution", tensor)
     image("input of a convolution", input)
+    if input.shape[-3] == 0:
+        raise InputError(f"expected at least one channel; got an input of shape {tuple(input.shape)}")
     if weight.dim() != 4 or input.shape[-3] != weight.shape[1] * groups:
         raise InputError(
             f"expected a weight of shape (out_channels, {input.shape[-3]} / groups, kernel, kernel) for an input of "

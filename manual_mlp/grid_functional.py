@@ -37,10 +37,15 @@ def conv2d(
     input (N, C, H, W) or (C, H, W), weight (O, C/groups, k, k), bias (O,) → (N, O, H′, W′) or (O, H′, W′).
     padding: numbers, "valid" or "same". Raises InputError for sizes, dtypes or devices that do not fit each other, and
     for complex tensors.
+
+    >>> import torch, manual_mlp as mm
+    >>> edge = torch.tensor([[[[-1.0, 1.0]]]])
+    >>> mm.functional.conv2d(torch.tensor([[[[0.0, 0.0, 1.0, 1.0]]]]), edge)
+    tensor([[[[0., 1., 0.]]]])
     """
     if autocasting(input):
         input, weight, bias = cast(input), cast(weight), None if bias is None else cast(bias)
-    if input.dim() not in (3, 4) or weight.dim() != 4 or weight.dtype.is_complex:
+    if input.dim() not in (3, 4) or input.shape[-3] == 0 or weight.dim() != 4 or weight.dtype.is_complex:
         checks.convolution(input, weight, bias, groups)
     s, d, kernel = _pair("stride", stride), _pair("dilation", dilation), (weight.shape[2], weight.shape[3])
     q, end = _padding(padding, s, d, kernel)
@@ -80,6 +85,13 @@ def max_pool2d(
     input (N, C, H, W) or (C, H, W) → (N, C, H′, W′) or (C, H′, W′), and its places in the plane for return_indices.
     stride None: the kernel's size. As torch.nn.functional.max_pool2d. Raises InputError for a complex input and for a
     shape that is no image's.
+
+    >>> import torch, manual_mlp as mm
+    >>> a = torch.tensor([[[1.0, 5.0], [5.0, 2.0]]], requires_grad=True)
+    >>> mm.functional.max_pool2d(a, 2).sum().backward()
+    >>> a.grad
+    tensor([[[0., 1.],
+             [0., 0.]]])
     """
     batch, at = _windows(input, kernel_size, stride, padding, dilation, ceil_mode)
     output, places = apply(grid_functions.Largest, batch, at)
@@ -102,6 +114,10 @@ def avg_pool2d(
     input (N, C, H, W) or (C, H, W) → (N, C, H′, W′) or (C, H′, W′). stride None: the kernel's size.
     count_include_pad: the padding counts in the mean; divisor_override: instead of the count. Raises InputError for a
     complex input and for a shape that is no image's.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.functional.avg_pool2d(torch.tensor([[[1.0, 5.0], [4.0, 2.0]]]), 2)
+    tensor([[[3.]]])
     """
     batch, at = _windows(input, kernel_size, stride, padding, 1, ceil_mode)
     output: Tensor = apply(grid_functions.Average, batch, at, count_include_pad, divisor_override, False)
@@ -137,6 +153,12 @@ def batch_norm(
     given, are written: m := (1 − κ) m + κ μ, s := (1 − κ) s + κ v n/(n − 1). Otherwise these are taken for μ and v.
     No sample has a gradient of its own through a batch's statistics: under vmap each batch is a batch norm's own.
     Raises InputError for shapes that do not fit, a batch with one number for a channel, and complex tensors.
+
+    >>> import torch, manual_mlp as mm
+    >>> m, s = torch.zeros(1), torch.ones(1)
+    >>> y = mm.functional.batch_norm(torch.tensor([[1.0], [3.0]]), m, s, training=True, momentum=0.5, eps=1e-12)
+    >>> y.flatten(), m, s
+    (tensor([-1.,  1.]), tensor([1.]), tensor([1.5000]))
     """
     checks.real("input of a norm", input)
     checks.batch_norm(input, running_mean, running_var, weight, bias, training, eps)
@@ -161,6 +183,11 @@ def layer_norm(
 
     input (…, *normalized_shape), weight and bias of that shape → the input's shape. Raises InputError for shapes that
     do not fit, and for complex tensors.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.functional.layer_norm(torch.tensor([[1.0, 3.0], [10.0, 50.0]]), (2,))
+    tensor([[-1.0000,  1.0000],
+            [-1.0000,  1.0000]])
     """
     checks.real("input of a norm", input)
     shape = tuple(normalized_shape)
@@ -172,6 +199,10 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     """e^z / Σ_c e^z along one dimension; δ = (g − Σ_c g a) a. As torch.nn.functional.softmax.
 
     dtype: cast the input to it first. Raises InputError for a complex input.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.functional.softmax(torch.tensor([0.0, 0.0, 0.0, 0.0]), 0)
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     if dim is None:
         dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)  # type: ignore[attr-defined]

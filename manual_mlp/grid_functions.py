@@ -115,50 +115,50 @@ class Largest(ManualFunction):
 
 
 class Picked(ManualFunction):
-    """a′_p = a_{i(p)}; turned, its transpose: what p sends arrives at i(p).  Saves i."""
+    """a′_p = a_{i(p)}; transposed, its transpose: what p sends arrives at i(p).  Saves i."""
 
     @staticmethod
-    def forward(x: Tensor, i: Tensor, at: Windows, turned: bool) -> Tensor:
-        return sheet.scatter(_float(x), i, at.size).to(x.dtype) if turned else sheet.gather(x, i)
+    def forward(x: Tensor, i: Tensor, at: Windows, transposed: bool) -> Tensor:
+        return sheet.scatter(_float(x), i, at.size).to(x.dtype) if transposed else sheet.gather(x, i)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, i, ctx.at, ctx.turned = inputs
+        _, i, ctx.at, ctx.transposed = inputs
         _save_all(ctx, i)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         (i,) = ctx.saved_tensors
-        return None if g is None else apply(Picked, g, i, ctx.at, not ctx.turned), None, None, None
+        return None if g is None else apply(Picked, g, i, ctx.at, not ctx.transposed), None, None, None
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
         (i,) = _primals(ctx)
-        return apply(Picked, x_t, i, ctx.at, ctx.turned)
+        return apply(Picked, x_t, i, ctx.at, ctx.transposed)
 
 
 class Average(ManualFunction):
-    """a′ = S a / D; turned, its transpose Sᵀ (g / D).  Saves nothing."""
+    """a′ = S a / D; transposed, its transpose Sᵀ (g / D).  Saves nothing."""
 
     @staticmethod
-    def forward(x: Tensor, at: Windows, with_padding: bool, divisor: int | None, turned: bool) -> Tensor:
-        if turned:
+    def forward(x: Tensor, at: Windows, with_padding: bool, divisor: int | None, transposed: bool) -> Tensor:
+        if transposed:
             return _spread(x, at, with_padding, divisor)
         return sheet.average(x, at, with_padding, divisor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *ctx.arguments, ctx.turned = inputs
+        x, *ctx.arguments, ctx.transposed = inputs
         checks.real("input of a pooling", x, whole=True)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        return None if g is None else apply(Average, g, *ctx.arguments, not ctx.turned), None, None, None, None
+        return None if g is None else apply(Average, g, *ctx.arguments, not ctx.transposed), None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
-        return apply(Average, x_t, *ctx.arguments, ctx.turned)
+        return apply(Average, x_t, *ctx.arguments, ctx.transposed)
 
 
 _spread = kernels.rounded_once(sheet.spread)

@@ -14,6 +14,11 @@ class Conv2d(nn.Conv2d):
     input (N, in_channels, H, W) or (in_channels, H, W) → (N, out_channels, H′, W′) or (out_channels, H′, W′).
     Same names, shapes, initialisation and state_dict as nn.Conv2d. Raises InputError for a padding_mode other than
     "zeros", and from forward as `functional.conv2d`.
+
+    >>> import torch, manual_mlp as mm
+    >>> layer = mm.Conv2d(1, 6, kernel_size=5, padding=2)
+    >>> layer(torch.rand(8, 1, 28, 28)).shape, list(layer.state_dict())
+    (torch.Size([8, 6, 28, 28]), ['weight', 'bias'])
     """
 
     def __init__(
@@ -41,7 +46,12 @@ class Conv2d(nn.Conv2d):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """The largest number of each window, the first of equals; δ goes where it came from. Arguments as nn.MaxPool2d."""
+    """The largest number of each window, the first of equals; δ goes where it came from. Arguments as nn.MaxPool2d.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.MaxPool2d(2)(torch.tensor([[[1.0, 5.0, 0.0, 7.0], [4.0, 2.0, 0.0, 0.0]]]))
+    tensor([[[5., 7.]]])
+    """
 
     def forward(self, input: Tensor) -> Any:
         places: Any = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
@@ -49,7 +59,12 @@ class MaxPool2d(nn.MaxPool2d):
 
 
 class AvgPool2d(nn.AvgPool2d):
-    """The mean of each window; δ spreads evenly over it. Arguments as nn.AvgPool2d."""
+    """The mean of each window; δ spreads evenly over it. Arguments as nn.AvgPool2d.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.AvgPool2d(2)(torch.tensor([[[1.0, 5.0, 0.0, 8.0], [4.0, 2.0, 0.0, 0.0]]]))
+    tensor([[[3., 2.]]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         places: Any = self.kernel_size, self.stride, self.padding, self.ceil_mode
@@ -77,6 +92,11 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
     input (N, num_features) or (N, num_features, places). Arguments, buffers and state_dict as nn.BatchNorm1d; the
     running variance is unbiased, v is not. Raises InputError as `functional.batch_norm`.
+
+    >>> import torch, manual_mlp as mm
+    >>> layer = mm.BatchNorm1d(1, eps=1e-12)
+    >>> layer(torch.tensor([[1.0], [3.0]])).flatten().tolist(), layer.running_mean
+    ([-1.0, 1.0], tensor([0.2000]))
     """
 
 
@@ -84,18 +104,32 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """γ x̂ + β, x̂ = (x − μ)/√(v + ε) over the rows and places of each channel: input (N, num_features, H, W).
 
     Else as `BatchNorm1d`.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.BatchNorm2d(1, eps=1e-12)(torch.tensor([[[[1.0, 3.0]]]])).flatten().tolist()
+    [-1.0, 1.0]
     """
 
 
 class LayerNorm(nn.LayerNorm):
-    """γ ⊙ x̂ + β, x̂ = (x − μ)/√(v + ε) over the last dimensions of each row; δ = r P(γ g). Arguments as nn.LayerNorm."""
+    """γ ⊙ x̂ + β, x̂ = (x − μ)/√(v + ε) over the last dimensions of each row; δ = r P(γ g). Arguments as nn.LayerNorm.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.LayerNorm(2, eps=1e-12)(torch.tensor([[1.0, 3.0], [10.0, 50.0]])).tolist()
+    [[-1.0, 1.0], [-1.0, 1.0]]
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return grid_functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class Softmax(nn.Softmax):
-    """a = e^z / Σ_c e^z along `dim`; δ = (g − Σ_c g a) a. A cost of logits holds it already: don't put both."""
+    """a = e^z / Σ_c e^z along `dim`; δ = (g − Σ_c g a) a. A cost of logits holds it already: don't put both.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.Softmax(dim=1)(torch.zeros(1, 4))
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return grid_functional.softmax(input, self.dim, _stacklevel=5)

@@ -29,7 +29,7 @@ Axes = tuple[int, int]
 
 @dataclass(frozen=True)  # and no tuple, in which torch.func would look for tensors
 class Geometry:
-    """Where a kernel reads: output place p and kernel place k meet at input place s p + d k − q.
+    """The places that a kernel reads: output place p and kernel place k meet at input place s p + d k − q.
 
     size and kernel are (H, W) of the input and of the kernel; end is the padding at the end of each axis beyond q;
     last: the weight lies in memory with its channels last, and so does its gradient.
@@ -92,7 +92,7 @@ def conv_bias(g: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Windows:
-    """Where the windows of a pooling lie: output place p and window place k meet at input place s p + d k − q.
+    """The places that a pooling's windows read: output place p and window place k meet at input place s p + d k − q.
 
     size and kernel are (H, W) of the plane and of a window; with ceil a last window may overhang.
     """

@@ -146,7 +146,8 @@ def test_torchs_samples_of_functions(name: str, of_torch: Any) -> None:
             assert issubclass(found[0], found[1]) or issubclass(found[0], mm.InputError), (sample, found)
         else:
             assert isinstance(found[0], list), (found[0], sample.input.shape, sample.args, sample.kwargs)
-            same(*found)
+            # torch's samples reach 10: of the norm of one number, whose second derivative is 0, rounding remains
+            torch.testing.assert_close(*found, rtol=1e-12, atol=1e-11)
     for wrong in info.error_inputs("cpu") if info.error_inputs_func is not None else ():
         held = wrong.sample_input
         with pytest.raises((RuntimeError, ValueError)):
@@ -299,12 +300,12 @@ def test_cs231n_batch_norm() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (2, 0, 5, 5)], ids=str)
-def test_no_rows_and_no_channels(shape: tuple[int, ...]) -> None:
-    weight = randn(3, shape[1], 2, 2)
-    same(*both("conv2d", [randn(*shape), weight], second=shape[0] == 0))
-    for name in ("avg_pool2d", "max_pool2d") if shape[0] == 0 else ():  # which need a channel in torch, too
-        same(*both(name, [randn(*shape)], 2))
+def test_no_rows_and_no_channels() -> None:
+    same(*both("conv2d", [randn(0, 2, 5, 5), randn(3, 2, 2, 2), randn(3)]))
+    for name in ("avg_pool2d", "max_pool2d"):
+        same(*both(name, [randn(0, 2, 5, 5)], 2))
+    with pytest.raises(mm.InputError, match="at least one channel"):  # where torch fails in the backward
+        F.conv2d(randn(2, 0, 5, 5), randn(3, 0, 2, 2))
 
 
 FORMS = [*itertools.product((torch.contiguous_format, torch.channels_last), repeat=2)]
