@@ -179,6 +179,11 @@ def _dropout_case(sizes: Sizes) -> Case:
     )
 
 
+def _sum_case(sizes: Sizes) -> Case:
+    both = random(*[(*sizes.leading, sizes.outputs)] * 2)
+    return Case("sum", lambda *terms: functions.apply(functions.Sum, *terms), torch.add, both)
+
+
 def _quadratic_twin(prediction: Tensor, target: Tensor) -> Tensor:
     """The lecture's formula in torch's own operations."""
     return (prediction - target).pow(2).mul(0.5).sum() / prediction[..., 0].numel()
@@ -270,6 +275,7 @@ def cases_of(sizes: Sizes) -> dict[str, Case]:
         *_activation_cases(sizes),
         *_fused_cases(sizes),
         _dropout_case(sizes),
+        _sum_case(sizes),
         *_cost_cases(sizes),
     ]
     return {case.name: case for case in cases}
