@@ -3,6 +3,7 @@
 import csv
 import itertools
 import logging
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -26,6 +27,14 @@ SHORT = {  # overrides, and the least that the returned figure must reach; the o
     "regression": (["trainer.max_epochs=10", "optimized_metric=val_r2"], 0.1),
     "nielsen": (["data.source.folder=images", "data.val_size=50", "trainer.max_epochs=1"], 0.0),
     "nielsen_fashion": (["data.source.folder=images", "data.val_size=50", "trainer.max_epochs=1"], 0.0),
+}
+SEEN = {  # how the presets above end
+    "logistic_neuron": r"A straight boundary answers \d+\.?\d* % .* regression \d.*: .*line \(report=true draws it: D",
+    "xor": r"The net answers [\d.]+ % .* about 75 % at best: the hidden layer separates XOR \(report=true draws",
+    "digits": r"The net answers [89]\d.* beside 10\.\d+ % by a guess \(report=true draws it: Confusion matrix\)\.$",
+    "regression": r"Of the variance of the test part the net explains \d.* %, better than always guessing the mean",
+    "nielsen": r"The net answers \d.* %.* rightly, Nielsen's at its best 95\.42 %: not there yet \(report=true .*Worst",
+    "nielsen_fashion": r"The net answers .*by a guess \(report=true draws it: Worst mistakes\)\.$",
 }
 OTHERS = {"linear_neuron", "perceptron", "perceptron_xor", "chain", "universal_approximator", "deep_sigmoid"}
 
@@ -58,12 +67,31 @@ def test_every_preset_is_here_and_on_its_page_and_in_the_help() -> None:
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_reaches_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_reaches_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     idx_folder(tmp_path / "images")
     overrides, least = SHORT[name]
     assert run(tmp_path / "run", name, *overrides) >= least
+    assert re.search(SEEN[name], ended(capsys.readouterr().out))
+
+
+def ended(printed: str) -> str:
+    """Return the last paragraph, in one line."""
+    return " ".join(printed.strip().rpartition("\n\n")[2].split())
+
+
+def test_a_changed_preset_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own sentence would be about another net or other data."""
+    run(tmp_path, "linear_neuron", "data=iris", "trainer.max_epochs=1")
+    assert re.search(r"^The preset was changed\. The net answers \d.* by a guess\.$", ended(capsys.readouterr().out))
+
+
+def test_unknown_closing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected closing to be one of chain, .*universal_approximator, but got 'x'"):
+        training.run(configured(tmp_path, "data=line", "closing=x", "trainer.max_epochs=1"))
 
 
 class TestPerceptron:
@@ -73,8 +101,12 @@ class TestPerceptron:
         with (folder / "metrics.csv").open() as file:
             return [float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]]
 
-    def test_converges_where_a_line_separates(self, tmp_path: Path) -> None:
+    def test_converges_where_a_line_separates(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         mistakes = self.mistakes(tmp_path, "experiment=perceptron")
+        assert ended(capsys.readouterr().out) == (
+            f"From epoch {mistakes.index(0)} on the rule makes no mistake: it converged, as the Convergence Theorem "
+            "says (learning_curves.png)."
+        )
         assert mistakes[0] > 0
         assert mistakes[-1] == 0
         first = mistakes.index(0)
@@ -89,7 +121,10 @@ class TestPerceptron:
         best = ["callbacks.best.monitor=val_loss", "callbacks.best.save_on_train_epoch_end=null"]
         mistakes = self.mistakes(tmp_path, "experiment=perceptron_xor", "trainer.max_epochs=10", *best)
         assert min(mistakes) > 0.2
-        assert "use model=mlp" in " ".join(capsys.readouterr().out.split())
+        printed = capsys.readouterr().out
+        assert "use model=mlp" in " ".join(printed.split())
+        assert "class_weight" not in printed  # the rule would refuse them
+        assert re.search(r"^Even in its best epoch, \d+, .*mistakes on \d\d.* %.*never settles", ended(printed))
 
     def test_is_the_rule(self, tmp_path: Path) -> None:
         """Sample by sample in the order of the batches, as `Perceptron.fit` does it."""
@@ -138,44 +173,80 @@ class TestPerceptron:
             training.run(configured(tmp_path, "model=perceptron"))
 
 
-def test_linear_neuron_is_least_squares(tmp_path: Path) -> None:
-    """Small steps lead to the line that NumPy finds at once."""
-    cfg = configured(tmp_path, "experiment=linear_neuron", "optimizer.lr=0.03", "trainer.max_epochs=15")
-    training.run(cfg)
-    data = training.build(cfg.data)
+def test_linear_neuron_is_least_squares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Small steps lead to the line that NumPy finds at once, in the units of the data: y = 2 x + 1 and noise."""
+    training.run(configured(tmp_path, "experiment=linear_neuron", "optimizer.lr=0.03", "trainer.max_epochs=50"))
+    samples = sources.line(200, 0.3, 0)
+    net = MLPModule.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True).net
+    data = training.build(configured(tmp_path, "experiment=linear_neuron").data)
     data.setup()
     x, y = (tensor.flatten().double().numpy() for tensor in data.splits["train"][:])
+    assert np.isin(x.astype(np.float32), samples.features.astype(np.float32)).all()
     slope, intercept = np.polyfit(x, y, 1)
-    net = MLPModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True).net
     assert net[0].weight.item() == pytest.approx(slope, abs=0.02)
     assert net[0].bias.item() == pytest.approx(intercept, abs=0.02)
+    assert ended(capsys.readouterr().out) == (
+        f"y = {net[0].weight.item():.2f} x + {net[0].bias.item():.2f}; least squares {slope:.2f} x + {intercept:.2f}: "
+        "the neuron found that line (report=true draws it: Fitted curve)."
+    )
 
 
-def test_chain_is_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is printed and kept is the first sample's pass, before any step."""
-    assert run(tmp_path, "chain", "backprop=engine", "trainer.max_epochs=15", "optimized_metric=val_r2") > 0.5
-    printed = capsys.readouterr().out
-    assert "1-1-1-1, quadratic cost, N = 1" in printed
-    assert "new w¹ = w¹ − LR · ∂C/∂w¹" in printed
-    assert "δ² = w² · δ³ · sigmoid′(z²)" in (tmp_path / "trace.md").read_text()
-    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
-    assert "trace.md" in printed[printed.index("files in") :]
+def test_a_line_in_standardised_units_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = ["data.standardise=true", "data.standardise_target=true"]
+    for overrides in ([], again):
+        training.run(configured(tmp_path / str(len(overrides)), "experiment=linear_neuron", *overrides))
+        found, best = re.findall(r"([\d.]+) x \+ ([\d.]+)", ended(capsys.readouterr().out))
+        assert [float(value) for value in found] == pytest.approx([2, 1], abs=0.15)
+        assert [float(value) for value in best] == pytest.approx([1.93, 0.96], abs=0.01)
+
+
+def test_chain_traces_the_step_that_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After one step the parameters are the "new" ones of the trace; C before and after are those of the sentence."""
+    steps = ["trainer.max_steps=1", "trainer.max_epochs=1"]
+    module = MLPModule.load_from_checkpoint
+    for backprop in ("layers", "engine"):
+        folder = tmp_path / backprop
+        run(folder, "chain", f"backprop={backprop}", *(steps if backprop == "layers" else steps[1:]))
+        printed = capsys.readouterr().out
+        assert "1-1-1-1, quadratic cost, N = 1" in printed
+        assert "δ² = w² · δ³ · sigmoid′(z²)" in (folder / "trace.md").read_text()
+        assert (folder / "flow.png").read_bytes().startswith(b"\x89PNG")
+        assert "trace.md" in printed[printed.index("files in") :]
+        found = re.findall(r"new ([wb].) = .* = (-?[\d.]+)$", printed, re.MULTILINE)
+        new = {name: float(value) for name, value in found}
+        if backprop == "layers":
+            after = module(folder / "last.ckpt", weights_only=True).net.parameters()
+            names = ("w¹", "b¹", "w²", "b²", "w³", "b³")
+            assert [new[name] for name in names] == pytest.approx([p.item() for p in after], rel=1e-4)
+            first = new
+        assert new == first
+        before, then = re.findall(r"\((\d\.\d+), then (\d\.\d+)\)", ended(printed))[0]
+        assert float(before) == pytest.approx(float(re.findall(r"N = 1: C = ([\d.]+)", printed)[0]), abs=1e-4)
+        assert float(then) < float(before)
+
+
+def test_chain_learns(tmp_path: Path) -> None:
+    assert run(tmp_path, "chain", "backprop=engine", "trainer.max_epochs=15", "optimized_metric=val_r2") > 0.8
 
 
 def test_rows_with_weights_are_traced_in_the_types_of_the_net(tmp_path: Path) -> None:
     overrides = ["data=iris", "data.class_weight=[1,2,3]", "model.loss=cross_entropy", "trainer.precision=64-true"]
     traced = "+callbacks.traced._target_=manual_mlp.training.callbacks.Traced"
     training.run(configured(tmp_path, *overrides, "trainer.max_epochs=1", "model.hidden=[3]", traced))
-    assert (tmp_path / "trace.md").read_text().startswith("4-3-3, cross_entropy cost, N = 1")
+    assert (tmp_path / "trace.md").read_text().startswith("4-3-3, cross_entropy cost, N = 10")
 
 
-def test_universal_approximator(sweep) -> None:
+def test_universal_approximator(sweep, capsys: pytest.CaptureFixture[str]) -> None:
     """Short: two widths, the wider one nearer to the curve."""
     narrow, wide = sweep("universal_approximator", "model.hidden=[1],[16]", "backprop=engine", "trainer.max_epochs=30")
     assert float(wide["val_rmse"]) < 0.5 * float(narrow["val_rmse"])
+    assert ended(capsys.readouterr().out) == (
+        f"val_rmse falls from {float(narrow['val_rmse']):.3g} with model.hidden=[1] to {float(wide['val_rmse']):.3g} "
+        "with [16]: the wider, the nearer (sweep.png)."
+    )
 
 
-def test_deep_sigmoid(sweep, tmp_path: Path) -> None:
+def test_deep_sigmoid(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Short: one epoch. δ vanishes through sigmoid layers, less so through relu, and hardly with Glorot's weights."""
     rows = sweep("deep_sigmoid", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "data.test_size=1400")
     lost = {}
@@ -188,6 +259,10 @@ def test_deep_sigmoid(sweep, tmp_path: Path) -> None:
     assert lost["sigmoid", "torch"] > 1e5
     assert lost["relu", "glorot"] < 100
     assert (tmp_path / "deltas.png").exists()
+    assert re.search(
+        r"^δ of the first layer is \de-\d+ of that of the last with sigmoid, torch .*relu, glorot .*\(deltas.png\)\.$",
+        ended(capsys.readouterr().out),
+    )
 
 
 def test_delta_by_layer_draws_each_run() -> None:

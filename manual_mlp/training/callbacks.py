@@ -1,5 +1,8 @@
 """Callbacks that show a net at work: δ recorded during training, a traced step, a sweep's δ drawn together."""
 
+import copy
+import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +140,27 @@ def _thinned(values: dict[int, Tensor]) -> dict[int, Tensor]:
 
 
 class Traced(L.Callback):
-    """A callback that prints `mm.trace` of the first training sample, before the first step.
+    """A callback that prints `mm.trace` of the first mini-batch, just before the training makes this step.
 
-    It leaves trace.md and flow.png in the run folder. Step 5 uses the optimizer's lr as LR, as plain SGD would.
+    It leaves trace.md and flow.png in the run folder. Step 5 is plain SGD's, with the optimizer's lr as LR; weights of
+    rows are left out. rows: of the mini-batch; costs: C of it before this step and after it.
     """
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        x, target = pl_module.as_net_takes(*trainer.datamodule.splits["train"][:1])  # type: ignore[attr-defined]
+    rows = 0
+    costs = (math.nan, math.nan)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step > 0 or not trainer.is_global_zero:
+            return
+        first = [part[: trainer.datamodule.batch_size] for part in batch]  # type: ignore[attr-defined] # the engine takes many at once
+        x, target = pl_module.as_net_takes(*first)
         traced = trace(pl_module.net, x, target, pl_module.loss, trainer.optimizers[0].param_groups[0]["lr"])
+        stepped = copy.deepcopy(pl_module.net).requires_grad_(False)
+        new = [(traced.new_weight[layer], traced.new_bias[layer]) for layer in traced.weight]
+        for parameter, value in zip(stepped.parameters(), filter(lambda v: v is not None, chain(*new)), strict=True):
+            parameter.copy_(value)
+        self.rows, after = len(x), trace(stepped, x, target, pl_module.loss)
+        self.costs = traced.cost.item(), after.cost.item()
         folder = Path(trainer.default_root_dir)
         (folder / "trace.md").write_text(traced.to_markdown() + "\n")
         plots.flow(traced).savefig(folder / "flow.png")
@@ -161,4 +177,3 @@ class DeltaByLayer(Callback):
             recorded = states[DeltaFlow.__qualname__]["norms"]
             norms[", ".join(run.settings.values())] = {layer: values[0] for layer, values in recorded.items()}
         plots.delta_by_layer(norms).savefig(folder / "deltas.png")
-        print(f"\npicture of δ by layer: {folder / 'deltas.png'}")

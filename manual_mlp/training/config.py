@@ -34,7 +34,8 @@ WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", 
 WORDS[type(None)] = "null"
 PLURALS: dict[Any, str] = {int: " of whole numbers", float: " of numbers", str: " of texts"}
 SCHEDULE = ("interval", "monitor")  # Lightning's part of `scheduler`; the rest belongs to its class
-ROOT = {"seed": int, "report": bool, "optimized_metric": str}  # values of the first level: no `_target_` declares them
+# Values of the first level: no `_target_` declares them.
+ROOT: dict[str, Any] = {"seed": int, "report": bool, "optimized_metric": str, "closing": str | None}
 
 
 @contextmanager

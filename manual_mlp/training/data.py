@@ -72,8 +72,8 @@ class DataModule(L.LightningDataModule):
     name: what to call the data in reports. source: called once, returns `Samples`.
     val_size, test_size: a share of all rows (float) or a number of rows (int), as in scikit-learn's
         `train_test_split`. Samples that bring an official test set keep it: test_size is None then.
-    standardise: shift and scale each feature to mean 0 and variance 1 over the training part. Regression targets
-        always are; `target_mean` and `target_scale` lead back to their units.
+    standardise: shift and scale each feature to mean 0 and variance 1 over the training part.
+    standardise_target: the same for regression targets; `target_mean` and `target_scale` lead back to their units.
     seed: fixes the split and, with the epoch, the order of the rows.
     class_weight: how much the rows of each class count in the training cost, in the order of the classes; "balanced":
         all classes the same, as scikit-learn's. It multiplies the weights of the rows, if they bring any. The weights
@@ -95,6 +95,7 @@ class DataModule(L.LightningDataModule):
         standardise: bool = False,
         seed: int = 0,
         class_weight: str | Sequence[float] | None = None,
+        standardise_target: bool = True,
     ) -> None:
         super().__init__()
         if not 1 <= batch_size < 2**31:
@@ -107,7 +108,8 @@ class DataModule(L.LightningDataModule):
                     f"expected data.{option} to be a share between 0 and 1 or a whole number of rows, but got {size}; "
                     "correct it"
                 )
-        self.name, self.source, self.standardise = name, source, standardise
+        self.name, self.source = name, source
+        self.standardise, self.standardise_target = standardise, standardise_target
         self.batch_size, self.seed = batch_size, seed
         self.val_size, self.test_size, self.class_weight = val_size, test_size, class_weight
         self.splits: dict[str, Rows] = {}
@@ -210,6 +212,8 @@ class DataModule(L.LightningDataModule):
             return {name: torch.as_tensor(target, dtype=torch.int64) for name, target in targets.items()}
         columns = {name: target.reshape(len(target), -1) for name, target in targets.items()}
         scaler = StandardScaler().fit(columns["train"])
+        if not self.standardise_target:
+            scaler.mean_, scaler.scale_ = np.zeros_like(scaler.mean_), np.ones_like(scaler.scale_)
         self.target_mean, self.target_scale = scaler.mean_.tolist(), scaler.scale_.tolist()
         self.output_size = len(self.target_mean)
         return {name: _scaled(scaler, f"the {name} target", column) for name, column in columns.items()}

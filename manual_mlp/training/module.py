@@ -199,6 +199,14 @@ class MLPModule(L.LightningModule):
         lr = self.optimizer and self.optimizer.keywords.get("lr")
         return "lower optimizer.lr" + ("" if lr is None else f" (now {lr})")
 
+    def takes_weights(self) -> bool:
+        """Return True if rows can have weights under this cost and backprop."""
+        try:
+            self.backprop.check_weights()
+        except InputError:
+            return False
+        return True
+
     def default_lr(self) -> float:
         """Return LR for plain gradient descent: large where sigmoids and the quadratic cost keep δ small."""
         hidden = self.hparams["activation"]

@@ -19,7 +19,6 @@ from torch.optim import SGD
 
 import manual_mlp as mm
 from manual_mlp import plots, report
-from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError, shown
 from manual_mlp.report import Picture
 from manual_mlp.tracing import Trace
@@ -50,7 +49,6 @@ def leave_report(
     module: MLPModule,
     data: DataModule,
     trainer: L.Trainer,
-    checkpoint: str | None,
     epoch: int,
     curves: Picture | None,
     facts: Mapping[str, str],
@@ -58,11 +56,8 @@ def leave_report(
 ) -> None:
     """Write report.html into the run folder, and give TensorBoard the pictures.
 
-    checkpoint: the kept one, from `epoch`, or None if the module already has its parameters. facts, figures: the
-    summary's.
+    module: with the parameters that are kept, those of `epoch`. facts, figures: the summary's.
     """
-    if checkpoint:  # after a test in other processes (ddp_spawn) the module here has another epoch's parameters
-        module.load_state_dict(read_checkpoint(checkpoint, module.device)["state_dict"])
     module.eval()  # no dropout in its answers: Lightning has left it in training mode
     flow = next((callback for callback in trainer.callbacks if isinstance(callback, DeltaFlow)), None)  # type: ignore[attr-defined]
     trace = _trace(module, data, flow.rows if flow else ROWS)

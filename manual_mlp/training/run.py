@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from torchmetrics import Metric
 
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError, shown
+from manual_mlp.training.callbacks import Traced
 from manual_mlp.training.checkpoints import (
     Continuation,
     WholeFiles,
@@ -39,6 +41,7 @@ from manual_mlp.training.checkpoints import (
     check_same_training,
     restoring,
 )
+from manual_mlp.training.closing import Run, closing
 from manual_mlp.training.commands import command, override
 from manual_mlp.training.config import SCHEDULE, build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
@@ -47,7 +50,7 @@ from manual_mlp.training.module import MLPModule
 from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.precedence import Precedence
 from manual_mlp.training.strategies import choose
-from manual_mlp.training.summary import files, run_facts, summary
+from manual_mlp.training.summary import WIDTH, files, run_facts, summary
 from manual_mlp.training.sweep import FIGURES
 from manual_mlp.training.task import begin, check_places, disk_in_words, given, predict
 
@@ -194,11 +197,17 @@ def _trained(
     if trainer.is_global_zero:
         left = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
         (folder / FIGURES).write_text(json.dumps(left, indent=2))
+        if best:  # after a test in other processes (ddp_spawn) the module here has another epoch's parameters
+            module.load_state_dict(read_checkpoint(best, module.device)["state_dict"])
         facts = run_facts(module, data, trainer, epoch, seconds)
         print(summary(module, data, facts, figures, cfg.optimized_metric))
+        traced = next((callback for callback in trainer.callbacks if isinstance(callback, Traced)), None)  # type: ignore[attr-defined]
+        seen = closing(cfg.closing, Run(module, data, figures, epoch, traced), cfg.report)
         if cfg.report:
-            _report(cfg, module, data, trainer, best, epoch, curves, facts, figures)
+            _report(cfg, module, data, trainer, epoch, curves, facts | ({"seen": seen} if seen else {}), figures)
         print(files(folder))
+        if seen:
+            print(textwrap.fill(shown(seen), WIDTH) + "\n")
         if idle:
             early = "the run had stopped early; to go on, raise callbacks.early_stopping.patience"
             print(f"nothing was trained: {early if stopped else 'the run is over; to go on, raise trainer.max_epochs'}")

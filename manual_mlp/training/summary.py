@@ -39,14 +39,15 @@ def run_facts(
     seconds: of the training; None if there was none.
     """
     rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
+    threshold, lr = module.output_activation == "threshold", module.optimizer and module.optimizer.keywords.get("lr")
     facts = {
         "data": f"{Path(str(data.name)).name} ({rows})",
         "left out": f"{listed(data.left_out)}: an index, or without a name" if data.left_out else "",
-        "classes": _imbalance(data) if data.class_names else "",
+        "classes": _imbalance(data, module) if data.class_names else "",
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
-        "cost": module.loss,
-        "optimizer": module.optimizer_in_words() if module.optimizer else "",
+        "cost": "share of mistakes" if threshold else module.loss,
+        "optimizer": f"none, LR {lr}" if threshold else module.optimizer_in_words() if module.optimizer else "",
         "scheduler": module.scheduler["scheduler"].func.__name__ if module.scheduler else "",
         "backprop": str(module.hparams["backprop"]),
         "epochs": _epochs(epoch, trainer.current_epoch - 1, seconds),
@@ -70,17 +71,19 @@ def _epochs(epoch: int, last: int, seconds: float | None) -> str:
     return text + (f" of 0 to {last}" if last >= epoch >= 0 else "") + f", in {seconds:.1f} s"
 
 
-def _imbalance(data: DataModule) -> str:
+def _imbalance(data: DataModule, module: MLPModule) -> str:
     """Return the shares of the largest and the smallest training class; nothing if they are about equal."""
     counts = data.splits["train"].target.bincount(minlength=len(data.class_names))
     (most, greatest), (least, smallest) = (getattr(counts, end)(0) for end in ("max", "min"))
     if most < IMBALANCED * least:
         return ""
     ends = ((most, greatest), (least, smallest))
-    shares = "".join(f"{100 * n / counts.sum():.1f} % {data.class_names[i]}, " for n, i in ends)
-    return shares + (
-        "weighted by data.class_weight" if data.class_weight else "data.class_weight=balanced weights them equally"
-    )
+    shares = [f"{100 * n / counts.sum():.1f} % {data.class_names[i]}" for n, i in ends]
+    if data.class_weight:
+        shares.append("weighted by data.class_weight")
+    elif module.takes_weights():
+        shares.append("data.class_weight=balanced weights them equally")
+    return ", ".join(shares)
 
 
 def _activations(module: MLPModule) -> str:

@@ -78,6 +78,10 @@ class Comparison(Callback):
             figure.savefig(folder / "sweep.png", dpi=120)
             files += "  sweep.png"
         print(f"\nfiles in {config.hydra.sweep.dir}\n  {files}\n")
+        if OmegaConf.select(config, "closing"):
+            from manual_mlp.training.closing import closing_of_sweep  # brings Lightning
+
+            print(textwrap.fill(closing_of_sweep(config.closing, folder, [run for run in runs if run in order]), WIDTH))
         if failed := sum(bool(run.error) for run in runs):
             sys.exit(f"Error: {failed} of the {len(runs)} runs failed; their reasons stand above and in sweep.csv")
 

@@ -1,0 +1,199 @@
+"""The sentence that ends a preset: what was to be seen, whether it was, and in which picture; all from the run itself.
+
+A preset names its sentence by `closing`, such as `closing: xor`. A new one is a function of the run and an entry in
+CLOSINGS, or of the runs of a sweep and an entry in SWEEPS.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from manual_mlp.checkpoint import read_checkpoint
+from manual_mlp.training.data import DataModule
+from manual_mlp.training.module import MLPModule
+from manual_mlp.training.strategies import choose
+
+CLOSE = 0.1  # of the spread around a line: two lines nearer than that are one
+ALIKE = 0.05  # accuracies that differ by less are as good as each other
+NIELSEN = 0.9542  # chapter 1, 784-30-10 at its best
+IN_REPORT = "report.html, "
+
+
+class Run(NamedTuple):
+    """A run at its end. module: with the kept parameters, those of `epoch`, counted from 0; figures: of the summary."""
+
+    module: MLPModule
+    data: DataModule
+    figures: Mapping[str, float]
+    epoch: int
+    traced: Any  # the callback Traced, if there is one
+
+    @property
+    def accuracy(self) -> float:
+        return self.figures["test_accuracy"]
+
+    @property
+    def classifies(self) -> bool:
+        return bool(self.data.class_names)
+
+    @property
+    def is_perceptron(self) -> bool:
+        return self.module.output_activation == "threshold"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def _signed(number: float) -> str:
+    return f"{'−' if number < 0 else '+'} {abs(number):.2f}"
+
+
+def _score(run: Run) -> str:
+    """Compare with the answer that needs no net: the largest class, or the mean."""
+    if not run.classifies:
+        r2 = run.figures["test_r2"]
+        beaten = "better than" if r2 > 0 else "no better than"
+        return f"Of the variance of the test part the net explains {_percent(r2)}, {beaten} always guessing the mean"
+    guess = run.data.splits["test"].target.bincount().max().item() / len(run.data.splits["test"])
+    beaten = "beside" if run.accuracy > guess else "no more than"
+    return f"The net answers {_percent(run.accuracy)} of the test part rightly, {beaten} {_percent(guess)} by a guess"
+
+
+def _line(run: Run) -> str:
+    """Compare the line of a linear neuron with that of least squares, both in the units of the data."""
+    data, (w, b) = run.data, (p.item() for p in run.module.net.parameters())
+    (mean,), (scale,) = data.feature_mean or [0.0], data.feature_scale or [1.0]
+    (target_mean,), (target_scale,) = data.target_mean, data.target_scale
+    rows = data.splits["train"]
+    x, y = rows.features.numpy().ravel() * scale + mean, rows.target.numpy().ravel() * target_scale + target_mean
+    slope = target_scale * w / scale
+    intercept = target_mean + target_scale * b - slope * mean
+    best = np.polyfit(x, y, 1)
+    apart, spread = (np.linalg.norm(line - np.polyval(best, x)) for line in (slope * x + intercept, y))
+    lines = f"y = {slope:.2f} x {_signed(intercept)}; least squares {best[0]:.2f} x {_signed(best[1])}: "
+    return lines + ("the neuron found that line" if apart < CLOSE * spread else "the neuron is not there yet")
+
+
+def _logistic(run: Run) -> str:
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+
+    parts = (run.data.splits["train"], run.data.splits["test"])
+    train, test = ((rows.features.numpy(), rows.target.numpy()) for rows in parts)
+    best = LogisticRegression().fit(*train).score(*test)
+    text = f"A straight boundary answers {_percent(run.accuracy)} of the test part rightly, scikit-learn's logistic "
+    alike = abs(run.accuracy - best) < ALIKE
+    return f"{text}regression {_percent(best)}: " + ("about the same line" if alike else "not the same line")
+
+
+def _perceptron(run: Run) -> str:
+    mistakes = run.figures["train_loss"]
+    if mistakes == 0:
+        return f"From epoch {run.epoch} on the rule makes no mistake: it converged, as the Convergence Theorem says"
+    return f"Even in its best epoch, {run.epoch}, the rule makes mistakes on {_percent(mistakes)}: it has not converged"
+
+
+def _perceptron_xor(run: Run) -> str:
+    mistakes = run.figures["train_loss"]
+    text = f"Even in its best epoch, {run.epoch}, the rule makes mistakes on {_percent(mistakes)} of the rows: "
+    return text + ("no straight line separates XOR, so it never settles" if mistakes else "it settled, on these rows")
+
+
+def _xor(run: Run) -> str:
+    hidden = "-".join(map(str, run.module.sizes[1:-1]))
+    seen = "the hidden layer separates" if run.accuracy > 0.95 else "the hidden layer does not separate"
+    text = f"The net answers {_percent(run.accuracy)} of the test part rightly, a straight line about 75 % at best: "
+    return text + f"{seen} XOR" if hidden else text + "without a hidden layer XOR stays unsolved"
+
+
+def _chain(run: Run) -> str:
+    before, after = run.traced.costs
+    rows = "row" if run.traced.rows == 1 else f"{run.traced.rows} rows"
+    moved = "lowered" if after < before else "did not lower"
+    text = f"The traced first step {moved} C of its {rows} ({before:.4f}, then {after:.4f})"
+    return f"{text}; at the end the curve explains {_percent(run.figures['val_r2'])} of the variance"
+
+
+def _nielsen(run: Run) -> str:
+    text = f"The net answers {_percent(run.accuracy)} of the test part rightly, Nielsen's at its best "
+    return f"{text}{_percent(NIELSEN)}: " + ("as announced" if run.accuracy > NIELSEN - 0.01 else "not there yet")
+
+
+class Closing(NamedTuple):
+    """What makes the sentence, the picture that shows the same, and the runs that it fits: a preset can be changed."""
+
+    sentence: Callable[[Run], str]
+    picture: str
+    fits: Callable[[Run], bool]
+
+
+CLOSINGS = {
+    "chain": Closing(_chain, "flow.png", lambda run: run.traced is not None and not run.classifies),
+    "digits": Closing(_score, f"{IN_REPORT}Confusion matrix", lambda run: run.classifies),
+    "linear_neuron": Closing(_line, f"{IN_REPORT}Fitted curve", lambda run: run.module.sizes == [1, 1]),
+    "logistic_neuron": Closing(
+        _logistic, f"{IN_REPORT}Decision boundary", lambda run: run.classifies and len(run.module.sizes) == 2
+    ),
+    "nielsen": Closing(_nielsen, f"{IN_REPORT}Worst mistakes", lambda run: run.classifies),
+    "nielsen_fashion": Closing(_score, f"{IN_REPORT}Worst mistakes", lambda run: run.classifies),
+    "perceptron": Closing(_perceptron, "learning_curves.png", lambda run: run.is_perceptron),
+    "perceptron_xor": Closing(_perceptron_xor, "learning_curves.png", lambda run: run.is_perceptron),
+    "regression": Closing(_score, f"{IN_REPORT}Prediction and target", lambda run: not run.classifies),
+    "xor": Closing(_xor, f"{IN_REPORT}Decision boundary", lambda run: run.classifies and not run.is_perceptron),
+}
+
+
+def _approximator(folder: Path, runs: Sequence[Any]) -> str:
+    first, last = runs[0], min(runs, key=lambda run: run.value)
+    text = f"{first.metric} falls from {first.value:.3g} with model.hidden={first.settings['model.hidden']} to "
+    text += f"{last.value:.3g} with {last.settings['model.hidden']}: "
+    return text + ("the wider, the nearer" if last.value < first.value / 2 else "no width has met the curve yet")
+
+
+def _vanishing(folder: Path, runs: Sequence[Any]) -> str:
+    """Compare the run whose δ shrinks most with the one whose δ shrinks least, before the first step of each."""
+
+    def left(run: Any) -> float:
+        norms = read_checkpoint(folder / run.name / "last.ckpt")["callbacks"]["DeltaFlow"]["norms"]
+        return norms[min(norms)][0] / norms[max(norms)][0]
+
+    shares = {run.name: left(run) for run in runs}
+    worst, best = (end(runs, key=lambda run: shares[run.name]) for end in (min, max))
+    each = [
+        f"{shares[run.name]:.1g} of that of the last with {', '.join(run.settings.values())} "
+        f"(accuracy {_percent(run.figures['test_accuracy'])})"
+        for run in (worst, best)
+    ]
+    learned = worst.figures["test_accuracy"] < best.figures["test_accuracy"] - ALIKE
+    seen = "where δ vanishes, the net does not learn" if learned else "the training was too short to show more"
+    return f"δ of the first layer is {each[0]} and {each[1]}: {seen}"
+
+
+SWEEPS = {
+    "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}),
+    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}),
+}
+
+
+def closing_of_sweep(name: str | None, folder: Path, runs: Sequence[Any]) -> str:
+    """Return the sentence of a preset that sweeps; "" for none, or if other settings than the preset's were swept.
+
+    runs: those with a figure, in their order, each with `name`, `settings`, `metric`, `value` and `figures`.
+    """
+    if name not in SWEEPS or len(runs) < 2:
+        return ""
+    sentence, picture, swept = SWEEPS[name]
+    return f"{sentence(folder, runs)} ({picture})." if runs[0].settings.keys() == swept else ""
+
+
+def closing(name: str | None, run: Run, report: bool) -> str:
+    """Return the sentence of a preset with its picture; "" for none. report: the run leaves report.html."""
+    if name is None or name in SWEEPS or not {"test_accuracy", "test_r2"} & run.figures.keys():
+        return ""
+    chosen = choose(name, CLOSINGS | SWEEPS, "closing")
+    if not chosen.fits(run):
+        return f"The preset was changed. {_score(run)}."
+    where = chosen.picture if report else chosen.picture.replace(IN_REPORT, "report=true draws it: ")
+    return f"{chosen.sentence(run)} ({where})."
