@@ -205,7 +205,15 @@ class BackpropEngine:
 
     @property
     def road(self) -> str:
-        """Return the road that the last `train_epoch` or `train_batches` took, "native" or "torch"."""
+        """Return the road that the last `train_epoch` or `train_batches` took, "native" or "torch".
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([2, 3, 1])
+        >>> engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=1.0), native=False)
+        >>> _ = engine.train_epoch(torch.zeros(4, 2), torch.zeros(4, 1), batch_size=2)
+        >>> engine.road
+        'torch'
+        """
         return self._road
 
     def __repr__(self) -> str:

@@ -122,7 +122,7 @@ def _nielsen(run: Run) -> str:
 
 
 class Closing(NamedTuple):
-    """What makes the sentence, the picture that shows the same, and the runs that it fits: a preset can be changed."""
+    """A sentence, the picture that shows the same, and the runs that it fits: a preset can be changed."""
 
     sentence: Callable[[Run], str]
     picture: str
