@@ -330,10 +330,7 @@ class BackpropEngine:
         input, target = input.detach(), target.detach()
         native = self._natively(input, target, batch_size=batch_size)
         if native is not None:
-            cost = native.train(input, target, batch_size, order, prediction)
-            self.optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks about
-            if native.kind:
-                self._give_gradients()
+            cost = self._train_natively(native, input, target, batch_size, order, prediction)
             return torch.tensor(cost, dtype=input.dtype, device=input.device)
         rates, whole = self._rates(), len(input) // batch_size * batch_size
         dtype = kernels.sum_dtype(input.dtype)
@@ -369,11 +366,20 @@ class BackpropEngine:
         self._road = "native"
         return net
 
+    def _train_natively(self, net: NativeNet, *rows: Any) -> float:
+        """Train on these rows, as NativeNet.train → their mean cost."""
+        self.optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks about
+        cost = net.train(*rows)
+        if net.kind:
+            self._give_gradients()
+        return cost
+
     def _covered(self, data: Iterable[Tensor]) -> NativeNet:
         """Return the net for C with the rates of now. Raises CantRun."""
         for wrong, reason in (
             (self.max_grad_norm is not None, "max_grad_norm clips the gradients"),
             (self.compute_dtype is not None, "compute_dtype is torch.bfloat16"),
+            (self._graphed, "a step is one CUDA graph"),
             (not self._training.has_its_own_step(self.optimizer), "the optimizer's step is replaced"),
             (self._training.hooks.any(), "the optimizer or a parameter has a hook"),
             (any(type(tensor) is not Tensor for tensor in data), "the data is of a class of its own"),

@@ -7,6 +7,7 @@ it ends, so each model keeps its own memory. If the optimizers are more than pla
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from manual_mlp import checks, kernels
 from manual_mlp.engine import BackpropEngine, BoundPlan, inference, refuse_autocast
 from manual_mlp.errors import InputError
+from manual_mlp.native.road import NativeNet
 from manual_mlp.program import Activate, Add, Affine, Drop
 
 _PLANS = 8  # batch shapes whose buffers are kept
@@ -26,6 +28,7 @@ class EnsembleEngine:
     models      K nets of the same layers and sizes, as BackpropEngine takes them
     optimizers  an optimizer for each, all of one class; rates, decay and state are each optimizer's own
     loss        as BackpropEngine's, the same for all
+    native      as BackpropEngine's: in C one net follows another, in as many threads as torch.get_num_threads()
 
     It equals K engines that train one after another: it honours and refuses what they do. Dropout draws other masks
     than K engines would. Raises InputError for what an engine refuses, and for nets that differ.
@@ -41,7 +44,11 @@ class EnsembleEngine:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], loss: str = "quadratic"
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        loss: str = "quadratic",
+        native: bool | str = "auto",
     ) -> None:
         models, optimizers = list(models), list(optimizers)
         if not models or len(models) != len(optimizers):
@@ -49,7 +56,8 @@ class EnsembleEngine:
                 f"expected at least one model, and an optimizer for each; got {len(models)} models and "
                 f"{len(optimizers)} optimizers"
             )
-        self._engines = [BackpropEngine(*pair, loss) for pair in zip(models, optimizers, strict=True)]
+        pairs = zip(models, optimizers, strict=True)
+        self._engines = [BackpropEngine(*pair, loss, native=native) for pair in pairs]
         self._seen: list[Any] = []
         self._turn = threading.RLock()
         self._ask()
@@ -66,8 +74,17 @@ class EnsembleEngine:
     def loss(self) -> str:
         return self._engines[0].loss
 
+    @property
+    def native(self) -> bool | str:
+        return self._engines[0].native
+
+    @property
+    def road(self) -> str:
+        """Return the road that the last `train_epoch` took, "native" or "torch"."""
+        return self._engines[-1].road
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.models, self.optimizers, self.loss)
+        return type(self), (self.models, self.optimizers, self.loss, self.native)
 
     def train_epoch(
         self,
@@ -99,6 +116,8 @@ class EnsembleEngine:
             self._check(input, target, batch_size, generators, prediction)
             given = list(generators or [None] * self._k)  # type: ignore[list-item]
             orders = torch.stack([_order(len(input), generator) for generator in given])
+            if nets := self._natively(input.detach(), target.detach(), batch_size):
+                return self._train_natively(nets, input.detach(), target.detach(), batch_size, orders, prediction)
             whole = len(input) // batch_size * batch_size
             costs = [
                 self._train_rows(input.detach(), target.detach(), n, orders[:, of].to(input.device), prediction)
@@ -107,6 +126,38 @@ class EnsembleEngine:
             ]
             weight, _ = kernels.weights(self._cost, len(input), self._outputs)
             return (torch.cat(costs).sum(0) * weight).to(input.dtype)
+
+    def _natively(self, input: Tensor, target: Tensor, batch_size: int) -> list[NativeNet]:
+        """Return the nets that train in C, all or none."""
+        nets: list[NativeNet] = []
+        for engine in self._engines:
+            net = engine._natively(input, target, batch_size=batch_size)
+            if net is None:
+                self._engines[-1]._road = "torch"
+                return []
+            nets.append(net)
+        return nets
+
+    def _train_natively(
+        self, nets: list[NativeNet], input: Tensor, target: Tensor, n: int, orders: Tensor, prediction: Tensor | None
+    ) -> Tensor:
+        """Train one net after another, which keeps each in the cache → their mean costs (K,)."""
+        rows = [
+            (engine, net, input, target, n, order, None if prediction is None else prediction[k])
+            for k, (engine, net, order) in enumerate(zip(self._engines, nets, orders, strict=True))
+        ]
+        if (threads := min(self._k, torch.get_num_threads())) == 1:
+            costs = [engine._train_natively(*of) for engine, *of in rows]
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                try:
+                    costs = list(pool.map(lambda of: of[0]._train_natively(*of[1:]), rows))
+                except BaseException:  # Ctrl-C is heard here, while the threads train
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for net in nets:
+                        net.stopped = True
+                    raise
+        return torch.tensor(costs, dtype=input.dtype, device=input.device)
 
     def _train_rows(self, input: Tensor, target: Tensor, n: int, orders: Tensor, prediction: Tensor | None) -> Tensor:
         """Train on whole batches of n rows, in the orders (K, rows) → the undivided costs (batches, K)."""

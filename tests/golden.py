@@ -236,7 +236,7 @@ def _epoch(cell: Cell, backprop: str, model: nn.Module) -> Any:
     take: Callable[[Tensor, Tensor], Tensor]
     if backprop.startswith("engine"):
         clip = 0.5 if adam else None
-        engine = mm.BackpropEngine(model, optimizer, cell.cost, clip, cell.compute_dtype)
+        engine = mm.BackpropEngine(model, optimizer, cell.cost, clip, cell.compute_dtype, native=False)
         if backprop == "engine_epoch":
             return lambda input, target, epoch: engine.train_epoch(
                 input, target, cell.batch, torch.Generator().manual_seed(3 + epoch)

@@ -334,6 +334,35 @@ def test_whole_trainings_end_alike(make: str) -> None:
     assert abs(mean[True] - mean[False]) <= max(spread, 1e-3)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("make", ["sgd", "adam"])
+def test_many_nets_are_k_trainings_bit_for_bit(make: str, threads: int) -> None:
+    (x, y), k = data("mse", double), 5
+
+    def nets() -> Any:
+        torch.manual_seed(3)
+        return [mm.MLP([5, 9, 6, 3], "tanh", dtype=double) for _ in range(k)]
+
+    def generators() -> Any:
+        return [torch.Generator().manual_seed(seed) for seed in range(k)]
+
+    together, alone, said = nets(), nets(), y.new_empty(k, *y.shape)
+    many = mm.EnsembleEngine(together, [OPTIMIZERS[make](n.parameters()) for n in together], "mse", native=True)
+    torch.set_num_threads(threads)
+    try:
+        costs = many.train_epoch(x, y, 7, generators(), said)
+    finally:
+        torch.set_num_threads(1)
+    assert many.road == "native"
+    for net_alone, generator, cost, a in zip(alone, generators(), costs, said, strict=True):
+        order = torch.randperm(len(x), generator=generator)
+        by, expected = engine(net_alone, make, "mse"), torch.empty_like(y)
+        torch.testing.assert_close(by.train_batches(x[order], y[order], 7, expected), cost, rtol=0, atol=0)
+        torch.testing.assert_close(a[order], expected, rtol=0, atol=0)
+    parameters = [[p for n in group for p in n.parameters()] for group in (together, alone)]
+    torch.testing.assert_close(*parameters, rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One sheet
 # ---------------------------------------------------------------------------------------------------------------------

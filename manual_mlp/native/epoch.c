@@ -501,7 +501,7 @@ static void gather(const Net *net, const T *x, long stride, const T *y, long y_s
 }
 
 /* The five steps for each mini-batch of n of the rows order[i], or i, of x and of y or labels.
-   prediction: where a^L goes, if it is wanted. net: placed for n */
+   prediction: where a^L of each row goes, if it is wanted. net: placed for n */
 void train(Net *net, const T *x, long stride, const T *y, long y_stride, const int64_t *labels,
            const int64_t *order, long count, long n, T *prediction, long p_row, long p_column) {
     Layer *const first = net->layers, *const last = first + net->count - 1, *lowest = last;
@@ -520,7 +520,8 @@ void train(Net *net, const T *x, long stride, const T *y, long y_stride, const i
             if (l->G) l->G(n * padded(l->out), l->G_values, l->z, l->z, l->a);
         }
         if (prediction)
-            EACH(r, n) EACH(j, last->out) prediction[(start + r) * p_row + j * p_column] = last->rows[r][j];
+            EACH(r, n) EACH(j, last->out)
+                prediction[(order ? order[start + r] : start + r) * p_row + j * p_column] = last->rows[r][j];
         /* 2. output error */
         T *delta = net->arrived[0], *next = net->arrived[1];
         net->total += cost(net, last->a, n, labels != 0, delta);

@@ -116,6 +116,7 @@ class NativeNet:
 
     def __init__(self, program: Program, cost: Cost, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer, self.cannot, self.kind = optimizer, "", PLAIN
+        self.stopped = False
         self.drops = [node.rule for node in program.nodes if isinstance(node.rule, Drop)]
         self.bound: list[dict[str, Any]] = []
         try:
@@ -225,25 +226,27 @@ class NativeNet:
     def train(
         self, input: Tensor, target: Tensor, batch_size: int, order: Tensor | None, prediction: Tensor | None
     ) -> float:
-        """Take a step for each mini-batch → the mean cost of all rows."""
+        """Take a step for each mini-batch → the mean cost of all rows. Another thread may set `stopped`."""
         input, target, rows = _rows(input), _rows(target), input.shape[0]
         batch_size, net, done = min(batch_size, rows), self.net, 0
         self._place(batch_size)
-        x, y, filled = input.data_ptr(), target.data_ptr(), 0
-        strides: tuple[int, ...] = (0, 0)
-        if prediction is not None:
-            filled, strides = prediction.data_ptr(), prediction.stride()
+        x, y, filled = input.data_ptr(), target.data_ptr(), None if prediction is None else prediction.data_ptr()
+        strides = (0, 0) if prediction is None else prediction.stride()
         order = None if order is None else order.contiguous()
         x_row, y_row, at = input.stride(0), target.stride(0), None if order is None else order.data_ptr()
         (size, y_size), labelled, net.total = (input.element_size(), target.element_size()), target.dim() == 1, 0.0
+        self.stopped = False
         try:
-            while done < rows:
+            while done < rows and not self.stopped:
                 count = min(max(1, int(SECONDS / (self.seconds * batch_size))) * batch_size, rows - done)
-                here_x, here_y = (x + done * x_row * size, y + done * y_row * y_size) if at is None else (x, y)
-                of_target = (None, 0, here_y) if labelled else (here_y, y_row, None)
-                picked, into = at and at + done * 8, (filled and filled + done * strides[0] * size) or None
+                here = done if at is None else 0
+                of_target, picked = y + here * y_row * y_size, at and at + done * 8
+                targets = (None, 0, of_target) if labelled else (of_target, y_row, None)
+                into = filled and filled + here * strides[0] * size
                 begun = perf_counter()
-                self.run(self.address, here_x, x_row, *of_target, picked, count, batch_size, into, *strides)
+                self.run(
+                    self.address, x + here * x_row * size, x_row, *targets, picked, count, batch_size, into, *strides
+                )
                 self.seconds = (perf_counter() - begun) / count
                 done += count
         finally:
