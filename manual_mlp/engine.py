@@ -356,12 +356,10 @@ class BackpropEngine:
             net = self._covered(data)
         except CantRun as error:
             if self.native is True:
-                raise InputError(
-                    f"expected a training that native=True covers; {error}: leave native=True out"
-                ) from None
+                raise InputError(f"expected a training that C covers; {error}: leave out native=True") from None
             if self._said != str(error):
-                self._said = str(error)
                 log.info("torch's road, not the native one: %s", error)
+            self._said = str(error)
             return None
         self._road = "native"
         return net
@@ -376,18 +374,17 @@ class BackpropEngine:
 
     def _covered(self, data: Iterable[Tensor]) -> NativeNet:
         """Return the net for C with the rates of now. Raises CantRun."""
-        for wrong, reason in (
+        reasons = (
             (self.max_grad_norm is not None, "max_grad_norm clips the gradients"),
             (self.compute_dtype is not None, "compute_dtype is torch.bfloat16"),
             (self._graphed, "a step is one CUDA graph"),
             (not self._training.has_its_own_step(self.optimizer), "the optimizer's step is replaced"),
             (self._training.hooks.any(), "the optimizer or a parameter has a hook"),
             (any(type(tensor) is not Tensor for tensor in data), "the data is of a class of its own"),
-        ):
-            if wrong:
-                raise CantRun(reason)
-        if self._native is None:
-            self._native = NativeNet(self._program, self._cost, self.optimizer)
+        )
+        if found := [reason for wrong, reason in reasons if wrong]:
+            raise CantRun(found[0])
+        self._native = self._native or NativeNet(self._program, self._cost, self.optimizer)
         self._native.bind(self._gradient_of)
         return self._native
 
