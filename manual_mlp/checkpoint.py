@@ -116,6 +116,7 @@ NOT_NEGATIVE = _number("a number of at least 0", lambda value: value >= 0)
 SHARE = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 TENSOR = Kind("a tensor", lambda value: type(value) is Tensor)
 SCORE = Kind("one number", lambda value: (type(value) is Tensor and value.dim() == 0) or ANY_NUMBER.fits(value))
+SCORES = Kind("a number for each net", lambda value: SCORE.fits(value) or (type(value) is Tensor and value.dim() == 1))
 TEXT = Kind("a text", lambda value: type(value) is str and not re.search("[\ud800-\udfff]", value))
 NAME = Kind("a name", lambda value: type(value) is str and value.isprintable() and len(value) <= 1000)
 LABEL = Kind("a text of at most 1000 letters", lambda value: TEXT.fits(value) and len(value) <= 1000)
@@ -144,6 +145,7 @@ HYPER_PARAMETERS = {
     "initialisation": NAME,
     "backprop": NAME,
     "l1": NOT_NEGATIVE,
+    "members?": _whole(2, 256),
     str: PLAIN,
 }
 DATA = {
@@ -198,7 +200,7 @@ SCHEMA = {
     "DataModule?": DATA,
     "figures": {str: ANY_NUMBER},
     "optimizer": NAME,
-    "sums": {"loss": SCORE, "hits": SCORE, "rows": COUNT},
+    "sums": {"loss": SCORES, "hits": SCORES, "rows": COUNT},
     "callbacks?": {str: STATE},
     "optimizer_states?": [{"state": {int: STATE}, "param_groups": [{"params": [COUNT], str: ANYTHING}]}],
     "lr_schedulers?": [
@@ -375,7 +377,15 @@ def _shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         return {"net.affine.weight": (1, sizes[0]), "net.affine.bias": (1,)}
     pairs = list(enumerate(pairwise(sizes)))
     shapes: dict[str, tuple[int, ...]] = {f"net.{2 * index}.weight": (n_out, n_in) for index, (n_in, n_out) in pairs}
-    return shapes | ({f"net.{2 * index}.bias": (n_out,) for index, (_, n_out) in pairs} if values["bias"] else {})
+    shapes |= {f"net.{2 * index}.bias": (n_out,) for index, (_, n_out) in pairs} if values["bias"] else {}
+    return shapes if (members := values.get("members", 1)) == 1 else _of_members(shapes, members)
+
+
+def _of_members(shapes: dict[str, tuple[int, ...]], members: int) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of several nets, and of what each keeps of its best epoch."""
+    each = {f"net.{k}{name.removeprefix('net')}": shape for k in range(members) for name, shape in shapes.items()}
+    parameters = sum(map(math.prod, shapes.values()))
+    return each | {"net.kept": (members, parameters), "net.kept_cost": (members,), "net.kept_epoch": (members,)}
 
 
 def read_values(path: str | PathLike[str], map_location: Any = "cpu") -> Any:

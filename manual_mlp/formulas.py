@@ -325,6 +325,17 @@ def probability(prediction: Tensor, loss: str) -> Tensor:
     return where(Σ(p) == 0, 1 / prediction.shape[-1], p / Σ(p))
 
 
+def committee(predictions: Tensor, loss: str) -> Tensor:
+    """The prediction of K nets together, (K, N, n_L) → (N, n_L): its P(class | x) is the mean of theirs, p̄.
+
+    Cross-entropy: log p̄; bce: log p̄/(1 − p̄), whose σ is p̄; otherwise p̄ itself.
+    """
+    p = probability(predictions, loss).mean(0)
+    if loss == "cross_entropy":
+        return torch.log(p)
+    return torch.logit(p) if COSTS[loss].logits else p
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Penalty, dropout
 # ---------------------------------------------------------------------------------------------------------------------

@@ -441,9 +441,10 @@ class MLP(nn.Sequential):
         return super().__getitem__(index)
 
     @classmethod
-    def from_checkpoint(cls, path: str | PathLike[str], map_location: Any = "cpu") -> "MLP":
+    def from_checkpoint(cls, path: str | PathLike[str], map_location: Any = "cpu", member: int | None = None) -> "MLP":
         """Return the net of a checkpoint that train.py wrote, for any `backprop`, in evaluation mode.
 
+        member: which one, from 0, of a training of several; with its parameters of its best epoch.
         It takes features as it was trained on them: standardised ones, if data.standardise was on
         (`mm.Predictor` standardises them itself). Raises InputError as `read_checkpoint`.
 
@@ -454,7 +455,11 @@ class MLP(nn.Sequential):
         """
         content = read_checkpoint(path, map_location)
         values: dict[str, Any] = content["hyper_parameters"]
-        prefix = "net."
+        members = values.get("members", 1)
+        if member not in (range(members) if members > 1 else (None, 0)):
+            which = f"a member from 0 to {members - 1}" if members > 1 else "no member, or 0, because there is one net"
+            raise InputError(f"expected {which} in {path}; got member={member}: mm.Predictor takes all together")
+        prefix = f"net.{member}." if members > 1 else "net."
         parameters = {
             key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
         }
@@ -467,6 +472,8 @@ class MLP(nn.Sequential):
                 dtype=dtype,
             )
             mlp.load_state_dict(parameters)
+            if members > 1 and content["state_dict"]["net.kept_cost"][member].isfinite():
+                fill(mlp, content["state_dict"]["net.kept"][member])
         except (StopIteration, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else "it has no parameters"
             raise InputError(f"expected the parameters of an MLP in {path}, but {reason}; take another one") from error
@@ -488,6 +495,14 @@ class MLP(nn.Sequential):
             elif isinstance(layer, Dropout):  # under the key of its activation, so that later keys don't shift
                 layers[key] = nn.Sequential(layers[key], nn.Dropout(layer.p))
         return nn.Sequential(layers).train(self.training)
+
+
+@torch.no_grad()
+def fill(net: nn.Module, flat: Tensor) -> None:
+    """Copy numbers that torch.nn.utils.parameters_to_vector has laid out into the parameters of a net."""
+    parameters = list(net.parameters())
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.copy_(part.view_as(parameter))
 
 
 def _in_torch(layer: AffineActivation) -> tuple[nn.Linear, nn.Module]:

@@ -289,3 +289,22 @@ def test_refused_batches() -> None:
     models[1][0].register_forward_hook(lambda *_: None)
     with pytest.raises(mm.InputError, match="hooks"):
         ensemble.train_epoch(x, y, 4)
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["sgd"], OPTIMIZERS["adam"]], ids=["sgd", "adam"])
+def test_residual_nets(make: Make) -> None:
+    models = [
+        nn.Sequential(
+            nn.Linear(4, 4), mm.Sum(nn.Identity(), nn.Sequential(nn.Linear(4, 4), nn.Tanh())), nn.Linear(4, 3)
+        ).double()
+        for _ in range(K)
+    ]
+    twins = copy.deepcopy(models)
+    x, y = data()
+    ensemble = mm.EnsembleEngine(models, [make(m.parameters(), k) for k, m in enumerate(models)])
+    costs = ensemble.train_epoch(x, y, 4, generators())
+    engines = [mm.BackpropEngine(m, make(m.parameters(), k)) for k, m in enumerate(twins)]
+    expected = [engine.train_epoch(x, y, 4, g) for engine, g in zip(engines, generators(), strict=True)]
+    torch.testing.assert_close(costs, torch.stack(expected), rtol=1e-12, atol=1e-12)
+    for mine, other in zip(nn.ModuleList(models).parameters(), nn.ModuleList(twins).parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)

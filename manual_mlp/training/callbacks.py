@@ -123,7 +123,7 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
 
     Raises InputError as `program.read`.
     """
-    program, (features, target) = reading_of(module.net).program, module.as_net_takes(*batch)
+    program, (features, target) = reading_of(module.one_net).program, module.as_net_takes(*batch)
     one = one_pass(program, features, target, module.loss)
     layers = program.layers
     return {
@@ -154,8 +154,8 @@ class Traced(L.Callback):
             return
         first = [part[: trainer.datamodule.batch_size] for part in batch]  # type: ignore[attr-defined] # the engine takes many at once
         x, target = pl_module.as_net_takes(*first)
-        traced = trace(pl_module.net, x, target, pl_module.loss, trainer.optimizers[0].param_groups[0]["lr"])
-        stepped = copy.deepcopy(pl_module.net).requires_grad_(False)
+        traced = trace(pl_module.one_net, x, target, pl_module.loss, trainer.optimizers[0].param_groups[0]["lr"])
+        stepped = copy.deepcopy(pl_module.one_net).requires_grad_(False)
         new = [(traced.new_weight[layer], traced.new_bias[layer]) for layer in traced.weight]
         for parameter, value in zip(stepped.parameters(), filter(lambda v: v is not None, chain(*new)), strict=True):
             parameter.copy_(value)

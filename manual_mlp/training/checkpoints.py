@@ -104,6 +104,11 @@ class EpochCheckpoint(ModelCheckpoint):
                 super().on_train_epoch_end(trainer, pl_module)
                 super().on_train_batch_end(trainer, pl_module, None, None, 0)  # if the last step was one to save
 
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, torch.Tensor]:
+        """Return the figures; of several members, each of which keeps its own best epoch, the mean of these."""
+        kept = getattr(trainer.lightning_module, "kept_figures", dict)
+        return super()._monitor_candidates(trainer) | kept()
+
     def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
         return True
 
@@ -358,6 +363,7 @@ def check_same_training(content: dict[str, Any], path: str, module: MLPModule) -
 def check_same_net(content: dict[str, Any], path: str, module: MLPModule) -> None:
     """Raise InputError if a checkpoint has another net or cost than `module`."""
     then, now = content["hyper_parameters"], dict(module.hparams)
+    check_same("members", then.get("members", 1), module.members, path)
     for name in now:
         if name not in FREE:
             check_same(name, then.get(name), now[name], path)

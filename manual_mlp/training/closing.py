@@ -64,7 +64,7 @@ def _score(run: Run) -> str:
 
 def _line(run: Run) -> str:
     """Compare the line of a linear neuron with that of least squares, both in the units of the data."""
-    data, (w, b) = run.data, (p.item() for p in run.module.net.parameters())
+    data, (w, b) = run.data, (p.item() for p in run.module.one_net.parameters())
     (mean,), (scale,) = data.feature_mean or [0.0], data.feature_scale or [1.0]
     (target_mean,), (target_scale,) = data.target_mean, data.target_scale
     rows = data.splits["train"]

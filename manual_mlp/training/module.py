@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanSquaredError, Metric, MetricCollection, R2Score
+from torchmetrics.classification import MulticlassAccuracy
 
 from manual_mlp import formulas as sheet
 from manual_mlp.checkpoint import FORMAT, HYPER_PARAMETERS, read_checkpoint
@@ -30,6 +31,7 @@ class MLPModule(L.LightningModule):
     output_activation: a name, or "auto": sigmoid for classification under the quadratic cost, identity otherwise.
         "threshold" makes a perceptron of two classes, without hidden layers, that learns by Rosenblatt's rule.
     target_mean, target_scale: lead from standardised regression targets back to their units.
+    members: nets that are trained at once under backprop=engine, each from a seed of its own.
     l1: λ of a penalty λ Σ |W| over all weights, whose gradient joins the cost's; the logged loss is without it.
     optimizer: a functools.partial that makes the optimizer from the parameters; only training needs it.
     scheduler: what Lightning calls an lr_scheduler_config, its "scheduler" a partial that takes the optimizer.
@@ -37,7 +39,9 @@ class MLPModule(L.LightningModule):
         in regression the prediction and the target in its units.
 
     Logs train_loss, val_loss, test_loss; in classification train_accuracy, val_accuracy, test_accuracy; in regression,
-    in the units of the target, val_rmse, test_rmse, and val_r2, test_r2.
+    in the units of the target, val_rmse, test_rmse, and val_r2, test_r2. With several members loss and accuracy are
+    their means, beside spread_loss and spread_accuracy, the standard deviations; all further figures, with
+    committee_accuracy, are those of their mean answer.
     """
 
     classes: Tensor
@@ -61,6 +65,7 @@ class MLPModule(L.LightningModule):
         dropout: float = 0.0,
         l1: float = 0.0,
         backprop: str = "layers",
+        members: int = 1,
         optimizer: partial[Optimizer] | None = None,
         scheduler: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Metric] | None = None,
@@ -70,7 +75,8 @@ class MLPModule(L.LightningModule):
             raise InputError(f"expected positive whole numbers in model.hidden, but got {list(hidden)}; correct it")
         if l1 < 0:
             raise InputError(f"expected model.l1 of at least 0, but got {l1}; correct it")
-        self.save_hyperparameters(ignore=["optimizer", "scheduler", "metrics"])
+        self.members = members  # kept among the hyper-parameters only if there are several, as in older checkpoints
+        self.save_hyperparameters(ignore=["optimizer", "scheduler", "metrics", *["members"] * (members == 1)])
         self.optimizer: Any = optimizer
         self.scheduler, self.class_names, self.loss, self.l1 = scheduler, class_names, loss, l1
         self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))
@@ -83,7 +89,9 @@ class MLPModule(L.LightningModule):
         self.figures_before: dict[str, float] = {}  # of the run that this one goes on from
         self.sums: dict[str, dict[str, Any]] = {stage: _nothing() for stage in STAGES}
         # Figures that are no mean over the rows. As modules, the metrics follow this one to its device.
-        own = {} if class_names else {"rmse": MeanSquaredError(squared=False), "r2": R2Score()}
+        own: dict[str, Metric] = {} if class_names else {"rmse": MeanSquaredError(squared=False), "r2": R2Score()}
+        if class_names and members > 1:
+            own = {"committee_accuracy": MulticlassAccuracy(len(class_names), average="micro")}
         names: dict[str, Any] = {**own, **(metrics or {})}
         self.measured = list(names)
         self.scores = nn.ModuleDict({stage: MetricCollection(names).clone() for stage in STAGES[1:] if names})
@@ -102,7 +110,7 @@ class MLPModule(L.LightningModule):
         loss, prediction = self.backprop.train(self.net, features, wanted, *weight)
         self._add("train", loss, prediction, target)
         self._check_loss(loss, features, batch_idx)
-        return loss
+        return loss if loss.dim() == 0 else loss.mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -129,7 +137,27 @@ class MLPModule(L.LightningModule):
         self._log_figures("train")
 
     def on_validation_epoch_end(self) -> None:
+        sums = self.sums["val"]
+        if self.members > 1 and self.trainer.state.fn == "fit":
+            self.net.keep(sums["loss"] / sums["rows"], self.current_epoch)
         self._log_figures("val")
+
+    def on_test_start(self) -> None:
+        self.take_kept()
+
+    def take_kept(self) -> None:
+        """Give each of several members the parameters of its best epoch."""
+        if self.members > 1:
+            self.net.take_kept()
+
+    def kept_figures(self) -> dict[str, Tensor]:
+        """Return what a checkpoint that keeps the best of each member is judged by; nothing for one net."""
+        return {"val_loss": self.net.kept_cost.mean()} if self.members > 1 else {}
+
+    @property
+    def one_net(self) -> Any:
+        """Return the net, of several the first."""
+        return self.net[0] if self.members > 1 else self.net
 
     def on_test_epoch_end(self) -> None:
         self._log_figures("test")
@@ -150,7 +178,8 @@ class MLPModule(L.LightningModule):
         """
         arguments.pop("weights_only", None)  # always
         content = read_checkpoint(checkpoint_path, map_location)
-        own = {name: value for name, value in content["hyper_parameters"].items() if name in HYPER_PARAMETERS}
+        known = {str(name).removesuffix("?") for name in HYPER_PARAMETERS}
+        own = {name: value for name, value in content["hyper_parameters"].items() if name in known}
         module = cls(**{**own, **arguments})
         module.on_load_checkpoint(content)
         net = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("net.")}
@@ -216,6 +245,7 @@ class MLPModule(L.LightningModule):
     def figure_names(self) -> list[str]:
         """Return the names of what is logged."""
         trained = ["loss", "accuracy"] if self.class_names else ["loss"]
+        trained += [f"spread_{kind}" for kind in trained if self.members > 1]
         return [f"{stage}_{kind}" for stage in STAGES for kind in trained + self.measured * (stage != "train")]
 
     def as_net_takes(self, features: Tensor, target: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,16 +268,18 @@ class MLPModule(L.LightningModule):
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         features, target = batch
-        prediction = self.net(features)
-        self._add(stage, self.backprop.cost(prediction, self.as_cost_takes(target)), prediction, target)
+        cost, prediction = self.backprop.evaluate(self.net, features, self.as_cost_takes(target))
+        self._add(stage, cost, prediction, target)
 
     def _add(self, stage: str, loss: Tensor, prediction: Tensor, target: Tensor) -> None:
         """Add a batch to the sums of an epoch. They are tensors: no step waits for a number, no step logs."""
         sums, prediction = self.sums[stage], prediction.detach()
-        sums["loss"] = sums["loss"] + loss.detach().float() * len(prediction)
-        sums["rows"] += len(prediction)
+        sums["loss"] = sums["loss"] + loss.detach().float() * len(target)
+        sums["rows"] += len(target)
         if self.class_names:
-            sums["hits"] = sums["hits"] + (prediction.argmax(1) == target).sum()
+            sums["hits"] = sums["hits"] + (prediction.argmax(-1) == target).sum(-1)
+        if stage in self.scores and self.members > 1:
+            prediction = self.net.together(prediction)
         if stage in self.scores and self.class_names:
             self.scores[stage].update(sheet.probability(prediction.float(), self.loss), target)
         elif stage in self.scores:
@@ -255,7 +287,7 @@ class MLPModule(L.LightningModule):
 
     def _check_loss(self, loss: Tensor, features: Tensor, step: int) -> None:
         """Raise InputError if the loss is NaN or has exploded: say where, and what to try that is not done already."""
-        looked_back = 1 if loss.is_cpu else LOOK_EVERY
+        looked_back, loss = 1 if loss.is_cpu else LOOK_EVERY, loss if loss.dim() == 0 else loss.max()
         if (step % looked_back and not self.trainer.is_last_batch) or loss.item() <= EXPLODED:
             return
         advice = [self.lower_lr()]
@@ -270,9 +302,12 @@ class MLPModule(L.LightningModule):
     def _log_figures(self, stage: str) -> None:
         sums, self.sums[stage] = self.sums[stage], _nothing()
         like = torch.as_tensor(sums["loss"])
-        totals = torch.stack([torch.as_tensor(value).to(like) for value in sums.values()])
+        totals = torch.stack([torch.as_tensor(value).to(like).expand_as(like) for value in sums.values()])
         loss, hits, rows = self.trainer.strategy.reduce(totals, reduce_op="sum")  # over all processes
         figures = {"loss": loss / rows} | ({"accuracy": hits / rows} if isinstance(sums["hits"], Tensor) else {})
+        if self.members > 1:
+            spreads = {f"spread_{kind}": value.std() for kind, value in figures.items()}
+            figures = {kind: value.mean() for kind, value in figures.items()} | spreads
         if stage in self.scores:
             figures |= self.scores[stage].compute()
             self.scores[stage].reset()

@@ -74,7 +74,8 @@ def leave_report(
     optimizer, dropout = module.optimizer, module.hparams["dropout"]
     plain = optimizer and optimizer.func is SGD and not any({**optimizer.keywords, "lr": 0}.values())
     step = "" if plain else f"by {facts['optimizer']}"
-    remark = f"Dropout, in training after each hidden layer with p = {dropout}, is left out." if dropout else ""
+    remark = f"The formulas are those of member 0 of {module.members}. " if module.members > 1 else ""
+    remark += f"Dropout, in training after each hidden layer with p = {dropout}, is left out." if dropout else ""
     config = OmegaConf.to_yaml(cfg, resolve=True)
     page = report.page(title, facts, figures, pictures, trace, step, remark, origin, config)
     (Path(cfg.run_dir) / "report.html").write_text(page, encoding="utf-8")
@@ -98,7 +99,7 @@ def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:
     """Trace the first rows of the training part; return None if the net is of another kind, or has hooks."""
     train = data.splits["train"]
     try:
-        return mm.trace(module.net, *module.as_net_takes(train.features[:rows], train.target[:rows]), module.loss)
+        return mm.trace(module.one_net, *module.as_net_takes(train.features[:rows], train.target[:rows]), module.loss)
     except InputError:
         return None
 

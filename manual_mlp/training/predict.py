@@ -15,6 +15,7 @@ from manual_mlp.checkpoint import read_checkpoint, write_whole
 from manual_mlp.errors import InputError, shown
 from manual_mlp.formulas import probability
 from manual_mlp.modules import MLP
+from manual_mlp.training.members import Members
 from manual_mlp.training.readers import MAX_BYTES, NUMBER, listed, read_features
 
 ROWS = 10_000  # rows at a time
@@ -26,6 +27,7 @@ class Predictor(nn.Module):
     features (N, n_1) → (N, n_L). It standardises as training did, so it can be exported as one whole, to ONNX or by
     torch.export. `formulas.probability` defines P for each cost.
     class_names: of the columns of P, empty in a regression. feature_names: of the n_1 columns, if they had any.
+    Several members of one training answer together, by their mean; `spread` says how far they differ.
 
     >>> import torch, manual_mlp as mm
     >>> predictor = mm.Predictor.from_checkpoint("best.ckpt")  # of a run with data=iris
@@ -39,7 +41,7 @@ class Predictor(nn.Module):
     target_mean: Tensor
     target_scale: Tensor
 
-    def __init__(self, net: MLP, content: dict[str, Any]) -> None:
+    def __init__(self, net: MLP | Members, content: dict[str, Any]) -> None:
         super().__init__()
         values, data = content["hyper_parameters"], content["DataModule"]
         self.net, self.loss = net, values["loss"]
@@ -70,7 +72,16 @@ class Predictor(nn.Module):
                 f"expected a net whose answers are probabilities or numbers, but {path} holds a perceptron, which says "
                 "0 or 1; take a run of model=mlp"
             )
-        return cls(MLP.from_checkpoint(path), content).eval()
+        values = content["hyper_parameters"]
+        if (members := values.get("members", 1)) == 1:
+            return cls(MLP.from_checkpoint(path), content).eval()
+        nets = [MLP.from_checkpoint(path, member=k) for k in range(members)]
+        return cls(Members(nets, values["loss"], bool(values["class_names"])), content).eval()
+
+    @property
+    def _first(self) -> Any:
+        """Return the net, of several the first."""
+        return self.net[0] if isinstance(self.net, Members) else self.net
 
     def forward(self, features: Tensor) -> Tensor:
         return self.interpreted(self.prediction(features))
@@ -85,6 +96,19 @@ class Predictor(nn.Module):
         """
         return self.net(self.standardised(features))
 
+    def spread(self, features: Tensor) -> Tensor:
+        """Return the standard deviation of the members' answers (N, n_L), each in its unit; of a single net 0.
+
+        >>> import torch, manual_mlp as mm
+        >>> predictor = mm.Predictor.from_checkpoint("best.ckpt")  # of a run with data=iris
+        >>> predictor.spread(torch.tensor([[5.1, 3.5, 1.4, 0.2]], dtype=torch.float64)).tolist()
+        [[0.0, 0.0, 0.0]]
+        """
+        scaled = self.standardised(features)
+        if not isinstance(self.net, Members):
+            return torch.zeros_like(self.interpreted(self.net(scaled)))
+        return self.interpreted(self.net.each(scaled)).std(0)
+
     def standardised(self, features: Tensor) -> Tensor:
         """Return features (N, n_1) as the net takes them: standardised, as in training.
 
@@ -93,7 +117,7 @@ class Predictor(nn.Module):
         >>> predictor.standardised(predictor.mean[None]).tolist()  # the mean of the training part is 0
         [[0.0, 0.0, 0.0, 0.0]]
         """
-        weight: Any = self.net[0].weight
+        weight: Any = self._first[0].weight
         return ((features - self.mean) / self.scale).to(weight.dtype)
 
     def interpreted(self, prediction: Tensor) -> Tensor:
@@ -114,7 +138,8 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
     """Write the predictions of a checkpoint for the rows of `source` (CSV, NPZ, Parquet) to `destination` (CSV, NPZ).
 
     CSV: a column `class` and one P(…) for each class; in a regression `prediction`. NPZ: arrays `class`,
-    `probability` (N, classes) and `class_names`; in a regression `prediction` (N, m).
+    `probability` (N, classes) and `class_names`; in a regression `prediction` (N, m). From several members there is
+    the standard deviation of each P or prediction, too: columns sd(…), or the array `sd`.
     Returns notes for the user, in sentences. Raises InputError for files that can't be read or written, columns that
     don't fit, and rows without a finite prediction.
     """
@@ -123,15 +148,18 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
         raise InputError(f"expected output to end in {' or '.join(SUFFIXES)}, but got {destination}; rename it")
     predictor = Predictor.from_checkpoint(checkpoint)
     features, left_out = read_features(Path(source), predictor.feature_names, max_bytes)
-    if features.shape[1] != predictor.net.sizes[0]:
+    if features.shape[1] != predictor._first.sizes[0]:
         raise InputError(
-            f"expected {predictor.net.sizes[0]} numbers in each row, as the net was trained on, but {source} has "
+            f"expected {predictor._first.sizes[0]} numbers in each row, as the net was trained on, but {source} has "
             f"{features.shape[1]}; check that it is the right file"
         )
     with torch.inference_mode():
         scaled = predictor.standardised(torch.from_numpy(features))
         prediction = torch.cat([predictor.net(rows) for rows in scaled.split(ROWS)])
         values, names = predictor.interpreted(prediction), predictor.class_names
+        spread = None
+        if isinstance(predictor.net, Members):
+            spread = torch.cat([predictor.spread(rows) for rows in torch.from_numpy(features).split(ROWS)]).numpy()
     finite = scaled.isfinite().all(1) & prediction.isfinite().all(1) & values.isfinite().all(1)
     if not finite.all():
         rows = listed((~finite).nonzero()[:, 0].tolist()).replace("'", "")
@@ -141,7 +169,7 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
         )
     chosen = prediction.argmax(1).tolist() if names else []
     try:
-        write_whole(destination, SUFFIXES[suffix](values.numpy(), names, chosen))
+        write_whole(destination, SUFFIXES[suffix](values.numpy(), names, chosen, spread))
     except OSError as error:
         raise InputError(
             f"expected an output that can be written, but {destination} cannot ({error.strerror}); choose another"
@@ -161,19 +189,23 @@ def _is_odd(name: str) -> bool:
     return shown(name) != name or (name[:1] in ("=", "+", "-", "@") and not NUMBER(name))
 
 
-def _npz(values: np.ndarray, names: list[str], chosen: list[int]) -> memoryview:
+def _npz(values: np.ndarray, names: list[str], chosen: list[int], spread: np.ndarray | None) -> memoryview:
     arrays = {"prediction": values}
     if names:
         arrays = {"class": np.array(names)[chosen], "probability": values, "class_names": np.array(names)}
+    arrays |= {} if spread is None else {"sd": spread}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
     return file.getbuffer()
 
 
-def _csv(values: np.ndarray, names: list[str], chosen: list[int]) -> memoryview:
+def _csv(values: np.ndarray, names: list[str], chosen: list[int], spread: np.ndarray | None) -> memoryview:
     header = ["class", *(f"P({name})" for name in names)]
     if not names:
         header = ["prediction"] if values.shape[1] == 1 else [f"prediction[{i}]" for i in range(values.shape[1])]
+    if spread is not None:
+        header += [f"sd({name.removeprefix('P(').removesuffix(')')})" for name in header[bool(names) :]]
+        values = np.concatenate([values, spread], 1)
     file = io.BytesIO()
     text = io.TextIOWrapper(file, "utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")

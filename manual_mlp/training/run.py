@@ -194,11 +194,15 @@ def _trained(
     with restoring(best):
         trainer.test(module, data, ckpt_path=best, verbose=False)
     figures |= _numbers(trainer)
+    if module.members > 1:  # the figures of the kept epochs, of which each member has its own
+        trainer.validate(module, data, verbose=False)
+        figures |= _numbers(trainer)
     if trainer.is_global_zero:
         left = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
         (folder / FIGURES).write_text(json.dumps(left, indent=2))
         if best:  # after a test in other processes (ddp_spawn) the module here has another epoch's parameters
             module.load_state_dict(read_checkpoint(best, module.device)["state_dict"])
+            module.take_kept()
         facts = run_facts(module, data, trainer, epoch, seconds)
         print(summary(module, data, facts, figures, cfg.optimized_metric))
         traced = next((callback for callback in trainer.callbacks if isinstance(callback, Traced)), None)  # type: ignore[attr-defined]

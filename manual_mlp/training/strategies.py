@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manual_mlp import functional
 from manual_mlp.engine import BackpropEngine
+from manual_mlp.ensemble import EnsembleEngine
 from manual_mlp.errors import InputError
 from manual_mlp.modules import MLP
 from manual_mlp.network import cost_and_prediction
@@ -22,6 +24,7 @@ from manual_mlp.perceptron import Perceptron
 from manual_mlp.program import Program, read
 from manual_mlp.tracing import up
 from manual_mlp.training.data import DataModule
+from manual_mlp.training.members import Members, check_members
 
 MOST_BATCHES = 128  # in a training step of the engine: enough to share Lightning's cost for a step;
 MOST_NUMBERS = 1 << 20  # the 4 MB of their inputs stay in the cache,
@@ -130,6 +133,11 @@ class ByLayers:
         weights = (each.to(prediction).unsqueeze(-1).expand_as(prediction) for each in weight)
         return self.cost(prediction, target, *weights), prediction
 
+    def evaluate(self, net: nn.Module, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return C and a^L of a batch in validation and test, whatever `train` does."""
+        prediction = net(features)
+        return self.cost(prediction, target), prediction
+
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
         loss.backward(*arguments, **options)
 
@@ -162,7 +170,8 @@ class ByEngine(ByLayers):
     """
 
     weighted = ()
-    engine: BackpropEngine | None = None
+    nets: tuple[int, ...] = ()
+    engine: Any = None
     several = size = 1  # mini-batches in a training step, rows in a mini-batch
 
     def check(self, trainer: L.Trainer) -> None:
@@ -208,15 +217,21 @@ class ByEngine(ByLayers):
         data = self.trainer.datamodule
         self.size = size = data.batch_size if isinstance(data, DataModule) else len(features)
         configs = [c for c in self.trainer.lr_scheduler_configs if c.interval == "step" and not c.reduce_on_plateau]
-        prediction = features.new_empty(len(features), self.sizes[-1])
-        parts = [part.split(size if configs else len(features)) for part in (features, target, prediction)]
-        total = torch.zeros((), device=features.device)
+        prediction = features.new_empty(*self.nets, len(features), self.sizes[-1])
+        rows = size if configs else len(features)
+        parts = [features.split(rows), target.split(rows), prediction.split(rows, -2)]
+        total = torch.zeros(self.nets, device=features.device)
         with torch.autocast(features.device.type, enabled=False):
             for index, (x, y, a) in enumerate(zip(*parts, strict=True)):
                 for config in configs if index else ():  # Lightning advances them after the last mini-batch only
                     self.trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
-                total = total + self.engine.train_batches(x, y, size, a) * len(x)
+                total = total + self._take(x, y, a) * len(x)
         return total / len(features), prediction
+
+    def _take(self, features: Tensor, target: Tensor, prediction: Tensor) -> Tensor:
+        """Take a step for each mini-batch of these rows, and fill prediction → mean C."""
+        assert self.engine is not None
+        return self.engine.train_batches(features, target, self.size, prediction)
 
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
         """Do nothing: `train` has taken the step."""
@@ -224,6 +239,64 @@ class ByEngine(ByLayers):
     def place(self, net: nn.Module, features: Tensor, step: int, looked_back: int) -> str:
         last = step * self.several - (-len(features) // self.size) - 1
         return _within(max(0, step + 1 - looked_back) * self.several, last)
+
+
+class ByEnsemble(ByEngine):
+    """`EnsembleEngine`: K nets from seeds of their own, which follow the run's; each draws orders of its own.
+
+    The trainer has one optimizer over all parameters, which checkpoints and schedules know. Each net gets one of the
+    same class that shares its state and its settings.
+    """
+
+    def __init__(self, options: MutableMapping[str, Any]) -> None:
+        super().__init__(options)
+        self.nets = (options["members"],)
+        self.optimizer: Any = None
+
+    def make_net(self) -> Any:
+        nets, seed = [super().make_net()], torch.initial_seed()
+        for member in range(1, *self.nets):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + member)
+                nets.append(super().make_net())
+        return Members(nets, self.loss, bool(self.options["class_names"]))
+
+    def check(self, trainer: L.Trainer) -> None:
+        super().check(trainer)
+        finder = any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        for wanted, given, fix in (
+            ("no callbacks=lr_finder", finder, "search with members=1"),
+            ("trainer.gradient_clip_val=null", trainer.gradient_clip_val, "leave it out"),
+            ("trainer.precision=32-true or 64-true", trainer.precision not in ("32-true", "64-true"), "choose one"),
+        ):
+            if given:
+                raise InputError(f"expected {wanted} for members={self.nets[0]}, which share each product; {fix}")
+
+    def begin(self, net: Any, optimizer: Optimizer) -> None:
+        ByLayers.begin(self, net, optimizer)
+        self.optimizer = optimizer
+        (whole,) = optimizer.param_groups
+        kind: Any = type(optimizer)
+        own = [kind([{**whole, "params": list(member.parameters())}]) for member in net]
+        try:
+            self.engine = EnsembleEngine(list(net), own, self.loss)
+        except InputError as error:
+            raise InputError(f"{error}; or take members=1") from None
+
+    def end(self) -> None:
+        super().end()
+        self.optimizer = None
+
+    def evaluate(self, net: Any, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        predictions = net.each(features)
+        return torch.stack([self.cost(prediction, target) for prediction in predictions]), predictions
+
+    def _take(self, features: Tensor, target: Tensor, prediction: Tensor) -> Tensor:
+        (whole,) = self.optimizer.param_groups
+        for own in self.engine.optimizers:  # a checkpoint or a schedule may have changed them
+            own.state = self.optimizer.state
+            own.param_groups[0].update({name: value for name, value in whole.items() if name != "params"})
+        return self.engine.train_epoch(features, target, self.size, prediction=prediction)
 
 
 def _check_alone(trainer: L.Trainer, learner: str, otherwise: str = "") -> None:
@@ -322,6 +395,13 @@ BACKPROP = {"layers": ByLayers, "network": ByNetwork, "engine": ByEngine, "autog
 
 def strategy(options: MutableMapping[str, Any]) -> ByLayers:
     """Return the strategy that a module's hyper-parameters name, for its net, cost and way to train."""
-    if options["output_activation"] == "threshold":
+    check_members(members := options.get("members", 1))
+    threshold = options["output_activation"] == "threshold"
+    if members > 1 and (threshold or options["backprop"] != "engine"):
+        given = "a perceptron" if threshold else f"backprop={options['backprop']}"
+        raise InputError(f"expected backprop=engine and model=mlp for members={members}, but got {given}; change it")
+    if threshold:
         return ByRosenblatt(options)
+    if members > 1:
+        return ByEnsemble(options)
     return choose(options["backprop"], BACKPROP, "backprop")(options)

@@ -45,6 +45,7 @@ def run_facts(
         "left out": f"{listed(data.left_out)}: an index, or without a name" if data.left_out else "",
         "classes": _imbalance(data, module) if data.class_names else "",
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
+        "members": f"{module.members}, best epochs {module.net.best_epochs()}" if module.members > 1 else "",
         "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
         "cost": "share of mistakes" if threshold else module.loss,
         "optimizer": f"none, LR {lr}" if threshold else module.optimizer_in_words() if module.optimizer else "",
