@@ -99,7 +99,8 @@ def _differentiated(args: tuple[Any, ...]) -> bool:
     If none does, a plain call is what dynamo can trace with *values, and what an exported program should consist of.
     Inside a transform dynamo calls no custom backward, and asks a Function for wrong gradients (pytorch#193279).
     """
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    exporting: bool = torch.compiler._is_exporting_flag  # dynamo of torch 2.11 reads is_exporting() as True always
+    if exporting or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return False
     return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 

@@ -202,7 +202,7 @@ def test_checkpoint_of_a_net_keeps_only_its_input() -> None:
     model = mm.MLP([40, 30, 20, 10], "gelu")
     x = rows()
     storages = kept(lambda x: checkpoint(model, x, use_reentrant=False), x)
-    assert storages.keys() <= addresses(x, *model.parameters())
+    assert storages.keys() - {0} <= addresses(x, *model.parameters())  # torch 2.11 keeps places without memory, too
 
 
 def test_retained_graph_and_second_derivative(case: Case) -> None:

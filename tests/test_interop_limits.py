@@ -281,6 +281,7 @@ def test_functionalize_takes_no_custom_function(how: str) -> None:
 # Nested tensors
 # ---------------------------------------------------------------------------------------------------------------------
 
+EARLY = torch.__version__ < "2.13"  # a TorchVersion, which compares numbers
 RAGGED: dict[str, Callable[[], Tensor]] = {
     "jagged": lambda: torch.nested.nested_tensor(parts(2, 3), layout=torch.jagged),
     "jagged, of one row": lambda: torch.nested.nested_tensor(parts(1), layout=torch.jagged),
@@ -332,6 +333,8 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("ragged", RAGGED)
 def test_jagged_tensors(name: str, ragged: str) -> None:
     """The values and gradients of torch's layer on the rows, side by side."""
+    if EARLY and name == "leaky_relu":
+        pytest.skip("torch 2.11 has no leaky_relu of a jagged tensor")
     ours, theirs = pair(name)
     results = []
     for model, nested in ((ours, True), (theirs, False)):
@@ -564,6 +567,8 @@ def full(tensor: Any) -> Tensor:
 @pytest.mark.parametrize("name", PLACED)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dtensor(name: str, shape: str) -> None:
+    if EARLY and name == "softplus":
+        pytest.skip("torch 2.11 has no threshold of a DTensor")
     by_dtensor(name, shape)
 
 
@@ -643,7 +648,7 @@ def test_whole_nets_of_dtensors(way: str) -> None:
 def two_processes(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for name in PLACED:
+    for name in PLACED if not EARLY else set(PLACED) - {"softplus"}:
         for shape in SHAPES:
             by_dtensor(name, shape)
     for fuse in (True, False):
