@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from manual_mlp.grid_modules import *  # noqa: F403
     from manual_mlp.modules import *  # noqa: F403
     from manual_mlp.perceptron import Perceptron as Perceptron
+    from manual_mlp.pretraining import pretrain as pretrain
+    from manual_mlp.second_order import curvature as curvature
     from manual_mlp.tracing import Trace as Trace
     from manual_mlp.tracing import trace as trace
     from manual_mlp.training.predict import Predictor as Predictor
@@ -33,7 +35,7 @@ _HOME = {
     **dict.fromkeys(("convert", "left_alone", "revert"), "conversion"),
     **dict.fromkeys(("Trace", "trace"), "tracing"),
     **{"BackpropEngine": "engine", "EnsembleEngine": "ensemble", "InputError": "errors", "Perceptron": "perceptron"},
-    "Predictor": "training.predict",
+    **{"Predictor": "training.predict", "curvature": "second_order", "pretrain": "pretraining"},
 }
 _SUBMODULES = ("functional", "network", "plots", "testing")
 

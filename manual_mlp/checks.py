@@ -42,6 +42,11 @@ def meant(name: Any, known: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else ""
 
 
+def positive(name: str, value: Any) -> None:
+    if not (isinstance(value, int | float) and value > 0):
+        raise InputError(f"expected a {name} above 0; got {value!r}")
+
+
 def fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise InputError(f"expected a {name} between 0 and 1; got {value}")
@@ -69,6 +74,15 @@ def tensors(**named: object) -> None:
             raise InputError(
                 f"expected a torch.Tensor as {name}; got {type(value).__name__}: call torch.as_tensor() on it"
             )
+
+
+def like(name: str, tensor: Tensor, of: Tensor) -> None:
+    """Refuse another shape, dtype or device than those of `of`."""
+    if (tensor.shape, tensor.dtype, tensor.device) != (of.shape, of.dtype, of.device):
+        raise InputError(
+            f"expected {name} of shape {tuple(of.shape)} and {of.dtype} on {of.device}; "
+            f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+        )
 
 
 def real(name: str, tensor: Tensor, whole: bool = False) -> None:

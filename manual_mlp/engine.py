@@ -54,12 +54,14 @@ class BoundPlan(Plan):
         self.bound_for: object = None
         graphed, dtype = engine._graphed, engine.compute_dtype
         with torch.inference_mode():
-            super().__init__(engine._program, engine._cost, input, dtype, nets)
+            self.delta_weight = kernels.weights(engine._cost, len(input), engine._outputs)[1]
+            longest = engine.max_sample_norm  # the sample's own gradient is N times its part in the batch's
+            longest = None if longest is None else longest / (len(input) * self.delta_weight)
+            super().__init__(engine._program, engine._cost, input, dtype, nets, longest)
             self.input = self.like.new_empty(*nets, *input.shape) if graphed or dtype is not None else None
             self.target = target.new_empty(*nets, *target.shape) if graphed else None
             self.rates = [(self.cost.new_empty(of), self.cost.new_empty(of)) for of in engine._shapes_of_rates]
         _, self.total_weight, _ = weigh(engine._cost, self.n, self.widths[-1], input.dtype)
-        self.delta_weight = kernels.weights(engine._cost, self.n, self.widths[-1])[1]
 
     @property
     def rates_lie_in_tensors(self) -> bool:
@@ -169,6 +171,8 @@ class BackpropEngine:
     compute_dtype   torch.bfloat16: products and activations in it; parameters, cost and update in float32
     native          train_epoch and train_batches in C, compiled once: "auto" where that is faster and possible, True or
                     False. `road` says what ran last. The bits of the roads differ, by 1e-12 in float64
+    max_sample_norm   clips the gradient of each sample's own cost, over all trained parameters, before their mean is
+                      taken; max_grad_norm clips that mean, and weight decay and momentum come after both
 
     A plain SGD's step leaves .grad alone; otherwise .grad is filled, in tensors that the next step overwrites. Hooks on
     parameters and on the optimizer are called, as are a scheduler's. If threads share an engine, they take turns.
@@ -193,9 +197,11 @@ class BackpropEngine:
         max_grad_norm: float | None = None,
         compute_dtype: torch.dtype | None = None,
         native: bool | str = "auto",
+        max_sample_norm: float | None = None,
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.max_grad_norm, self.compute_dtype, self.native = max_grad_norm, compute_dtype, native
+        self.max_grad_norm, self.max_sample_norm = max_grad_norm, max_sample_norm
+        self.compute_dtype, self.native = compute_dtype, native
         self._road, self._said = "torch", ""
         self._graphed, self._turn = False, threading.RLock()
         self._prepare()
@@ -376,6 +382,7 @@ class BackpropEngine:
         """Return the net for C with the rates of now. Raises CantRun."""
         reasons = (
             (self.max_grad_norm is not None, "max_grad_norm clips the gradients"),
+            (self.max_sample_norm is not None, "max_sample_norm clips each sample's gradient"),
             (self.compute_dtype is not None, "compute_dtype is torch.bfloat16"),
             (self._graphed, "a step is one CUDA graph"),
             (not self._training.has_its_own_step(self.optimizer), "the optimizer's step is replaced"),
@@ -416,8 +423,9 @@ class BackpropEngine:
             raise InputError("expected an optimizer without differentiable=True, because the engine keeps no graph")
         if self.native not in ("auto", True, False):
             raise InputError(f'expected native to be "auto", True or False; got {self.native!r}')
-        if clip is not None and not (isinstance(clip, int | float) and clip > 0):
-            raise InputError(f"expected a max_grad_norm above 0, or None; got {clip!r}")
+        for name in ("max_grad_norm", "max_sample_norm"):
+            if (value := getattr(self, name)) is not None:
+                checks.positive(name, value)
         self._reading = reading_of(self.model)
         self._program = program = self._reading.program
         self._cost = cost_of(self.loss, program)

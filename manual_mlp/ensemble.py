@@ -199,7 +199,7 @@ class EnsembleEngine:
     def _prepare(self) -> None:
         first = self._engines[0]
         self._k, self._outputs, self._graphed = len(self._engines), first._outputs, first._graphed
-        self.compute_dtype = None
+        self.compute_dtype = self.max_sample_norm = None
         self._program, self._cost, self._flat = first._program, first._cost, first._flat
         self._plans: dict[object, BoundPlan] = {}
         self._detached: list[Any] = [None if p is None else p.new_empty(self._k, *p.shape) for p in first._detached]

@@ -79,25 +79,27 @@ def add(*terms: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Activations: a = G(z), and δ = g ⊙ G′ written in a or in z, whichever is saved
+# Activations: a = G(z), and δ = g ⊙ G′ and G″ written in a or in z, whichever is saved
 # ---------------------------------------------------------------------------------------------------------------------
 
 Formula = Callable[..., Tensor]
+Curved = Callable[..., Tensor | int]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One activation: two formulas, and the class of torch that computes the same.
+    """One activation: two or three formulas, and the class of torch that computes the same.
 
     name        what `activation=` takes
     G           z, *values ↦ a, componentwise
     delta       g, saved, *values ↦ δ = g ⊙ G′; so G′ itself is delta(1, saved)
-    saves       "a" or "z": the letter in which delta is written
+    saves       "a" or "z": the letter in which delta and curvature are written
     module      torch's class, of which `mm.Name` is a subclass
     parameters  names (torch's) and values of what follows z
     options     what else torch's class needs to compute this row
     tail        z in this interval: G′ is exact to a relative 1e-12; beyond it, to an absolute 4 eps
-    when_z      values ↦ whether a does not determine G′, and the delta for that case, written in z
+    when_z      values ↦ whether a does not determine G′, and delta and curvature for that case, written in z
+    curvature   saved, *values ↦ G″; 0 for a row of straight pieces. Only second derivatives need it: it may be None
     """
 
     name: str
@@ -108,7 +110,8 @@ class Row:
     parameters: tuple[tuple[str, float], ...] = ()
     options: tuple[tuple[str, str], ...] = ()
     tail: tuple[float, float] = (-40.0, 40.0)
-    when_z: tuple[Callable[..., bool], Formula] | None = None
+    when_z: tuple[Callable[..., bool], Formula] | tuple[Callable[..., bool], Formula, Curved] | None = None
+    curvature: Curved | None = None
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -124,7 +127,8 @@ class Row:
         """The row, and the row written in z if some values need that."""
         if self.when_z is None:
             return (self,)
-        return self, replace(self, delta=self.when_z[1], saves="z", when_z=None)
+        _, delta, *curvature = self.when_z
+        return self, replace(self, delta=delta, saves="z", when_z=None, curvature=curvature[0] if curvature else None)
 
     def twin(self) -> nn.Module:
         """Return torch's own module of this row."""
@@ -168,6 +172,11 @@ def du(z: Tensor) -> Tensor:
     return (1 + z * z * (3 * κ)) * sqrt(2 / pi)
 
 
+def ddu(z: Tensor) -> Tensor:
+    """u″ = √(2/π) 6 κ z."""
+    return z * (6 * κ * sqrt(2 / pi))
+
+
 def end(t: float) -> float:
     """The smallest βa of softplus that is certainly beyond βz = t, where a is linear; widened, because a is rounded."""
     return (t + math.log1p(math.exp(-t))) * (1 + 2e-15)
@@ -175,27 +184,33 @@ def end(t: float) -> float:
 
 # fmt: off
 ACTIVATIONS = {row.name: row for row in (
-    Row("identity", lambda z: z, lambda g, a: g, "a", nn.Identity),
+    Row("identity", lambda z: z, lambda g, a: g, "a", nn.Identity, curvature=lambda a: 0),
     # In this order, and no other, the bits are those of torch's own sigmoid.
-    Row("sigmoid", lambda z: σ(z), lambda g, a: (g * (1 - a)) * a, "a", nn.Sigmoid, tail=(-40, 5)),
-    Row("tanh", lambda z: tanh(z), lambda g, a: g * (1 - a * a), "a", nn.Tanh, tail=(-2.5, 2.5)),
+    Row("sigmoid", lambda z: σ(z), lambda g, a: (g * (1 - a)) * a, "a", nn.Sigmoid, tail=(-40, 5),
+        curvature=lambda a: a * (1 - a) * (1 - 2 * a)),
+    Row("tanh", lambda z: tanh(z), lambda g, a: g * (1 - a * a), "a", nn.Tanh, tail=(-2.5, 2.5),
+        curvature=lambda a: -2 * a * (1 - a * a)),
     # 0 at 0, and NaN passes.
-    Row("relu", lambda z: where(z <= 0, 0, z), lambda g, a: where(a <= 0, 0, g), "a", nn.ReLU),
+    Row("relu", lambda z: where(z <= 0, 0, z), lambda g, a: where(a <= 0, 0, g), "a", nn.ReLU, curvature=lambda a: 0),
     # For s ≥ 0 a and z have the same sign.
     Row("leaky_relu", lambda z, s: where(z > 0, z, s * z), lambda g, a, s: where(a > 0, g, g * s), "a", nn.LeakyReLU,
-        parameters=(("negative_slope", 0.01),),
-        when_z=(lambda s: s < 0, lambda g, z, s: where(z > 0, g, g * s))),
+        parameters=(("negative_slope", 0.01),), curvature=lambda a, s: 0,
+        when_z=(lambda s: s < 0, lambda g, z, s: where(z > 0, g, g * s), lambda z, s: 0)),
     # a does not say where G becomes linear to more than e^−t, which is 2e-9 at the default t = 20.
     Row("softplus", lambda z, β, t: where(β * z > t, z, log1p(exp(β * z)) / β),
         lambda g, a, β, t: where(β * a >= end(t), g, g * -expm1(-β * a)), "a", nn.Softplus,
         parameters=(("beta", 1.0), ("threshold", 20.0)),
-        when_z=(lambda β, t: t < 20 or β == 0, lambda g, z, β, t: where(β * z > t, g, g * σ(β * z)))),
-    Row("silu", lambda z: z * σ(z), lambda g, z: g * (σ(z) * (1 + z * (1 - σ(z)))), "z", nn.SiLU),
+        curvature=lambda a, β, t: where(β * a >= end(t), 0, β * exp(-β * a) * -expm1(-β * a)),
+        when_z=(lambda β, t: t < 20 or β == 0, lambda g, z, β, t: where(β * z > t, g, g * σ(β * z)),
+                lambda z, β, t: where(β * z > t, 0, β * σ(β * z) * σ(-β * z)))),
+    Row("silu", lambda z: z * σ(z), lambda g, z: g * (σ(z) * (1 + z * (1 - σ(z)))), "z", nn.SiLU,
+        curvature=lambda z: σ(z) * σ(-z) * (2 + z * (1 - 2 * σ(z)))),
     Row("gelu", lambda z: z * Φ(z), lambda g, z: g * (Φ(z) + z * φ(z)), "z", nn.GELU,
-        options=(("approximate", "none"),)),
+        options=(("approximate", "none"),), curvature=lambda z: φ(z) * (2 - z * z)),
     Row("gelu_tanh", lambda z: z * σ(2 * u(z)),
         lambda g, z: g * (σ(2 * u(z)) + 2 * z * σ(2 * u(z)) * (1 - σ(2 * u(z))) * du(z)), "z", nn.GELU,
-        options=(("approximate", "tanh"),)),
+        options=(("approximate", "tanh"),), curvature=lambda z: 2 * σ(2 * u(z)) * σ(-2 * u(z)) * (
+            2 * du(z) + z * (2 * (1 - 2 * σ(2 * u(z))) * du(z) ** 2 + ddu(z)))),
 )}
 # fmt: on
 
@@ -230,6 +245,10 @@ class Cost:
     delta_target  the same ↦ per · ∂C/∂ŷ
     per           "N" or "N m", with N samples of m outputs
     logits        whether the prediction is z^L: the output activation is then the identity
+    H             prediction, target, v ↦ per · H v: the second derivative by the prediction, along v
+    root          prediction, target, v ↦ √per · S v, where H = S Sᵀ
+
+    Only second derivatives need H and root: they may be None.
     """
 
     name: str
@@ -238,17 +257,24 @@ class Cost:
     delta_target: Formula
     per: str
     logits: bool = False
+    H: Formula | None = None
+    root: Formula | None = None
 
 
 # fmt: off
 COSTS = {cost.name: cost for cost in (
-    Cost("quadratic", lambda a, ŷ: 0.5 * (a - ŷ) ** 2, lambda a, ŷ: a - ŷ, lambda a, ŷ: ŷ - a, per="N"),
-    Cost("mse", lambda a, ŷ: (a - ŷ) ** 2, lambda a, ŷ: 2 * (a - ŷ), lambda a, ŷ: 2 * (ŷ - a), per="N m"),
+    Cost("quadratic", lambda a, ŷ: 0.5 * (a - ŷ) ** 2, lambda a, ŷ: a - ŷ, lambda a, ŷ: ŷ - a, per="N",
+         H=lambda a, ŷ, v: v, root=lambda a, ŷ, v: v),
+    Cost("mse", lambda a, ŷ: (a - ŷ) ** 2, lambda a, ŷ: 2 * (a - ŷ), lambda a, ŷ: 2 * (ŷ - a), per="N m",
+         H=lambda a, ŷ, v: 2 * v, root=lambda a, ŷ, v: sqrt(2) * v),
     # The G′ of the sigmoid cancels.
-    Cost("bce", lambda z, ŷ: softplus(z) - ŷ * z, lambda z, ŷ: σ(z) - ŷ, lambda z, ŷ: -z, per="N m", logits=True),
+    Cost("bce", lambda z, ŷ: softplus(z) - ŷ * z, lambda z, ŷ: σ(z) - ŷ, lambda z, ŷ: -z, per="N m", logits=True,
+         H=lambda z, ŷ, v: σ(z) * σ(-z) * v, root=lambda z, ŷ, v: (σ(z) * σ(-z)) ** 0.5 * v),
     # Where ŷ is a onehot, Σ(ŷ) = 1.
     Cost("cross_entropy", lambda z, ŷ: -ŷ * log_softmax(z), lambda z, ŷ: softmax(z) * Σ(ŷ) - ŷ,
-         lambda z, ŷ: -log_softmax(z), per="N", logits=True),
+         lambda z, ŷ: -log_softmax(z), per="N", logits=True,
+         H=lambda z, ŷ, v: Σ(ŷ) * softmax(z) * (v - Σ(softmax(z) * v)),
+         root=lambda z, ŷ, v: Σ(ŷ) ** 0.5 * (softmax(z) ** 0.5 * v - softmax(z) * Σ(softmax(z) ** 0.5 * v))),
 )}
 # With a weight p on the positives.
 WEIGHTED_BCE = Cost(
@@ -337,6 +363,48 @@ def committee(predictions: Tensor, loss: str) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Each sample by itself: δ_n = ∂C_n/∂z_n of the sample's own cost C_n, where C = (1/N) Σ_n C_n
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample_gradients(delta: Tensor, a: Tensor) -> Tensor:
+    """∂C_n/∂W = δ_n a_nᵀ of each sample, (N, n_out), (N, n_in) → (N, n_out, n_in). ∂C_n/∂b is δ_n itself."""
+    return delta.unsqueeze(-1) * a.unsqueeze(-2)
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """‖x_n‖² of each row, (N, n) → (N,). ‖∂C_n/∂W‖² = ‖δ_n‖² ‖a_n‖², and ‖∂C_n/∂b‖² = ‖δ_n‖²."""
+    return (x * x).sum(-1)
+
+
+def clip_factor(norms: Tensor, c: float) -> Tensor:
+    """c_n = min(1, c/‖g_n‖), the factor that shortens g_n to the length c at most. 1 at a norm of 0."""
+    return (c / norms).clamp(max=1)
+
+
+def variances(delta: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """(1/N) Σ_n (∂C_n/∂W)² − (∂C/∂W)² and the same of b, (n_out, n_in) and (n_out,).
+
+    δ = δ̄ + d and a = ā + α, and the products are of d and α: of large equal gradients the means would cancel. What is
+    left of a rounding error below 0 becomes 0.
+    """
+    n = len(delta)
+    mean_delta, mean_a = delta.mean(0), a.mean(0)
+    d, α = delta - mean_delta, a - mean_a
+    of_d, of_α, both = (d * d).mean(0), (α * α).mean(0), grad_weight(d, α) / n
+    row, column = mean_a, mean_delta.unsqueeze(1)
+    total = grad_weight(d * d, α * α) / n - both * both + 2 * column * row * both
+    total = total + column * (column * of_α + 2 * grad_weight(d, α * α) / n)
+    total = total + row * (row * of_d.unsqueeze(1) + 2 * grad_weight(d * d, α) / n)
+    return total.clamp(min=0), of_d
+
+
+def noise_scale(trace: Tensor, square: Tensor, n: int) -> Tensor:
+    """tr Σ/(‖G‖² − tr Σ/N): trace = tr Σ with 1/(N − 1), square = ‖G‖², from which the noise in G is taken away."""
+    return trace / (square - trace / n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Penalty, dropout
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -368,3 +436,25 @@ def perceptron_step(prediction: Tensor, target: Tensor, a: Tensor, rate: float) 
     """
     correction = rate * (target - prediction)
     return torch.outer(correction, a), correction
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining: a layer and its input as a restricted Boltzmann machine, with steps 1, 3 and 4 for its products
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def contrastive_divergence(
+    v: Tensor, weight: Tensor, bias: Tensor | None, c: Tensor, drawn: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ΔW = (hᵀ v − h₁ᵀ v₁)/N, Δb = (1/N) Σ_N (h − h₁), Δc = (1/N) Σ_N (v − v₁), and v₁ (Hinton, 2002).
+
+    h = P(h = 1 | v) = σ(v Wᵀ + b), s ∈ {0, 1} is drawn from it, v₁ = P(v = 1 | s) = σ(s W + c), h₁ = σ(v₁ Wᵀ + b).
+
+    v (N, n_in) in [0, 1], c (n_in,) the bias of the input, drawn (N, n_out) uniform in [0, 1).
+    """
+    h = sigmoid(affine(v, weight, bias))
+    s = (drawn < h).to(v.dtype)
+    v_1 = sigmoid(grad_input(s, weight) + c)
+    h_1 = sigmoid(affine(v_1, weight, bias))
+    weight_step = (grad_weight(h, v) - grad_weight(h_1, v_1)) / len(v)
+    return weight_step, grad_bias(h - h_1) / len(v), grad_bias(v - v_1) / len(v), v_1

@@ -20,6 +20,7 @@ Call = Callable[..., Any]
 Operand = Tensor | int | None
 """A tensor that stays where it is, or the position of one in the list that each run gets; the input is number 0."""
 
+_WIDE = 256  # numbers in a row from which its norm is faster than the square of each number
 _linear: Any = torch._C._nn.linear  # F.linear, whose stub does not know out=
 
 
@@ -44,6 +45,16 @@ class Sink(NamedTuple):
     rate: Tensor | None = None
 
 
+class Later(NamedTuple):
+    """Step 4 of one affine map, which waits for the norms of all maps: δ, a, their slots, and where step 4 goes."""
+
+    delta: Tensor
+    a: Operand
+    sinks: Sequence[Sink | None]
+    slot: int
+    read: int
+
+
 class Plan:
     """The buffers for batches of N rows, and the calls of steps 1 to 4 on them.
 
@@ -51,6 +62,7 @@ class Plan:
     slots              the buffer (N, n_l) of each slot; None for the input, which moves
     prediction, delta  a^L and δ^L as the cost reads and writes them
     up, down           the instructions of step 1, and of steps 2 to 4
+    longest            each sample's gradient is shortened to this, in units of what step 4 multiplies; None: it is not
     """
 
     def __init__(
@@ -60,8 +72,9 @@ class Plan:
         input: Tensor,
         dtype: torch.dtype | None = None,
         nets: tuple[int, ...] = (),
+        longest: float | None = None,
     ) -> None:
-        self.program, self.nets = program, nets
+        self.program, self.nets, self.longest = program, nets, longest
         self.like = torch.empty(0, dtype=dtype or input.dtype, device=input.device)
         self.n, self.rows, self.ones = len(input), math.prod(nets) * len(input), self.like.new_ones(len(input))
         self.widths = program.widths(input)
@@ -150,6 +163,7 @@ class Plan:
             self._step_1(i, slots, operands[self.program.spans[i]])
         self.wanted = self.program.wanted([sink is not None for sink in sinks])
         self.free, self.lent = self.flats[1:], -1
+        self.later: list[Later] = []
         self.arrived: dict[int, Tensor] = {len(nodes): self.flats[0]}
         if self.copied:
             self._emit(self.up, self.prediction.copy_, slots[-1])
@@ -157,6 +171,8 @@ class Plan:
         for i in reversed(range(len(nodes))):
             if i + 1 in self.arrived:
                 self._steps_2_to_4(i, slots, operands[self.program.spans[i]], sinks[self.program.spans[i]])
+        if self.later:
+            self._clip()
         if self.wanted[0]:
             self._emit(self.down, self._laid(self.arrived[0], 0).clone, place=0)
 
@@ -224,10 +240,11 @@ class Plan:
         if isinstance(rule, Affine):
             if self.wanted[reads[0]]:
                 self._step_3(delta, own[0], reads[0])
-            for a, sink in zip((self.ones, slots[reads[0]]), reversed(sinks), strict=True):
-                if sink is not None:
-                    self._step_4(delta, a, sink, i + 1)
-            if i + 1 != self.lent:
+            if self.longest is None:
+                self._steps_4(delta, slots[reads[0]], sinks, i + 1)
+            elif any(sink is not None for sink in sinks):
+                self.later.append(Later(delta, slots[reads[0]], sinks, i + 1, reads[0]))
+            if self.longest is None and i + 1 != self.lent:
                 self.free.append(flat)
             return
         if isinstance(rule, Activate) and rule.saves == "input" and (reads[0] == 0 or not self._alone(i)):
@@ -237,8 +254,12 @@ class Plan:
             _, delta_ = kernels.in_place(rule.row)
             a, z = self.slots[i + 1], slots[reads[0]] if rule.saves == "input" else None
             # Step 4 has read a^l, so δ may use it as scratch. The prediction is read later.
-            free = z is None and a is not self.slots[-1]
+            free = z is None and a is not self.slots[-1] and self.longest is None
             work, mask = a if free else self._laid(self.scratch, i + 1), self._laid(self.bits, i + 1)
+            if z is not None and self.longest is not None:
+                copy = self._laid(torch.empty_like(self.scratch), i + 1)
+                self._emit(self.down, copy.copy_, a)
+                a = copy
             self._emit(self.down, partial(delta_, delta, a, z, work, mask, *rule.row.values))
         elif isinstance(rule, Drop):
             if rule.p > 0:
@@ -271,7 +292,7 @@ class Plan:
         wanted = [slot for slot in reads if self.wanted[slot]]
         fresh = [slot for slot in wanted if slot not in self.arrived and self.by_columns[slot] == self.by_columns[of]]
         keeps, next_ = min(fresh, default=None), self.program.nodes[of - 2]
-        borrows = isinstance(next_.rule, Affine) and keeps != next_.reads[0] and len({*wanted}) == len(wanted)
+        borrows = self.longest is None and isinstance(next_.rule, Affine) and keeps != next_.reads[0] and len({*wanted}) == len(wanted)
         if keeps != max(fresh, default=None) == of - 1 and borrows:
             self.lent = of - 1
             self.arrived[self.lent] = flat
@@ -301,6 +322,47 @@ class Plan:
         multiply, add = (torch.bmm, torch.baddbmm) if self.nets else (torch.mm, torch.addmm)
         call = partial(add, into, delta, out=into) if more else partial(multiply, delta, out=into)
         self._emit(self.down, call, weight)
+
+    def _steps_4(self, delta: Tensor, a: Operand, sinks: Sequence[Sink | None], slot: int) -> None:
+        for of, sink in zip((self.ones, a), reversed(sinks), strict=True):
+            if sink is not None:
+                self._step_4(delta, of, sink, slot)
+
+    def _clip(self) -> None:
+        """δ_n := min(1, c/‖g_n‖) δ_n in every affine map, ‖g_n‖² = Σ_l ‖δ_n‖² (‖a_n‖² + 1), and step 4 after it."""
+        exact = torch.float32 if self.like.dtype in kernels.ROUNDED else self.like.dtype
+        total, of_delta = torch.ones(2, self.n, dtype=exact, device=self.ones.device)
+        of_a = total.new_ones(len(self.later), self.n)
+        work, ones = total.new_empty(len(self.scratch)), total.new_ones(max(self.widths))
+        first: list[Instruction] = []
+        for (delta, a, (weight, bias), slot, read), norms in zip(self.later, of_a, strict=True):
+            if weight is not None:  # x is in the cache before step 1
+                code = first if read == 0 else self.down
+                self._row_norms(code, a, self._laid(work, read), ones, norms, torch.full_like(norms, bias is not None))
+            self._row_norms(self.down, delta, self._laid(work, slot), ones, of_delta)
+            if slot == self.later[0].slot:
+                self._emit(self.down, partial(torch.mul, out=total), of_delta, norms)
+            else:
+                self._emit(self.down, total.addcmul_, of_delta, norms)
+        self.up[:0] = first
+        self._emit(self.down, total.rsqrt_)
+        self._emit(self.down, total.mul_, total.new_tensor(self.longest))
+        self._emit(self.down, partial(torch.minimum, out=total), total, torch.ones_like(total))
+        for delta, a, sinks, slot, _ in self.later:
+            self._emit(self.down, delta.mul_, total.unsqueeze(1))
+            self._steps_4(delta, a, sinks, slot)
+
+    def _row_norms(
+        self, code: list[Instruction], x: Operand, work: Tensor, ones: Tensor, out: Tensor, start: Tensor | None = None
+    ) -> None:
+        """out := start + ‖x_n‖² of each row."""
+        plus = () if start is None else (start,)
+        if work.shape[1] >= _WIDE and work.is_contiguous():
+            self._emit(code, partial(_norms, out=out), x)
+            self._emit(code, partial(torch.addcmul if plus else torch.mul, out=out), *plus, out, out)
+            return
+        self._emit(code, partial(torch.square if work.dtype == self.like.dtype else _squares, out=work), x)
+        self._emit(code, partial(torch.addmv if plus else torch.mv, out=out), *plus, work, ones[: work.shape[1]])
 
     def _step_4(self, delta: Tensor, a: Operand, sink: Sink, slot: int) -> None:
         """∂C/∂W = δᵀ a, or ∂C/∂b = δᵀ 1, into its sink."""
@@ -337,6 +399,16 @@ class Plan:
                     into.add_(part) if more else into.copy_(part)
 
         self._emit(self.down, call, *(slots[slot] for slot in self.program.saved[i]))
+
+
+def _norms(x: Tensor, out: Tensor) -> None:
+    """out := ‖x_n‖ of each row."""
+    torch._C._linalg.linalg_vector_norm(x, 2, [1], dtype=out.dtype, out=out)  # type: ignore[attr-defined]
+
+
+def _squares(x: Tensor, out: Tensor) -> None:
+    """out := x² of half precision in float32, because squares would be 0 or infinite."""
+    out.copy_(x).mul_(out)
 
 
 def _draw(drawn: Tensor, scale: Tensor, keep: float) -> None:

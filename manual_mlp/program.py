@@ -256,11 +256,18 @@ class Program:
         return self._wanted[key]
 
     def backward(
-        self, g: Tensor, slots: Sequence[Any], tensors: Tensors, needs: Sequence[bool], every: bool = False
+        self,
+        g: Tensor,
+        slots: Sequence[Any],
+        tensors: Tensors,
+        needs: Sequence[bool],
+        every: bool = False,
+        step_4: bool = True,
     ) -> tuple[list[Any], list[Any]]:
         """Steps 2 to 4, from right to left: g = ∂C/∂a^L ↦ ∂C/∂slot of each slot, the gradients of x and the parameters.
 
         ∂C/∂z^l is δ^l. None stands for what nothing needs, and for slots that have been read, unless every is True.
+        step_4=False leaves out the gradients of the parameters.
         """
         wanted, gradients = self.wanted(needs), [None] * len(needs)
         arrived: list[Any] = [None] * len(self.nodes) + [g]
@@ -269,7 +276,7 @@ class Program:
             if not wanted[i + 1] or g is None:
                 continue
             saved = [self._value(slot, slots, tensors) for slot in self.saved[i]]
-            flags = [*[wanted[slot] for slot in reads], *needs[span]]
+            flags = [*[wanted[slot] for slot in reads], *(needed and step_4 for needed in needs[span])]
             parts = rule.backward(g, saved[0] if len(saved) == 1 else saved, *tensors[span], needs=flags)
             for slot, part in zip(reads, parts):  # noqa: B905 # the gradients of the parameters follow
                 if wanted[slot]:

@@ -1,4 +1,4 @@
-"""Every row of the sheet: proven by SymPy from the code that runs, and G′ over a wide range of z, tails included."""
+"""Every row of the sheet: proven by SymPy from the code that runs, and G′, G″ over a wide range of z."""
 
 import mpmath
 import numpy as np
@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from manual_mlp import formulas as sheet
 from manual_mlp import kernels
 from manual_mlp.formulas import Cost, Row
-from tests.cases import rows, twin_of
+from tests.cases import ROWS, label, rows, twin_of
 from tests.sympy_sheet import a, exactly, g, names, read, z
 
 # Enough for 1 − erf(40) not to cancel.
@@ -38,6 +38,34 @@ def test_sympy_proves_the_derivative(row: Row, side: int) -> None:
     G = sympy.sympify(read(row.G, chosen)(z, *values))
     delta = sympy.sympify(read(row.delta, chosen)(g, a if row.saves == "a" else z, *values)).subs({a: G, g: 1})
     assert sympy.simplify((sympy.diff(G, z) - delta).rewrite(sympy.exp)) == 0
+
+
+curved = pytest.mark.parametrize("row", [row for row in ROWS if row.curvature is not None], ids=label)
+
+
+@curved
+@pytest.mark.parametrize("side", [1, 2])
+def test_sympy_proves_the_second_derivative(row: Row, side: int) -> None:
+    """δ with g = 1, which is G′, differentiated by SymPy is the row's G″, on either side of its `where`."""
+
+    def chosen(condition: object, x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+        return (x, y)[side - 1]
+
+    values, letter = exactly(row.values), a if row.saves == "a" else z
+    G = sympy.sympify(read(row.G, chosen)(z, *values))
+    curvature = sympy.sympify(read(row.curvature, chosen)(letter, *values)).subs(a, G)
+    assert sympy.simplify((sympy.diff(G, z, 2) - curvature).rewrite(sympy.exp)) == 0
+
+
+@curved
+def test_second_derivative_against_high_precision(row: Row) -> None:
+    """G″ to an absolute 16 eps: a row in a is as coarse in its tail as its G′ is."""
+    with mpmath.workdps(DIGITS):
+        second = sympy.diff(sympy.sympify(read(row.G)(z, *exactly(row.values))), z, 2)
+        exact_of = sympy.lambdify(z, second, "mpmath")
+        exact = torch.tensor([float(exact_of(mpmath.mpf(value))) for value in points.tolist()], dtype=torch.float64)
+    found = torch.zeros_like(points) + row.curvature(saved_of(row, points), *row.values)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=16 * torch.finfo(torch.float64).eps)
 
 
 def evaluated(row: Row, g_value: int) -> tuple[list[mpmath.mpf], list[mpmath.mpf]]:
@@ -119,6 +147,11 @@ def test_sympy_proves_the_cost(cost: Cost) -> None:
     for letter, delta in zip(letters, (cost.delta, cost.delta_target), strict=False):
         difference = sympy.diff(C, letter) - read(delta)(*letters)
         assert sympy.simplify(sympy.nsimplify(difference).rewrite(sympy.exp)) == 0
+    if cost.H is not None:  # its root twice is H, which is the derivative of δ
+        v = sympy.Symbol("v", real=True)
+        second = sympy.diff(read(cost.delta)(*letters), letters[0]) * v
+        for H in (read(cost.H)(*letters, v), read(cost.root)(*letters, read(cost.root)(*letters, v))):
+            assert sympy.simplify(sympy.nsimplify(second - H).rewrite(sympy.exp)) == 0
 
 
 def test_sympy_proves_cross_entropy() -> None:
@@ -137,6 +170,12 @@ def test_sympy_proves_cross_entropy() -> None:
     for letters, derivatives in ((logits, delta), (target, delta_target)):
         for letter, derivative in zip(letters, derivatives, strict=True):
             assert sympy.simplify(sympy.diff(C.sum(), letter) - derivative) == 0
+    H, root = (type(read)(formula.__code__, meanings) for formula in (cost.H, cost.root))
+    of_units = [root(logits, target, unit) for unit in np.eye(3, dtype=int)]
+    for i, unit in enumerate(np.eye(3, dtype=int)):
+        for j, (entry, derivative) in enumerate(zip(H(logits, target, unit), delta, strict=True)):
+            assert sympy.simplify(sympy.diff(derivative, logits[i]) - entry) == 0
+            assert sympy.simplify(sympy.nsimplify(sum(S[i] * S[j] for S in of_units) - entry)) == 0
 
 
 def test_probability_keeps_nan() -> None:

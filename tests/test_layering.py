@@ -24,7 +24,7 @@ LAYERS = [
     ["program"],
     ["plan", "native"],
     ["network"],
-    ["engine", "testing", "tracing"],
+    ["engine", "pretraining", "second_order", "testing", "tracing"],
     ["plots", "report", "ensemble"],
     ["training", "lecture"],
     ["benchmark"],

@@ -1,0 +1,110 @@
+"""Greedy pretraining of a deep sigmoid net, layer by layer, as Hinton, Osindero and Teh did in 2006."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manual_mlp import checks
+from manual_mlp import formulas as sheet
+from manual_mlp.errors import InputError
+from manual_mlp.network import parameters_of, reading_of
+from manual_mlp.program import Activate, Affine, Drop
+
+_START, _DECAY = 0.01, 2e-4  # the standard deviation of W at the start, and λ of −λW
+_MOMENTUM, _EARLY_MOMENTUM, _EARLY = 0.9, 0.5, 5  # and in how many first epochs it is the smaller one
+
+
+@torch.no_grad()
+def pretrain(
+    net: nn.Module,
+    x: Tensor,
+    epochs: int = 30,
+    lr: float = 0.05,
+    batch_size: int = 20,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Give each hidden layer of a sigmoid net weights that model its input, by contrastive divergence, CD-1.
+
+    net  an mm.MLP or nn.Sequential whose hidden layers are sigmoid. Their W and b are drawn and learnt anew, from the
+         first to the last: each learns to reconstruct what the layers below make of x. The output layer stays as it is
+    x    (N, n_1), numbers from 0 to 1; no targets
+
+    → the mean of (v − v₁)² of each hidden layer in each epoch, (layers, epochs): the error of the reconstructions.
+    Momentum is 0.5 in the first five epochs and 0.9 then, weight decay 2e-4; W starts from N(0, 0.01²), biases from 0.
+    The bias of the input, c, is no part of the net and is dropped. Train the net on targets afterwards.
+
+    Raises InputError for a net that is no such chain, and for an x outside of [0, 1] or of another shape or dtype.
+    """
+    layers = _hidden_layers(net)
+    checks.positive("learning rate lr", lr)
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"expected {name} of at least 1; got {value!r}")
+    checks.tensors(x=x)
+    first = layers[0].weight
+    if x.dim() != 2 or x.shape[1] != first.shape[1] or (x.dtype, x.device) != (first.dtype, first.device) or not len(x):
+        raise InputError(
+            f"expected x of shape (N, {first.shape[1]}), N at least 1, and {first.dtype} on {first.device}; "
+            f"got {tuple(x.shape)} of {x.dtype} on {x.device}: .flatten(1) it, or call .to() on it"
+        )
+    if not ((x >= 0) & (x <= 1)).all():
+        raise InputError(
+            f"expected an x in [0, 1], because it stands for probabilities; got {x.min():g} to {x.max():g}: scale it, "
+            "as in (x - x.min()) / (x.max() - x.min())"
+        )
+    errors = []
+    for layer in layers:
+        errors.append(_pretrain_layer(layer, x, epochs, lr, batch_size, generator))
+        x = sheet.sigmoid(sheet.affine(x, layer.weight, layer.bias))  # probabilities, not samples, go up
+    return torch.stack(errors)
+
+
+def _hidden_layers(net: nn.Module) -> list[Any]:
+    """Return the owners of the hidden layers' W and b. Raises InputError for a net that is no sigmoid chain."""
+    program = reading_of(net).program
+    flat = parameters_of(net, program)
+    rules = [node.rule for node in program.nodes if not isinstance(node.rule, Drop)]
+    hidden = [node.owner for node in program.nodes if isinstance(node.rule, Affine)][:-1]
+    if any(node.reads != (i,) for i, node in enumerate(program.nodes)):
+        raise InputError("expected a chain of layers; got a net with sums, whose layers model no single input")
+    if any(isinstance(node.rule, Drop) and node.rule.p > 0 for node in program.nodes):
+        raise InputError("expected a net that draws no dropout, as pretraining has none; call .eval() before it")
+    if not hidden:
+        raise InputError("expected a net with a hidden layer; got none: the output layer learns from targets alone")
+    for i in range(len(hidden)):
+        of_layer = rules[2 * i : 2 * i + 2]
+        name = of_layer[1].row.name if isinstance(of_layer[1], Activate) else "identity"
+        if name != "sigmoid":
+            raise InputError(
+                f"expected sigmoid hidden layers, because σ(z) is the probability of a unit; hidden layer {i + 1} has "
+                f"{name}: take activation='sigmoid'"
+            )
+    if len({*map(id, (p for p in flat if p is not None))}) < sum(p is not None for p in flat):
+        raise InputError("expected layers with parameters of their own; got tied ones: give each layer its own")
+    if any(not parameter.requires_grad for layer in hidden for parameter in layer.parameters()):
+        raise InputError("expected hidden layers that may change; got a frozen one: call requires_grad_() on the net")
+    return hidden
+
+
+def _pretrain_layer(
+    layer: Any, x: Tensor, epochs: int, lr: float, batch_size: int, generator: torch.Generator | None
+) -> Tensor:
+    """Learn W and b in place. Return the error of the reconstructions in each epoch, (epochs,)."""
+    weight, bias = layer.weight, layer.bias
+    weight.normal_(0, _START, generator=generator)
+    c = x.new_zeros(x.shape[1])
+    learnt = [weight, c] if bias is None else [weight, c, bias.zero_()]
+    velocities = [torch.zeros_like(own) for own in learnt]
+    errors = x.new_zeros(epochs)
+    for epoch in range(epochs):
+        momentum = _EARLY_MOMENTUM if epoch < _EARLY else _MOMENTUM
+        for rows in torch.randperm(len(x), generator=generator, device=x.device).split(batch_size):
+            v = x[rows]
+            drawn = torch.rand(len(v), len(weight), generator=generator, dtype=x.dtype, device=x.device)
+            of_weight, of_bias, of_c, v_1 = sheet.contrastive_divergence(v, weight, bias, c, drawn)
+            steps = of_weight - _DECAY * weight, of_c, of_bias
+            for own, velocity, step in zip(learnt, velocities, steps, strict=False):
+                own.add_(velocity.mul_(momentum).add_(step, alpha=lr))
+            errors[epoch] += (v - v_1).pow(2).sum() / x.numel()
+    return errors

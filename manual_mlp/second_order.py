@@ -1,0 +1,364 @@
+"""What follows from δ and a of one batch: each sample's gradient, and curvature. The rules of the program compute it.
+
+Letters: δ_n = ∂C_n/∂z_n of the sample's own cost, where C = (1/N) Σ_n C_n; a_n is the input of the same affine map.
+R{x} is the derivative of x along a direction v of the parameters (Pearlmutter, 1994).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from manual_mlp import checks
+from manual_mlp import formulas as sheet
+from manual_mlp.errors import InputError
+from manual_mlp.functional import autocasting
+from manual_mlp.network import parameters_of, reading_of
+from manual_mlp.program import Activate, Affine, Drop, Program, cost_of
+
+Named = dict[str, Tensor]
+_AFFINE: Any = Affine()
+
+
+class Map(NamedTuple):
+    """One affine map: the names of its weight and bias, None for what is missing or frozen; δ and a of each sample."""
+
+    weight: str | None
+    bias: str | None
+    delta: Tensor
+    a: Tensor
+
+
+class Curvature:
+    """Gradients of each sample and second derivatives of one batch, computed when they are asked for.
+
+    Every dict has the names of `model.named_parameters()`, without frozen parameters. N samples:
+
+    gradients       {name: (N, …)}: the gradient of each sample's own cost C_n; their mean is the batch's gradient
+    norms           (N,): ‖g_n‖ over all parameters, from vectors alone
+    variance        {name: …}: (1/N) Σ_n g_n² − G², G = (1/N) Σ_n g_n
+    noise_scale     a scalar: tr Σ/|G|², both estimated without bias; of very few samples it may be negative
+    clipped(c)      {name: …}: (1/N) Σ_n min(1, c/‖g_n‖) g_n
+    ggn_diagonal()  {name: …}: the diagonal of (1/N) Σ_n J_nᵀ H_n J_n, exactly
+    kfac()          {weight: (A, B)}: its block of the same matrix is about B ⊗ A
+    hvp(v)          {name: …}: the Hessian of C times v
+
+    It holds copies of the batch and of the parameters, so what is trained later does not change it.
+    """
+
+    def __init__(
+        self, program: Program, names: list[str | None], tensors: list[Any], target: Tensor, loss: str
+    ) -> None:
+        self._program, self._names, self._tensors, self._cost = program, names, tensors, cost_of(loss, program)
+        self._needs = [False, *(name is not None for name in names)]
+        self._slots = program.forward(tensors, every=True)
+        self._n, outputs = self._slots[-1].shape
+        self._target = sheet.onehot(self._slots[-1], target) if target.dim() == 1 else target.clone()
+        # C_n is this share of what the sheet's formulas sum over the outputs of a sample.
+        self._share = 1.0 if self._cost.per == "N" else 1 / outputs
+
+    def __repr__(self) -> str:
+        count = sum(tensor.numel() for tensor, needed in zip(self._tensors, self._needs, strict=False) if needed)
+        return f"Curvature({self._cost.name} cost, N = {self._n}, {count} parameters)"
+
+    @property
+    @torch.no_grad()
+    def gradients(self) -> Named:
+        found: Named = {}
+        for weight, bias, delta, a in self._maps:
+            if weight is not None:
+                found[weight] = sheet.sample_gradients(delta, a)
+            if bias is not None:
+                found[bias] = delta.clone()
+        return self._in_order(found)
+
+    @cached_property
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        squares = [
+            sheet.squared_norms(delta) * ((0 if weight is None else sheet.squared_norms(a)) + (bias is not None))
+            for weight, bias, delta, a in self._maps
+        ]
+        return torch.stack(squares).sum(0).sqrt()
+
+    @property
+    @torch.no_grad()
+    def variance(self) -> Named:
+        found: Named = {}
+        for weight, bias, delta, a in self._maps:
+            found |= {name: of for name, of in zip((weight, bias), sheet.variances(delta, a), strict=True) if name}
+        return self._in_order(found)
+
+    @property
+    @torch.no_grad()
+    def noise_scale(self) -> Tensor:
+        if self._n < 2:
+            raise InputError("expected at least two samples for a noise scale, because one has no variance; got one")
+        trace, square = (
+            torch.stack([of.sum() for of in parts]).sum()
+            for parts in (self.variance.values(), (g * g for g in self._means(self._maps).values()))
+        )
+        return sheet.noise_scale(trace * (self._n / (self._n - 1)), square, self._n)
+
+    @torch.no_grad()
+    def clipped(self, c: float) -> Named:
+        """Return the mean of the samples' gradients, each shortened to the length c at most: {name: …}."""
+        checks.positive("largest norm c", c)
+        factor = sheet.clip_factor(self.norms, c).unsqueeze(1)
+        return self._means(of._replace(delta=factor * of.delta) for of in self._maps)
+
+    @torch.no_grad()
+    def ggn_diagonal(self) -> Named:
+        """Return the diagonal of the generalised Gauss-Newton matrix, (1/N) Σ_k (S_k ⊙ S_k)ᵀ (a ⊙ a): {name: …}.
+
+        It takes n_L passes of steps 2 and 3. Raises InputError for a cost without its second derivative.
+        """
+        total: Named = {}
+        for maps in self._roots():
+            for name, part in self._means(of._replace(delta=of.delta * of.delta, a=of.a * of.a) for of in maps).items():
+                total[name] = total[name] + part if name in total else part
+        return total
+
+    @torch.no_grad()
+    def kfac(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return A = (1/N) Σ_n (a, 1)(a, 1)ᵀ and B = (1/N) Σ_n Σ_k S_k S_kᵀ of each weight: {name: (A, B)}.
+
+        A has no row for a bias that is missing or frozen. Passes and errors as `ggn_diagonal`.
+        """
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        for maps in self._roots():
+            for weight, bias, S, a in maps:
+                if weight is None:
+                    continue
+                part = self._product(S, S)
+                if weight not in factors:
+                    ones = a.new_ones(len(a), bias is not None)
+                    inputs = torch.cat([a, ones], 1)
+                    factors[weight] = self._product(inputs, inputs), part
+                else:
+                    factors[weight][1].add_(part)
+        return factors
+
+    @torch.no_grad()
+    def hvp(self, v: Named) -> Named:
+        """Return the Hessian of C times v, for v = {name: …} of the parameters' shapes: {name: …}.
+
+        Raises InputError for other names, shapes or dtypes, for a row without G″, by its name, and for a cost without
+        its second derivative.
+        """
+        if self._cost.H is None:
+            raise _no_second_derivative("cost", self._cost.name, "H")
+        for rule, _, _ in self._program.nodes:
+            if isinstance(rule, Activate) and rule.row.curvature is None:
+                raise _no_second_derivative("activation", rule.row.name, "curvature, G″")
+        direction, found = self._direction(v), dict[str, Tensor]()
+        moved = self._moved(direction)
+        # R{∂C/∂slot} of each slot, from right to left.
+        arrived: list[Any] = [None] * len(self._slots)
+        arrived[-1] = self._cost.H(self._slots[-1], self._target, moved[-1]) * self._share
+        for i in reversed(range(len(self._program.nodes))):
+            if arrived[i + 1] is not None:
+                parts = self._moved_back(i, arrived[i + 1], moved, direction, found)
+                for slot, part in zip(self._program.nodes[i].reads, parts, strict=True):
+                    if part is not None and self._wanted[slot]:
+                        arrived[slot] = part if arrived[slot] is None else arrived[slot] + part
+        return self._in_order(found)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What several of them need
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _wanted(self) -> list[bool]:
+        return self._program.wanted(self._needs)
+
+    @cached_property
+    def _arrived(self) -> list[Any]:
+        """Return ∂C_n/∂slot of each sample for each slot."""
+        return self._steps_2_and_3(self._cost.delta(self._slots[-1], self._target) * self._share)
+
+    def _steps_2_and_3(self, g: Tensor) -> list[Any]:
+        arrived, _ = self._program.backward(g, self._slots, self._tensors, self._needs, every=True, step_4=False)
+        return arrived
+
+    @property
+    def _maps(self) -> list[Map]:
+        return self._maps_of(self._arrived)
+
+    def _maps_of(self, arrived: list[Any]) -> list[Map]:
+        """Return the affine maps with a parameter that is trained."""
+        maps = []
+        for i, (rule, reads, _) in enumerate(self._program.nodes):
+            if isinstance(rule, Affine) and any(self._needs[self._program.spans[i]]):
+                weight, bias = self._names_of(i)
+                maps.append(Map(weight, bias, arrived[i + 1], self._slots[reads[0]]))
+        return maps
+
+    def _names_of(self, i: int) -> list[str | None]:
+        span = self._program.spans[i]
+        return self._names[span.start - 1 : span.stop - 1]
+
+    def _roots(self) -> Iterator[list[Map]]:
+        """Yield for each output k the maps with S_k: S^L = √H along k, S^l = (S^{l+1} W) ⊙ G′."""
+        if self._cost.root is None:
+            raise _no_second_derivative("cost", self._cost.name, "root")
+        prediction = self._slots[-1]
+        for unit in torch.eye(prediction.shape[1], dtype=prediction.dtype, device=prediction.device):
+            root = self._cost.root(prediction, self._target, unit.expand_as(prediction))
+            yield self._maps_of(self._steps_2_and_3(root * self._share**0.5))
+
+    def _product(self, delta: Tensor, a: Tensor) -> Tensor:
+        """Return (1/N) δᵀ a."""
+        return _AFFINE.backward(delta, a, None, None, (False, True, False))[1] / self._n
+
+    def _means(self, maps: Iterable[Map]) -> Named:
+        """Return (1/N) δᵀ a and (1/N) Σ_n δ_n of each map, by the names of its parameters."""
+        found: Named = {}
+        for weight, bias, delta, a in maps:
+            needs = False, weight is not None, bias is not None
+            for name, gradient in zip((weight, bias), _AFFINE.backward(delta, a, None, None, needs)[1:], strict=True):
+                if name is not None:
+                    found[name] = gradient / self._n
+        return self._in_order(found)
+
+    def _in_order(self, found: Named) -> Named:
+        return {name: found[name] for name in self._names if name is not None}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # R{x}
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _direction(self, v: Named) -> list[Any]:
+        """Return v in the order of the run's tensors: None for x and a missing bias, 0 for what is frozen."""
+        trained = [name for name in self._names if name is not None]
+        if not isinstance(v, dict) or v.keys() != {*trained}:
+            came = ", ".join(map(str, v)) if isinstance(v, dict) else type(v).__name__
+            raise InputError(f"expected a dict with a tensor for each of {', '.join(trained)}; got {came or 'no name'}")
+        direction: list[Any] = [None]
+        for name, own in zip(self._names, self._tensors[1:], strict=True):
+            of: Any = None if own is None else torch.zeros_like(own) if name is None else v[name]
+            if name is not None:
+                checks.tensors(**{f"v[{name!r}]": of})
+                checks.like(f"v[{name!r}]", of, own)
+            direction.append(of)
+        return direction
+
+    def _moved(self, direction: list[Any]) -> list[Any]:
+        """Return R{slot} of each slot, None where it is 0: R{z} = R{a} Wᵀ + a Vᵀ + v, R{a} = R{z} ⊙ G′."""
+        moved: list[Any] = [None]
+        for i, (rule, reads, _) in enumerate(self._program.nodes):
+            span, ins = self._program.spans[i], [moved[slot] for slot in reads]
+            if isinstance(rule, Affine):
+                terms = [rule.forward(self._slots[reads[0]], *direction[span])] if any(self._needs[span]) else []
+                terms += [] if ins[0] is None else [rule.forward(ins[0], self._tensors[span][0], None)]
+                moved.append(sum(terms[1:], terms[0]) if terms else None)
+            elif all(part is None for part in ins):
+                moved.append(None)
+            elif isinstance(rule, Activate):
+                moved.append(rule.backward(ins[0], self._saved(i), needs=())[0])
+            else:
+                zero = torch.zeros_like(self._slots[i + 1])
+                moved.append(rule.forward(*[zero if part is None else part for part in ins]))
+        return moved
+
+    def _moved_back(
+        self, i: int, arriving: Tensor, moved: list[Any], direction: list[Any], found: Named
+    ) -> Sequence[Tensor | None]:
+        """Return R{∂C/∂slot} of each slot that node i reads, from that of its output; R{∂C/∂w} goes to found."""
+        (rule, reads, _), span = self._program.nodes[i], self._program.spans[i]
+        slot = reads[0]
+        g, wanted = self._arrived[i + 1], [self._wanted[slot] for slot in reads]
+        if isinstance(rule, Affine):
+            # R{δ W} = R{δ} W + δ V, R{δᵀ a} = R{δ}ᵀ a + δᵀ R{a}
+            needs = *wanted, *self._needs[span]
+            first = _AFFINE.backward(arriving, self._slots[slot], *self._tensors[span], needs=needs)
+            needs = *(wanted if any(self._needs[span]) else [False]), needs[1] and moved[slot] is not None, False
+            second = _AFFINE.backward(g, moved[slot], *direction[span], needs=needs)
+            parts = [a if b is None else a + b for a, b in zip(first, second, strict=True)]
+            for name, part in zip(self._names_of(i), parts[1:], strict=True):
+                if name is not None:
+                    found[name] = part / self._n
+            return parts[:1]
+        if isinstance(rule, Activate):
+            # R{δ} = R{g} ⊙ G′ + g ⊙ G″ ⊙ R{z}
+            (delta,) = rule.backward(arriving, self._saved(i), needs=wanted)
+            second_derivative: Any = rule.row.curvature
+            bend = second_derivative(self._saved(i), *rule.row.values)
+            return (delta if moved[slot] is None or isinstance(bend, int) else delta + g * bend * moved[slot],)
+        return rule.backward(arriving, None, needs=wanted)
+
+    def _saved(self, i: int) -> Tensor:
+        return self._slots[self._program.saved[i][0]]
+
+
+def _no_second_derivative(kind: str, name: str, field: str) -> InputError:
+    return InputError(
+        f"expected the second derivative of the {kind} {name!r}; its row on the sheet has no {field}: give it one"
+    )
+
+
+@torch.no_grad()
+def curvature(model: nn.Module, x: Tensor, target: Tensor, loss: str = "quadratic") -> Curvature:
+    """Return the gradients of each sample and the second derivatives of one batch, as `Curvature` says: lazily.
+
+    model   an mm.MLP or an nn.Sequential of affine maps and activations, and sums of such chains; dropout in eval mode
+    x       (N, n_1), target (N, n_L) or class indices (N,) for "cross_entropy", loss: as `network_loss` takes them
+
+    Raises InputError for batch norm and any other layer, by name, for tied weights, active dropout, a time axis in x,
+    a model without a parameter that requires a gradient, and as `network_loss` for a batch or loss that does not fit.
+    """
+    _check_samples(model)
+    program = reading_of(model).program
+    flat = parameters_of(model, program)
+    names = _check_parameters(model, flat)
+    checks.tensors(x=x, target=target)
+    if x.dim() > 2:
+        raise InputError(
+            f"expected x of shape (N, features); got {tuple(x.shape)}: with a time axis a sample's gradient is a sum "
+            "of products, whose norm is no product of norms; call .flatten(0, 1) if each step is a sample of its own"
+        )
+    if autocasting(x):
+        raise InputError("curvature ignores autocast: leave its context")
+    affine = [node.owner for node in program.nodes if isinstance(node.rule, Affine)]
+    checks.batch(affine[0].weight, len(affine[-1].weight), x, target, loss)
+    if len(x) == 0:
+        raise InputError("expected at least one sample; got none")
+    checks.batch_labels(len(affine[-1].weight), target, loss)
+    own = [None if parameter is None else parameter.detach().clone() for parameter in flat]
+    return Curvature(program, names, [x.detach().clone(), *own], target.detach(), loss)
+
+
+def _check_samples(model: nn.Module) -> None:
+    """Refuse what gives a sample no gradient of its own."""
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise InputError(
+                f"expected samples that do not depend on each other; {type(module).__name__} at {name!r} joins the "
+                "rows of a batch, so a sample has no gradient of its own: leave it out"
+            )
+    for rule, _, owner in reading_of(model).program.nodes:
+        if isinstance(rule, Drop) and rule.p > 0:
+            raise InputError("expected a model that draws no dropout, so that it is one net; call .eval()")
+        if not isinstance(rule, Activate | Affine | Drop):
+            kind = type(rule if owner is None else owner).__name__
+            raise InputError(f"expected affine maps and activations, and sums of them; got {kind}: leave it out")
+
+
+def _check_parameters(model: nn.Module, flat: list[Any]) -> list[str | None]:
+    """Return the name of each parameter, None for a missing or frozen one. Refuse tied ones."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    given = [parameter for parameter in flat if parameter is not None]
+    if len({*map(id, given)}) < len(given):
+        twice = next(p for i, p in enumerate(given) if any(p is other for other in given[:i]))
+        raise InputError(
+            f"expected layers with parameters of their own; got {name_of[id(twice)]!r} twice: tied weights add "
+            "products of both places to a norm, so give each layer its own"
+        )
+    if len({(parameter.dtype, parameter.device) for parameter in given}) > 1:
+        raise InputError("expected parameters of one dtype on one device: call model.to() with both")
+    names = [None if p is None or not p.requires_grad else name_of[id(p)] for p in flat]
+    if not any(names):
+        raise InputError("expected a parameter that requires a gradient; all are frozen: call requires_grad_()")
+    return names
