@@ -35,6 +35,13 @@ def pretrain(
     The bias of the input, c, is no part of the net and is dropped. Train the net on targets afterwards.
 
     Raises InputError for a net that is no such chain, and for an x outside of [0, 1] or of another shape or dtype.
+
+    >>> import torch, manual_mlp as mm
+    >>> net = mm.MLP([4, 3, 2])
+    >>> x = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]).repeat(50, 1)
+    >>> errors = mm.pretrain(net, x, lr=0.5)
+    >>> errors.shape, bool(errors[0, -1] < 0.1 * errors[0, 0])  # it has learnt both patterns
+    (torch.Size([1, 30]), True)
     """
     layers = _hidden_layers(net)
     checks.positive("learning rate lr", lr)

@@ -308,6 +308,16 @@ def curvature(model: nn.Module, x: Tensor, target: Tensor, loss: str = "quadrati
 
     Raises InputError for batch norm and any other layer, by name, for tied weights, active dropout, a time axis in x,
     a model without a parameter that requires a gradient, and as `network_loss` for a batch or loss that does not fit.
+
+    >>> import torch, manual_mlp as mm
+    >>> net = mm.MLP([2, 3, 1])
+    >>> x, target = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]), torch.tensor([[1.0], [0.0], [1.0]])
+    >>> of = mm.curvature(net, x, target)
+    >>> {name: tuple(gradient.shape) for name, gradient in of.gradients.items()}
+    {'0.weight': (3, 3, 2), '0.bias': (3, 3), '1.weight': (3, 1, 3), '1.bias': (3, 1)}
+    >>> mm.QuadraticLoss()(net(x), target).backward()
+    >>> torch.allclose(of.gradients["0.weight"].mean(0), net[0].weight.grad)
+    True
     """
     _check_samples(model)
     program = reading_of(model).program

@@ -21,7 +21,7 @@ PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sor
 
 def formula_table() -> str:
     """Return one line for each row of the sheet and each letter that it saves, read from the code that runs."""
-    lines = ["| name | G(z) | δ = g ⊙ G′ | keeps |", "|---|---|---|---|"]
+    lines = ["| name | G(z) | δ = g ⊙ G′ | G″ | keeps |", "|---|---|---|---|---|"]
     used = []
     for row in [form for of in ACTIVATIONS.values() for form in of.forms]:
         letters = notation.letters(row)
@@ -29,8 +29,10 @@ def formula_table() -> str:
         if row.saves != ACTIVATIONS[row.name].saves:
             parameters = f" where {notation.text(ACTIVATIONS[row.name].when_z[0])}"
         keeps = "–" if row.name == "identity" else row.saves
-        lines.append(f"| {row.name}{parameters} | `{notation.text(row.G)}` | `{notation.text(row.delta)}` | {keeps} |")
-        used += [row.G, row.delta]
+        formulas = [row.G, row.delta, *([] if row.curvature is None else [row.curvature])]
+        cells = [*(f"`{notation.text(formula)}`" for formula in formulas), "–"][:3]
+        lines.append(f"| {row.name}{parameters} | {' | '.join(cells)} | {keeps} |")
+        used += formulas
     where = ", ".join(f"`{symbol}` = `{meaning}`" for symbol, meaning in notation.meanings(*used).items())
     return "\n".join([*lines, "", f"{where}.", ""])
 
@@ -105,6 +107,9 @@ def proofs() -> str:
     return "\n".join([*lines, ""])
 
 
+# The pictures that the code of a page makes and the page shows.
+PICTURES = {"README.md": ["flow.png"], "docs/curvature.md": ["largest_norms.png"]}
+
 # What stands between <!-- name --> and <!-- /name -->
 PARTS: dict[str, Callable[[], str]] = {
     "formulas": formula_table,
@@ -140,5 +145,5 @@ if __name__ == "__main__":
         prepared(here)
         for name, path in PAGES.items():
             path.write_text(generated(name, here), encoding="utf-8")
-            if name == "README.md":  # whose picture lies beside the pages
-                os.replace(here / "flow.png", ROOT / "docs" / "flow.png")
+            for picture in PICTURES.get(name, ()):  # which lie beside the pages
+                os.replace(here / picture, ROOT / "docs" / picture)

@@ -48,7 +48,7 @@ assert inspect.signature(mm.ELU) == inspect.signature(nn.ELU)
 assert str(inspect.signature(F.elu)) == "(input, alpha=1.0, inplace=False)"
 assert isinstance(mm.Mish(), nn.Mish) and "softplus" in mm.Mish.__doc__ and "Mish" in mm.__all__
 table = formula_table()
-assert "| mish | `z * tanh(softplus(z))` |" in table and "elu, α = alpha = 1" in table and "elu where α < 0" in table
+assert "| mish | `z * tanh(softplus(z))` |" in table and " | – | z |" in table and "elu, α = alpha = 1" in table and "elu where α < 0" in table
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 for row in NEW:
@@ -70,6 +70,14 @@ for row in NEW:
     mm.testing.assert_manual_backward(nets[0], x)
     assert type(nets[0].to_torch()[1]) is row.module
     assert nets[0].to_torch()[1].extra_repr() == row.twin().extra_repr()
+
+    of = mm.curvature(nets[2], x, target)  # but for its G″, which they have not
+    assert of.norms.shape == (7,) and list(of.kfac()) == ["0.weight", "2.weight"] and of.ggn_diagonal()
+    try:
+        of.hvp(of.variance)
+        raise AssertionError("hvp without G″")
+    except mm.InputError as error:
+        assert repr(row.name) in str(error), error
 
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (*nets, twin)]
     cost = ((twin(x) - target) ** 2).sum() / 2 / len(x)

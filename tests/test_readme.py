@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 
-from tests.readme import PAGES, ROOT, generated, prepared
+from tests.readme import PAGES, PICTURES, ROOT, generated, prepared
 
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
 COMMANDS = [
@@ -34,7 +34,7 @@ def test_code_runs_and_output_is_as_code_makes_it(name: str, tmp_path: Path) -> 
     if "run.dir=runs/iris" in TEXTS[name]:
         prepared(tmp_path)
     assert generated(name, tmp_path) == TEXTS[name], "run `python -m tests.readme`"
-    for picture in tmp_path.glob("*.png") if name == "README.md" else ():
+    for picture in (tmp_path / shown for shown in PICTURES.get(name, ())):
         shown = ROOT / "docs" / picture.name
         with Image.open(shown) as image:
             drawn_by = image.info["Software"]
