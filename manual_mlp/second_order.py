@@ -19,7 +19,6 @@ from manual_mlp.network import parameters_of, reading_of
 from manual_mlp.program import Activate, Affine, Drop, Program, cost_of
 
 Named = dict[str, Tensor]
-_AFFINE: Any = Affine()
 
 
 class Map(NamedTuple):
@@ -86,9 +85,9 @@ class Curvature:
     @property
     @torch.no_grad()
     def variance(self) -> Named:
-        found: Named = {}
+        found: dict[Any, Tensor] = {}
         for weight, bias, delta, a in self._maps:
-            found |= {name: of for name, of in zip((weight, bias), sheet.variances(delta, a), strict=True) if name}
+            found |= dict(zip((weight, bias), sheet.variances(delta, a), strict=True))
         return self._in_order(found)
 
     @property
@@ -132,11 +131,10 @@ class Curvature:
             for weight, bias, S, a in maps:
                 if weight is None:
                     continue
-                part = self._product(S, S)
+                part, _ = self._step_4(S, S, True, False)
                 if weight not in factors:
-                    ones = a.new_ones(len(a), bias is not None)
-                    inputs = torch.cat([a, ones], 1)
-                    factors[weight] = self._product(inputs, inputs), part
+                    inputs = torch.cat([a, a.new_ones(len(a), bias is not None)], 1)
+                    factors[weight] = self._step_4(inputs, inputs, True, False)[0], part
                 else:
                     factors[weight][1].add_(part)
         return factors
@@ -180,7 +178,8 @@ class Curvature:
         return self._steps_2_and_3(self._cost.delta(self._slots[-1], self._target) * self._share)
 
     def _steps_2_and_3(self, g: Tensor) -> list[Any]:
-        arrived, _ = self._program.backward(g, self._slots, self._tensors, self._needs, every=True, step_4=False)
+        program = self._program
+        arrived, _ = program.backward(g, self._slots, self._tensors, self._needs, every=True, step_4=False)
         return arrived
 
     @property
@@ -209,21 +208,21 @@ class Curvature:
             root = self._cost.root(prediction, self._target, unit.expand_as(prediction))
             yield self._maps_of(self._steps_2_and_3(root * self._share**0.5))
 
-    def _product(self, delta: Tensor, a: Tensor) -> Tensor:
-        """Return (1/N) δᵀ a."""
-        return _AFFINE.backward(delta, a, None, None, (False, True, False))[1] / self._n
+    def _step_4(self, delta: Tensor, a: Tensor, weight: bool, bias: bool) -> list[Any]:
+        """Return (1/N) δᵀ a and (1/N) Σ_n δ_n, None for what is not wanted."""
+        rule: Any = Affine()
+        parts = rule.backward(delta, a, None, None, needs=(False, weight, bias))[1:]
+        return [None if part is None else part / self._n for part in parts]
 
     def _means(self, maps: Iterable[Map]) -> Named:
-        """Return (1/N) δᵀ a and (1/N) Σ_n δ_n of each map, by the names of its parameters."""
-        found: Named = {}
+        """Return step 4 of each map by the names of its parameters."""
+        found: dict[Any, Tensor] = {}
         for weight, bias, delta, a in maps:
-            needs = False, weight is not None, bias is not None
-            for name, gradient in zip((weight, bias), _AFFINE.backward(delta, a, None, None, needs)[1:], strict=True):
-                if name is not None:
-                    found[name] = gradient / self._n
+            parts = self._step_4(delta, a, weight is not None, bias is not None)
+            found |= dict(zip((weight, bias), parts, strict=True))
         return self._in_order(found)
 
-    def _in_order(self, found: Named) -> Named:
+    def _in_order(self, found: dict[Any, Tensor]) -> Named:
         return {name: found[name] for name in self._names if name is not None}
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -268,14 +267,14 @@ class Curvature:
     ) -> Sequence[Tensor | None]:
         """Return R{∂C/∂slot} of each slot that node i reads, from that of its output; R{∂C/∂w} goes to found."""
         (rule, reads, _), span = self._program.nodes[i], self._program.spans[i]
-        slot = reads[0]
+        is_affine, slot = isinstance(rule, Affine), reads[0]
         g, wanted = self._arrived[i + 1], [self._wanted[slot] for slot in reads]
-        if isinstance(rule, Affine):
+        if is_affine:
             # R{δ W} = R{δ} W + δ V, R{δᵀ a} = R{δ}ᵀ a + δᵀ R{a}
             needs = *wanted, *self._needs[span]
-            first = _AFFINE.backward(arriving, self._slots[slot], *self._tensors[span], needs=needs)
+            first = rule.backward(arriving, self._slots[slot], *self._tensors[span], needs=needs)
             needs = *(wanted if any(self._needs[span]) else [False]), needs[1] and moved[slot] is not None, False
-            second = _AFFINE.backward(g, moved[slot], *direction[span], needs=needs)
+            second = rule.backward(g, moved[slot], *direction[span], needs=needs)
             parts = [a if b is None else a + b for a, b in zip(first, second, strict=True)]
             for name, part in zip(self._names_of(i), parts[1:], strict=True):
                 if name is not None:
