@@ -313,7 +313,7 @@ def curvature(model: nn.Module, x: Tensor, target: Tensor, loss: str = "quadrati
     >>> x, target = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]), torch.tensor([[1.0], [0.0], [1.0]])
     >>> of = mm.curvature(net, x, target)
     >>> {name: tuple(gradient.shape) for name, gradient in of.gradients.items()}
-    {'0.weight': (3, 3, 2), '0.bias': (3, 3), '1.weight': (3, 1, 3), '1.bias': (3, 1)}
+    {'0.weight': (3, 3, 2), '0.bias': (3, 3), '2.weight': (3, 1, 3), '2.bias': (3, 1)}
     >>> mm.QuadraticLoss()(net(x), target).backward()
     >>> torch.allclose(of.gradients["0.weight"].mean(0), net[0].weight.grad)
     True
@@ -362,7 +362,7 @@ def _check_parameters(model: nn.Module, flat: list[Any]) -> list[str | None]:
     if len({*map(id, given)}) < len(given):
         twice = next(p for i, p in enumerate(given) if any(p is other for other in given[:i]))
         raise InputError(
-            f"expected layers with parameters of their own; got {name_of[id(twice)]!r} twice: tied weights add "
+            f"expected layers with parameters of their own; got {name_of[id(twice)]!r} twice: a tied weight adds "
             "products of both places to a norm, so give each layer its own"
         )
     if len({(parameter.dtype, parameter.device) for parameter in given}) > 1:

@@ -177,8 +177,8 @@ def test_refused_nets(name: str) -> None:
 
 
 GIVEN: dict[str, tuple[dict[str, Any], str]] = {
-    "below 0": ({"x": torch.full((5, 4), -0.1, dtype=double)}, r"expected an x in \[0, 1\].* from -0.1 to -0.1"),
-    "above 1": ({"x": torch.full((5, 4), 16.0, dtype=double)}, r"expected an x in \[0, 1\].* from 16 to 16"),
+    "below 0": ({"x": torch.full((5, 4), -0.1, dtype=double)}, r"expected an x in \[0, 1\].* got -0.1 to -0.1"),
+    "above 1": ({"x": torch.full((5, 4), 16.0, dtype=double)}, r"expected an x in \[0, 1\].* got 16 to 16"),
     "NaN": ({"x": torch.full((5, 4), torch.nan, dtype=double)}, r"expected an x in \[0, 1\]"),
     "width": ({"x": torch.rand(5, 3, dtype=double)}, r"shape \(N, 4\)"),
     "images": ({"x": torch.rand(5, 2, 2, dtype=double)}, r".flatten\(1\)"),
