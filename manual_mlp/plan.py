@@ -292,7 +292,8 @@ class Plan:
         wanted = [slot for slot in reads if self.wanted[slot]]
         fresh = [slot for slot in wanted if slot not in self.arrived and self.by_columns[slot] == self.by_columns[of]]
         keeps, next_ = min(fresh, default=None), self.program.nodes[of - 2]
-        borrows = self.longest is None and isinstance(next_.rule, Affine) and keeps != next_.reads[0] and len({*wanted}) == len(wanted)
+        borrows = isinstance(next_.rule, Affine) and keeps != next_.reads[0] and len({*wanted}) == len(wanted)
+        borrows &= self.longest is None  # or step 4 reads δ when another branch has written over it
         if keeps != max(fresh, default=None) == of - 1 and borrows:
             self.lent = of - 1
             self.arrived[self.lent] = flat

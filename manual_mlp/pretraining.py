@@ -9,7 +9,7 @@ from manual_mlp import checks
 from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
 from manual_mlp.network import parameters_of, reading_of
-from manual_mlp.program import Activate, Affine, Drop
+from manual_mlp.program import Activate, Drop
 
 _START, _DECAY = 0.01, 2e-4  # the standard deviation of W at the start, and λ of −λW
 _MOMENTUM, _EARLY_MOMENTUM, _EARLY = 0.9, 0.5, 5  # and in how many first epochs it is the smaller one
@@ -45,9 +45,9 @@ def pretrain(
     """
     layers = _hidden_layers(net)
     checks.positive("learning rate lr", lr)
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"expected {name} of at least 1; got {value!r}")
+    checks.batch_size(batch_size)
+    if not isinstance(epochs, int) or epochs < 1:
+        raise InputError(f"expected at least 1 of epochs; got {epochs!r}")
     checks.tensors(x=x)
     first = layers[0].weight
     if x.dim() != 2 or x.shape[1] != first.shape[1] or (x.dtype, x.device) != (first.dtype, first.device) or not len(x):
@@ -72,7 +72,7 @@ def _hidden_layers(net: nn.Module) -> list[Any]:
     program = reading_of(net).program
     flat = parameters_of(net, program)
     rules = [node.rule for node in program.nodes if not isinstance(node.rule, Drop)]
-    hidden = [node.owner for node in program.nodes if isinstance(node.rule, Affine)][:-1]
+    hidden = program.affine[:-1]
     if any(node.reads != (i,) for i, node in enumerate(program.nodes)):
         raise InputError("expected a chain of layers; got a net with sums, whose layers model no single input")
     if any(isinstance(node.rule, Drop) and node.rule.p > 0 for node in program.nodes):

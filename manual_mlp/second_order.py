@@ -16,7 +16,7 @@ from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting
 from manual_mlp.network import parameters_of, reading_of
-from manual_mlp.program import Activate, Affine, Drop, Program, cost_of
+from manual_mlp.program import Activate, Add, Affine, Drop, Program, cost_of
 
 Named = dict[str, Tensor]
 
@@ -330,11 +330,11 @@ def curvature(model: nn.Module, x: Tensor, target: Tensor, loss: str = "quadrati
         )
     if autocasting(x):
         raise InputError("curvature ignores autocast: leave its context")
-    affine = [node.owner for node in program.nodes if isinstance(node.rule, Affine)]
-    checks.batch(affine[0].weight, len(affine[-1].weight), x, target, loss)
+    first, *_, last = *program.affine, program.affine[-1]
+    checks.batch(first.weight, len(last.weight), x, target, loss)
     if len(x) == 0:
         raise InputError("expected at least one sample; got none")
-    checks.batch_labels(len(affine[-1].weight), target, loss)
+    checks.batch_labels(len(last.weight), target, loss)
     own = [None if parameter is None else parameter.detach().clone() for parameter in flat]
     return Curvature(program, names, [x.detach().clone(), *own], target.detach(), loss)
 
@@ -350,7 +350,7 @@ def _check_samples(model: nn.Module) -> None:
     for rule, _, owner in reading_of(model).program.nodes:
         if isinstance(rule, Drop) and rule.p > 0:
             raise InputError("expected a model that draws no dropout, so that it is one net; call .eval()")
-        if not isinstance(rule, Activate | Affine | Drop):
+        if not isinstance(rule, Activate | Add | Affine | Drop):
             kind = type(rule if owner is None else owner).__name__
             raise InputError(f"expected affine maps and activations, and sums of them; got {kind}: leave it out")
 

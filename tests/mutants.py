@@ -201,6 +201,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "plan: a that step 4 still reads is scratch": ("plan", " and a is not self.slots[-1] and self.longest is None", " and a is not self.slots[-1]", "sample_norm", "optimizers"),
     "plan: z's form overwrites a": ("plan", "            if z is not None and self.longest is not None:", "            if False:", "sample_norm", "every_row and silu"),
     "plan: the bias is not in a sample's norm": ("plan", "torch.full_like(norms, bias is not None)", "torch.full_like(norms, False)", "sample_norm", "optimizers"),
+    "plan: a lent δ that step 4 still reads": ("plan", "        borrows &= self.longest is None", "        pass", "sample_norm", "sums"),
     "engine: the sample's own gradient": ("engine", "longest / (len(input) * self.delta_weight)", "longest / self.delta_weight", "sample_norm", "optimizers"),
     "second_order: δ V forgotten": ("second_order", "needs = *(wanted if any(self._needs[span]) else [False]), ", "needs = False, ", "curvature", "every_quantity"),
     "second_order: G″ forgotten": ("second_order", "delta + g * bend * moved[slot]", "delta", "curvature", "every_quantity"),

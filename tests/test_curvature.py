@@ -18,6 +18,7 @@ from manual_mlp.formulas import COSTS, Row
 from manual_mlp.network import reading_of
 from manual_mlp.second_order import Curvature
 from tests.cases import ROWS, rows
+from tests.test_graph import Draw, twin
 
 double = torch.float64
 Named = dict[str, Tensor]
@@ -60,15 +61,20 @@ class ByTorch:
     """The same quantities by torch.func."""
 
     def __init__(self, net: nn.Module, x: Tensor, target: Tensor, loss: str) -> None:
-        self.net, self.x, self.target, self.loss = net, x, target, LOSSES[loss]
+        self.net, self.x, self.target, self.loss = twin(net), x, target, LOSSES[loss]
         self.own = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+        names = {id(p): name for name, p in self.net.named_parameters()}
+        self.names = {name: names[id(p)] for name, p in net.named_parameters()}
+
+    def predict(self, own: Named, x: Tensor) -> Tensor:
+        return functional_call(self.net, {self.names[name]: value for name, value in own.items()}, (x,))
 
     def cost(self, own: Named) -> Tensor:
-        return self.loss(functional_call(self.net, own, (self.x,)), self.target)
+        return self.loss(self.predict(own, self.x), self.target)
 
     def gradients(self) -> Named:
         def cost(own: Named, x: Tensor, target: Tensor) -> Tensor:
-            return self.loss(functional_call(self.net, own, (x[None],)), target[None])
+            return self.loss(self.predict(own, x[None]), target[None])
 
         return vmap(grad(cost), (None, 0, 0))(self.own, self.x, self.target)
 
@@ -79,7 +85,7 @@ class ByTorch:
         """Return the Jacobian of each sample's prediction, and the second derivative of its cost by it."""
 
         def prediction(own: Named, x: Tensor) -> Tensor:
-            return functional_call(self.net, own, (x[None],))[0]
+            return self.predict(own, x[None])[0]
 
         J = vmap(jacrev(prediction), (None, 0))(self.own, self.x)
         of_one = hessian(lambda a, y: self.loss(a[None], y[None]))
@@ -134,6 +140,27 @@ def test_a_hundred_nets(row: Row, loss: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         net = net_of(row, loss, generator)
         compare(net, *batch_of(net, loss, generator), loss)
+
+
+def check_sums(seed: int) -> None:
+    """Nested sums; gradients grow with every branch, so all is compared relative to the largest number."""
+    draw = Draw(seed, tied=False)
+    net, loss = draw.net(), draw.pick.choice(["quadratic", "mse"])
+    parameters = list(net.parameters())
+    draw.pick.choice(parameters).requires_grad_(len(parameters) < 3)
+    compare(net, torch.randn(6, 4, dtype=double), torch.rand(6, 3, dtype=double), loss)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sums(seed: int) -> None:
+    check_sums(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(8, 208, 50))
+def test_200_nets_of_sums(first: int) -> None:
+    for seed in range(first, first + 50):
+        check_sums(seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +353,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "layer norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), "got LayerNorm"),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3)), "got Conv2d"),
-    "tied": (tied, "'0.weight' twice: tied weights"),
+    "tied": (tied, "'0.weight' twice: a tied weight"),
     "used twice": (lambda: nn.Sequential(*[nn.Linear(3, 3)] * 2, nn.Linear(3, 2)), "got '0.weight' twice"),
     "dropout": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 2)), r"call .eval\(\)"),
     "frozen": (frozen, "all are frozen"),

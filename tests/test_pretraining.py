@@ -185,8 +185,8 @@ GIVEN: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"x": torch.rand(5, 4)}, "float64"),
     "no rows": ({"x": torch.rand(0, 4, dtype=double)}, "N at least 1"),
     "list": ({"x": [[0.5] * 4]}, "torch.Tensor as x"),
-    "epochs": ({"epochs": 0}, "epochs of at least 1"),
-    "batch_size": ({"batch_size": 2.5}, "batch_size of at least 1"),
+    "epochs": ({"epochs": 0}, "at least 1 of epochs"),
+    "batch_size": ({"batch_size": 2.5}, "a batch_size of at least 1"),
     "lr": ({"lr": 0.0}, "learning rate lr above 0"),
 }
 

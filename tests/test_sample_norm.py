@@ -14,6 +14,7 @@ from manual_mlp.engine import BackpropEngine
 from manual_mlp.formulas import Row
 from tests.cases import rows
 from tests.test_engine import LOSSES, OPTIMIZERS, assert_same, batches, net, sgd, torch_twin
+from tests.test_graph import Draw
 
 double = torch.float64
 C = 0.05  # of norms of about 0.02 to 0.3, so that some samples are clipped and others are not
@@ -225,3 +226,34 @@ def test_refused(c: Any) -> None:
     ours = net()
     with pytest.raises(mm.InputError, match="max_sample_norm above 0"):
         BackpropEngine(ours, sgd(ours.parameters()), max_sample_norm=c)
+
+
+@pytest.mark.parametrize("n", [7, 40])
+@pytest.mark.parametrize("seed", range(12))
+def test_sums(seed: int, n: int) -> None:
+    """Branches share a δ, and each map's step 4 waits: no buffer may be written before."""
+    ours: Any = Draw(seed, tied=False).net()
+    plain, parameters = copy.deepcopy(ours), list(ours.parameters())
+    x, target = torch.randn(n, 4, dtype=double), torch.rand(n, 3, dtype=double)
+    of = mm.curvature(plain, x, target)
+    c = of.norms.median().item()
+    engine = BackpropEngine(ours, torch.optim.SGD(parameters, lr=1.0, weight_decay=0.1), max_sample_norm=c)
+    for _ in range(2):  # the second step finds the buffers as the first one left them
+        expected = mm.curvature(plain, x, target).clipped(c)
+        engine.step(x, target)
+        for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
+            with torch.no_grad():
+                theirs.mul_(0.9).sub_(expected[name])
+            assert (mine - theirs).norm() <= 1e-12 * theirs.norm() + 1e-15, name
+
+
+def test_native_epochs_leave_it_to_torch() -> None:
+    """The C code does not clip: "auto" does not take it, and native=True is refused."""
+    torch.manual_seed(0)
+    ours, x, target = mm.MLP([4, 5, 3]), torch.randn(200, 4), torch.rand(200, 3)
+    engine = BackpropEngine(ours, sgd(ours.parameters()), max_sample_norm=C)
+    engine.train_epoch(x, target, 4)
+    assert engine.road == "torch"
+    engine.native = True
+    with pytest.raises(mm.InputError, match="max_sample_norm clips each sample's gradient"):
+        engine.train_epoch(x, target, 4)
