@@ -42,9 +42,9 @@ def meant(name: Any, known: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else ""
 
 
-def positive(name: str, value: Any) -> None:
-    if not (isinstance(value, int | float) and value > 0):
-        raise InputError(f"expected a {name} above 0; got {value!r}")
+def positive(name: str, value: Any, optional: bool = False) -> None:
+    if not (isinstance(value, int | float) and value > 0) and not (optional and value is None):
+        raise InputError(f"expected a {name} above 0{', or None' * optional}; got {value!r}")
 
 
 def fraction(name: str, value: float) -> None:

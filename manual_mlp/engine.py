@@ -54,14 +54,12 @@ class BoundPlan(Plan):
         self.bound_for: object = None
         graphed, dtype = engine._graphed, engine.compute_dtype
         with torch.inference_mode():
-            self.delta_weight = kernels.weights(engine._cost, len(input), engine._outputs)[1]
-            longest = engine.max_sample_norm  # the sample's own gradient is N times its part in the batch's
-            longest = None if longest is None else longest / (len(input) * self.delta_weight)
-            super().__init__(engine._program, engine._cost, input, dtype, nets, longest)
+            super().__init__(engine._program, engine._cost, input, dtype, nets, engine.max_sample_norm)
             self.input = self.like.new_empty(*nets, *input.shape) if graphed or dtype is not None else None
             self.target = target.new_empty(*nets, *target.shape) if graphed else None
             self.rates = [(self.cost.new_empty(of), self.cost.new_empty(of)) for of in engine._shapes_of_rates]
         _, self.total_weight, _ = weigh(engine._cost, self.n, self.widths[-1], input.dtype)
+        self.delta_weight = kernels.weights(engine._cost, self.n, self.widths[-1])[1]
 
     @property
     def rates_lie_in_tensors(self) -> bool:
@@ -423,9 +421,8 @@ class BackpropEngine:
             raise InputError("expected an optimizer without differentiable=True, because the engine keeps no graph")
         if self.native not in ("auto", True, False):
             raise InputError(f'expected native to be "auto", True or False; got {self.native!r}')
-        for name in ("max_grad_norm", "max_sample_norm"):
-            if (value := getattr(self, name)) is not None:
-                checks.positive(name, value)
+        checks.positive("max_grad_norm", clip, optional=True)
+        checks.positive("max_sample_norm", self.max_sample_norm, optional=True)
         self._reading = reading_of(self.model)
         self._program = program = self._reading.program
         self._cost = cost_of(self.loss, program)

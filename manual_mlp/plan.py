@@ -62,7 +62,7 @@ class Plan:
     slots              the buffer (N, n_l) of each slot; None for the input, which moves
     prediction, delta  a^L and δ^L as the cost reads and writes them
     up, down           the instructions of step 1, and of steps 2 to 4
-    longest            each sample's gradient is shortened to this, in units of what step 4 multiplies; None: it is not
+    longest            each sample's gradient is shortened to this, in units of what step 4 multiplies; None: never
     """
 
     def __init__(
@@ -72,12 +72,15 @@ class Plan:
         input: Tensor,
         dtype: torch.dtype | None = None,
         nets: tuple[int, ...] = (),
-        longest: float | None = None,
+        max_sample_norm: float | None = None,
     ) -> None:
-        self.program, self.nets, self.longest = program, nets, longest
+        self.program, self.nets = program, nets
         self.like = torch.empty(0, dtype=dtype or input.dtype, device=input.device)
         self.n, self.rows, self.ones = len(input), math.prod(nets) * len(input), self.like.new_ones(len(input))
         self.widths = program.widths(input)
+        # The sample's own gradient is N times its part in the batch's.
+        of_sample = self.n * kernels.weights(cost, self.n, self.widths[-1])[1]
+        self.longest = None if max_sample_norm is None else max_sample_norm / of_sample
         largest = self.rows * max(self.widths)
         self.scratch, self.bits = self.like.new_empty(largest), self.like.new_empty(largest, dtype=torch.bool)
         self.by_columns = self._layouts()

@@ -1,4 +1,4 @@
-"""What follows from δ and a of one batch: each sample's gradient, and curvature. The rules of the program compute it.
+"""Gradients of each sample, and curvature, from δ and a of one batch. The rules of the program compute it all.
 
 Letters: δ_n = ∂C_n/∂z_n of the sample's own cost, where C = (1/N) Σ_n C_n; a_n is the input of the same affine map.
 R{x} is the derivative of x along a direction v of the parameters (Pearlmutter, 1994).

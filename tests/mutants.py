@@ -202,7 +202,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "plan: z's form overwrites a": ("plan", "            if z is not None and self.longest is not None:", "            if False:", "sample_norm", "every_row and silu"),
     "plan: the bias is not in a sample's norm": ("plan", "torch.full_like(norms, bias is not None)", "torch.full_like(norms, False)", "sample_norm", "optimizers"),
     "plan: a lent δ that step 4 still reads": ("plan", "        borrows &= self.longest is None", "        pass", "sample_norm", "sums"),
-    "engine: the sample's own gradient": ("engine", "longest / (len(input) * self.delta_weight)", "longest / self.delta_weight", "sample_norm", "optimizers"),
+    "plan: the sample's own gradient": ("plan", "of_sample = self.n * kernels", "of_sample = kernels", "sample_norm", "optimizers"),
     "second_order: δ V forgotten": ("second_order", "needs = *(wanted if any(self._needs[span]) else [False]), ", "needs = False, ", "curvature", "every_quantity"),
     "second_order: G″ forgotten": ("second_order", "delta + g * bend * moved[slot]", "delta", "curvature", "every_quantity"),
     "second_order: a column of √H": ("second_order", "root * self._share**0.5", "root * self._share", "curvature", "every_quantity"),
