@@ -200,8 +200,7 @@ class BackpropEngine:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.max_grad_norm, self.max_sample_norm = max_grad_norm, max_sample_norm
         self.compute_dtype, self.native = compute_dtype, native
-        self._road, self._said = "torch", ""
-        self._graphed, self._turn = False, threading.RLock()
+        self._road, self._said, self._graphed, self._turn = "torch", "", False, threading.RLock()
         self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -423,7 +422,7 @@ class BackpropEngine:
             raise InputError(f'expected native to be "auto", True or False; got {self.native!r}')
         checks.positive("max_grad_norm", clip, optional=True)
         checks.positive("max_sample_norm", self.max_sample_norm, optional=True)
-        self._reading = reading_of(self.model)
+        self._reading, self._native = reading_of(self.model), None
         self._program = program = self._reading.program
         self._cost = cost_of(self.loss, program)
         self._plans: dict[object, BoundPlan] = {}
@@ -438,7 +437,6 @@ class BackpropEngine:
         self._detached: list[Any] = [None if parameter is None else parameter.detach() for parameter in self._flat]
         self._shapes_of_rates: list[tuple[int, ...]] = [()] * len(optimizer.param_groups)
         self._outputs = len(self._flat[-2])
-        self._native = None
         self._widths = [self._owned[0].shape[1], *(len(owner.weight) for owner in self._program.affine)]
         self._graphed = self._graphed or self._owned[0].is_cuda  # on CUDA a step is one graph
         self._note_memory()
