@@ -56,7 +56,7 @@ def for_terminal(page: str) -> Iterator[str]:
             if language == "text":
                 yield textwrap.indent(textwrap.dedent(content), "   ").rstrip("\n")
             elif mark == "picture":
-                yield from (f"picture: {name}" for name in re.findall(r'savefig\("([^"]+)"', content))
+                yield from (f"picture: {name}" for name in re.findall(r'(?:savefig|animation)\([^"]*"([^"]+)"', content))
 
 
 def _prose(paragraph: str) -> Iterator[str]:

@@ -1,14 +1,17 @@
 """What the pictures show: the data of what is drawn, not only that something is."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 
 from manual_mlp import InputError, plots
 
@@ -31,6 +34,8 @@ def small_trace(sizes: list[int], samples: int = 2) -> SimpleNamespace:
         z={layer: RNG.normal(size=(samples, sizes[layer - 1])) for layer in layers[1:]},
         delta={layer: RNG.normal(size=(samples, sizes[layer - 1])) for layer in layers[1:]},
         grad_weight={layer: 100 + w for layer, w in weight.items()},
+        new_weight={layer: w - 100 for layer, w in weight.items()},
+        new_bias={layer: RNG.normal(size=sizes[layer]) for layer in layers[:-1]},
     )
 
 
@@ -45,6 +50,12 @@ class TestLearningCurves:
         assert lines == {"train": [[0, 3], [1, 2]], "val": [[0, 2], [1, 1]]}
         assert [line.get_xydata().tolist() for line in accuracy.get_lines()] == [[[0, 0.5], [1, 0.7]]]
         assert (loss.get_ylabel(), accuracy.get_ylabel(), accuracy.get_xlabel()) == ("loss", "accuracy", "epoch")
+
+    def test_the_kept_epoch_is_marked(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.csv").write_text("epoch,train_loss\n0,3\n1,2\n2,1\n")
+        (axes,) = plots.learning_curves(tmp_path / "metrics.csv", kept=1).axes
+        assert axes.get_lines()[-1].get_xdata() == [1, 1]
+        assert "kept, epoch 1" in [text.get_text() for text in axes.get_legend().get_texts()]
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
         (tmp_path / "metrics.csv").write_text("epoch,lr\n0,1\n")
@@ -126,6 +137,8 @@ class TestAnswers:
         weight = RNG.normal(size=(70, 6))
         (image,) = plots.first_layer_weights(weight).axes[0].get_images()
         np.testing.assert_array_equal(image.get_array(), weight[:64])
+        axes = plots.first_layer_weights(weight, feature_names=list("abcdef")).axes[0]
+        assert [label.get_text() for label in axes.get_xticklabels()] == list("abcdef")
 
     def test_decision_boundary(self) -> None:
         features = np.array([[0.0, 0], [1, 0], [0, 1], [1, 1]])
@@ -133,6 +146,8 @@ class TestAnswers:
         stages = {"start": lambda x: np.zeros(len(x)), "end": lambda x: (x[:, 1] > 0.5) * (1 + (x[:, 0] > 0.5))}
         figure = plots.decision_boundary(stages, features, target, ["a", "b", "c"])
         assert [axes.get_title() for axes in figure.axes] == ["start", "end"]
+        named = plots.decision_boundary(stages, features, target, ["a", "b", "c"], ["width", "height"])
+        assert (named.get_supxlabel(), named.get_supylabel()) == ("width", "height")
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
         filled, *samples = figure.axes[1].collections
         for index, points in enumerate(samples):
@@ -189,14 +204,43 @@ class TestGraph:
         delta = {layer: [plots.graph._short(v) for v in trace.delta[layer][1]] for layer in (2, 3)}
         weight = {layer: [plots.graph._short(v) for v in trace.weight[layer].ravel()] for layer in (1, 2)}
         gradient = {layer: [plots.graph._short(v) for v in trace.grad_weight[layer].ravel()] for layer in (1, 2)}
+        new = {layer: [plots.graph._short(v) for v in trace.new_weight[layer].ravel()] for layer in (1, 2)}
+        biases = {layer: [plots.graph._short(v) for v in trace.new_bias[layer]] for layer in (1, 2)}
         assert [[text.get_text() for text in axes.texts] for axes in panels] == [
             [*weight[1], *a[1], *a[2]],
             [*weight[2], *a[1], *a[2], *a[3]],
             delta[3],
             [*weight[2], *delta[2], *delta[3]],
             [*gradient[1], *gradient[2], *a[1], *delta[2], *delta[3]],
+            [*new[1], *new[2], *biases[1], *biases[2]],
         ]
-        assert [axes.get_title().split(":")[0] for axes in panels] == ["forward"] * 2 + ["backward"] * 2 + ["gradients"]
+        titles = ["forward", "forward", "backward", "backward", "gradients", "update"]
+        assert [axes.get_title().split(":")[0] for axes in panels] == titles
+        legend = [text.get_text() for text in panels[0].figure.legends[0].get_texts()]
+        assert legend == ["positive, the thicker the larger", "negative, the thicker the larger"]
+
+    # The nets of the presets that are drawn as graphs, and others of their kind.
+    @pytest.mark.parametrize(
+        "sizes", [[1, 1], [2, 2], [2, 4, 2], [1, 1, 1, 1], [1, 2, 1], [1, 4, 1], [1, 8, 1], [3, 4, 3]]
+    )
+    def test_no_text_hides_another(self, sizes: list[int]) -> None:
+        for _ in range(2):
+            trace = small_trace(sizes)
+            for figure in (plots.network(trace), plots.flow(trace)):
+                FigureCanvasAgg(figure)
+                figure.draw_without_rendering()
+                boxes = [text.get_window_extent() for axes in figure.axes for text in [*axes.texts, axes.title]]
+                boxes += [text.get_window_extent() for text in figure.legends[0].get_texts()]
+                boxes = [box for box in boxes if box.width > 0]
+                hidden = [one for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+                assert not hidden
+
+    def test_animation_has_a_frame_for_each_panel(self, tmp_path: Path) -> None:
+        trace = small_trace([1, 1, 1])
+        plots.animation(trace, tmp_path / "steps.gif")
+        with Image.open(tmp_path / "steps.gif") as film:
+            assert film.n_frames == len(plots.flow(trace).axes) == 6  # type: ignore[attr-defined]
+            assert film.info["duration"] == 2000
 
     @pytest.mark.parametrize(
         ("value", "text"),

@@ -5,6 +5,7 @@ import csv
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -263,3 +264,15 @@ class TestRun:
         for file in (tmp_path / "tensorboard").glob("events*"):
             seen += EventAccumulator(str(file), {"images": 0}).Reload().Tags()["images"]
         assert sorted(seen) == sorted(titles(page))
+
+
+def test_the_first_stage_is_before_the_training() -> None:
+    """Of the stages between, those nearest to the kept one stay."""
+    net = SimpleNamespace(state_dict=dict)
+    flow = SimpleNamespace(snapshots={at: {} for at in (0, 1, 2, 4, 8, 16, 32, 64)})
+    titles = list(pictures._stages(SimpleNamespace(net=net), flow, 55))  # type: ignore[arg-type]
+    assert titles == [
+        "before training",
+        *(f"after {at} epochs" for at in (4, 8, 16, 32)),
+        "kept, after 56 epochs",
+    ]

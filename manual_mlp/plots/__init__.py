@@ -14,10 +14,11 @@ from manual_mlp.plots.answers import (
     worst_mistakes,
 )
 from manual_mlp.plots.course import delta_by_layer, delta_flow, histograms, learning_curves
-from manual_mlp.plots.graph import flow, network
+from manual_mlp.plots.graph import animation, flow, network
 from manual_mlp.plots.sweeps import sweep_figure
 
 __all__ = [
+    "animation",
     "confusion_matrix",
     "decision_boundary",
     "delta_by_layer",

@@ -77,10 +77,13 @@ def worst_mistakes(
 
 
 @styled
-def first_layer_weights(weight: np.ndarray, image_shape: Sequence[int] = ()) -> Figure:
+def first_layer_weights(
+    weight: np.ndarray, image_shape: Sequence[int] = (), feature_names: Sequence[str] = ()
+) -> Figure:
     """Draw W^1 (n_2, n_1): for each neuron an image of `image_shape`, or all of it as one table of colours.
 
     Orange is positive, purple negative, white 0. At most the first 64 neurons are shown.
+    feature_names: of the n_1 columns, for the axis; left out if they are more than 64.
 
     >>> import numpy as np, manual_mlp as mm
     >>> figure = mm.plots.first_layer_weights(np.array([[1.0, -2.0, 0.0]]))
@@ -94,6 +97,9 @@ def first_layer_weights(weight: np.ndarray, image_shape: Sequence[int] = ()) -> 
         axes.set(xlabel="feature", ylabel="neuron")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if 0 < len(feature_names) <= MAX_NEURONS:
+            axes.set(xlabel="")
+            axes.set_xticks(range(len(feature_names)), short_names(feature_names), rotation="vertical", fontsize=7)
         axes.grid(False)
     else:
         columns = min(8, int(np.ceil(len(weight) ** 0.5)))
@@ -112,7 +118,11 @@ def first_layer_weights(weight: np.ndarray, image_shape: Sequence[int] = ()) -> 
 
 @styled
 def decision_boundary(
-    stages: Mapping[str, Predict], features: np.ndarray, target: np.ndarray, class_names: Sequence[str]
+    stages: Mapping[str, Predict],
+    features: np.ndarray,
+    target: np.ndarray,
+    class_names: Sequence[str],
+    feature_names: Sequence[str] = (),
 ) -> Figure:
     """Draw the net's answer at each place of the plane, and the samples; one panel for each stage of training.
 
@@ -145,14 +155,17 @@ def decision_boundary(
             axes.scatter(*points.T, s=7, color=colors[index], marker=marker, linewidths=0, label=name)
         axes.set(title=title)
         axes.grid(False)
-    figure.supxlabel("$x_1$", fontsize=9)
-    figure.supylabel("$x_2$", fontsize=9)
+    first, second = short_names(feature_names) or ("$x_1$", "$x_2$")
+    figure.supxlabel(first, fontsize=9)
+    figure.supylabel(second, fontsize=9)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(n, 4))
     return figure
 
 
 @styled
-def fitted_curve(stages: Mapping[str, Predict], x: np.ndarray, target: np.ndarray) -> Figure:
+def fitted_curve(
+    stages: Mapping[str, Predict], x: np.ndarray, target: np.ndarray, feature_names: Sequence[str] = ()
+) -> Figure:
     """Draw the net's answer along its one input, a line for each stage, the last one strongest, over the samples.
 
     stages: {label: predict}, predict (M, 1) ↦ (M,). x (N,), target (N,).
@@ -171,7 +184,7 @@ def fitted_curve(stages: Mapping[str, Predict], x: np.ndarray, target: np.ndarra
     for (label, predict), color in zip(stages.items(), shades, strict=True):
         axes.plot(line, predict(line[:, None]), color=color, label=label)
     axes.get_lines()[-1].set_linewidth(2.5)
-    axes.set(xlabel="$x$", ylabel="$y$")
+    axes.set(xlabel=(short_names(feature_names) or ["$x$"])[0], ylabel="$y$")
     axes.legend()
     return figure
 

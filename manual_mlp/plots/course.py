@@ -16,10 +16,11 @@ from manual_mlp.plots.style import MARKERS, PARTS, array, by_layer, legend_of_la
 
 
 @styled
-def learning_curves(metrics_csv: str | Path) -> Figure:
+def learning_curves(metrics_csv: str | Path, kept: int | None = None) -> Figure:
     r"""Draw loss and further figures against the epoch, train and val together, one panel each.
 
     metrics_csv: rows with a column `epoch` and columns such as train_loss, val_loss, val_accuracy; a cell may be empty.
+    kept: the epoch whose parameters are kept, to mark it.
     Raises: InputError if there is nothing to draw.
 
     >>> import manual_mlp as mm
@@ -41,6 +42,8 @@ def learning_curves(metrics_csv: str | Path) -> Figure:
             if points:
                 marker = "." if len(points) < 40 else ""
                 axes.plot(list(points), list(points.values()), label=part, marker=marker, **look)
+        if kept is not None:
+            axes.axvline(kept, color="0.4", linestyle=":", linewidth=1, label=f"kept, epoch {kept}")
         axes.set(ylabel=kind)
         axes.legend()
     panels[-1, 0].set(xlabel="epoch")

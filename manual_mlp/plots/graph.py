@@ -1,20 +1,28 @@
 """Pictures of a small net as a graph: its parameters, and the five steps of one sample through it."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from manual_mlp.errors import InputError
-from manual_mlp.plots.style import array, new_panels, styled
+from manual_mlp.plots.style import STYLE, WIDTH, array, new_panels, styled
 
 MAX_DRAWN = 8  # neurons of a layer, and layers, of a net drawn as a graph
 MAX_NUMBERS = 12  # on the lines between two layers; more would cover each other
 POSITIVE, NEGATIVE = "#B35806", "#542788"  # the ends of PuOr
+UNIT, APART = 0.55, 0.9  # inches from one neuron to the next, from layer to layer
+SHARES = sorted(np.linspace(0.26, 0.66, 21), key=lambda share: abs(share - 0.46))  # of a line, for its number
 PAPER: Any = {"facecolor": "white", "linewidth": 0, "pad": 0.6}  # behind a number on a line
 
 
@@ -39,37 +47,79 @@ def network(trace: Any) -> Figure:
 
 @styled
 def flow(trace: Any, sample: int = 0) -> Figure:
-    """Draw one sample's way through a small net, a panel for each step: a^2 … a^L forward, δ^L … δ^2 back, ∂C/∂W.
+    """Draw one sample's way through a small net, a panel for each step: a^l forward, δ^l back, ∂C/∂W, new W.
 
-    The neurons show the numbers that are known by then. The lines show the weights that the step multiplies with; at
-    the end they show its result for the whole batch. trace: from `mm.trace`. Raises: InputError as `network`.
+    The neurons show the numbers that are known by then. The lines show the weights that the step multiplies with; in
+    steps 4 and 5 they show its result for the whole batch. trace: from `mm.trace`. Raises: InputError as `network`.
 
     >>> import manual_mlp as mm
     >>> traced = mm.trace(mm.MLP([1, 1, 1]), [0.5], [1.0])
     >>> [axes.get_title().partition(":")[0] for axes in mm.plots.flow(traced).axes]
-    ['forward', 'forward', 'backward', 'backward', 'gradients']
+    ['forward', 'forward', 'backward', 'backward', 'gradients', 'update']
     """
-    sizes, last = trace.sizes, len(trace.sizes)
+    steps = list(_steps(trace, sample))
+    figure, panels = _graphs(trace.sizes, len(steps))
+    for axes, step in zip(panels, steps, strict=True):
+        _draw(axes, trace.sizes, step)
+    return figure
+
+
+def animation(trace: Any, path: str | PathLike[str], sample: int = 0, seconds: float = 2.0) -> None:
+    """Write the panels of `flow` one after another as a GIF, so many seconds each. Raises: InputError as `network`.
+
+    >>> import manual_mlp as mm
+    >>> mm.plots.animation(mm.trace(mm.MLP([1, 1]), [0.5], [1.0]), "steps.gif")
+    >>> open("steps.gif", "rb").read(6)
+    b'GIF89a'
+    """
+    steps = list(_steps(trace, sample))
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _graphs(trace.sizes, 1)
+        FigureCanvasAgg(figure)
+
+        def show(step: Step) -> list[Artist]:
+            axes.clear()
+            _empty(axes, trace.sizes)
+            _draw(axes, trace.sizes, step)
+            return []
+
+        film = FuncAnimation(figure, show, frames=steps, init_func=list, cache_frame_data=False)
+        film.save(path, writer=PillowWriter(fps=1 / seconds), dpi=100)
+
+
+class Step(NamedTuple):
+    """A panel: its title, the numbers in the neurons by layer, those on the lines by layer, the lines' arrows."""
+
+    title: str
+    neurons: dict[int, list[str]]
+    lines: dict[int, Any]
+    arrow: str = ""
+
+
+def _steps(trace: Any, sample: int) -> Iterator[Step]:
+    last = len(trace.sizes)
     a = {layer: _numbers(value[sample]) for layer, value in trace.a.items()}
     delta = {layer: _numbers(value[sample]) for layer, value in trace.delta.items()}
-    figure, panels = _graphs(sizes, 2 * last - 1)
-    for axes, layer in zip(panels, range(2, last + 1), strict=False):
-        axes.set_title(
-            rf"forward: $z^{layer} = W^{layer - 1} a^{layer - 1} + b^{layer - 1}$, $a^{layer} = G(z^{layer})$"
-        )
-        _lines(axes, sizes, layer - 1, array(trace.weight[layer - 1]), ">")
-        _neurons(axes, sizes, {known: a[known] for known in range(1, layer + 1)})
-    for axes, layer in zip(panels[last - 1 :], range(last, 1, -1), strict=False):
-        incoming = rf"(W^{layer})^T \delta^{layer + 1}" if layer < last else rf"\partial C/\partial a^{layer}"
-        axes.set_title(rf"backward: $\delta^{layer} = {incoming} \odot G'(z^{layer})$")
-        if layer < last:
-            _lines(axes, sizes, layer, array(trace.weight[layer]), "<")
-        _neurons(axes, sizes, {known: delta[known] for known in range(layer, last + 1)})
-    panels[-1].set_title(r"gradients: $\partial C/\partial W^l = \delta^{l+1} (a^l)^T$")
-    for layer, gradient in trace.grad_weight.items():
-        _lines(panels[-1], sizes, layer, array(gradient))
-    _neurons(panels[-1], sizes, {1: a[1]} | delta)
-    return figure
+    for l in range(2, last + 1):  # noqa: E741 -- the lecture's letter
+        title = rf"forward: $z^{l} = W^{l - 1} a^{l - 1} + b^{l - 1}$, $a^{l} = G(z^{l})$"
+        yield Step(title, {known: a[known] for known in range(1, l + 1)}, {l - 1: trace.weight[l - 1]}, ">")
+    for l in range(last, 1, -1):  # noqa: E741
+        incoming = rf"(W^{l})^T \delta^{l + 1}" if l < last else rf"\partial C/\partial a^{l}"
+        title = rf"backward: $\delta^{l} = {incoming} \odot G'(z^{l})$"
+        known = {known: delta[known] for known in range(l, last + 1)}
+        yield Step(title, known, {l: trace.weight[l]} if l < last else {}, "<")
+    title = r"gradients: $\partial C/\partial W^l = \delta^{l+1} (a^l)^T$; neurons: $a^1$, then $\delta^l$"
+    yield Step(title, {1: a[1]} | delta, trace.grad_weight)
+    biases = {layer + 1: _numbers(b) for layer, b in trace.new_bias.items() if b is not None}
+    title = r"update: $W^l := W^l - LR \, \partial C/\partial W^l$; neurons: the new $b^l$"
+    yield Step(title, biases, trace.new_weight)
+
+
+def _draw(axes: Axes, sizes: Sequence[int], step: Step) -> None:
+    axes.set_title(step.title)
+    for layer, weight in step.lines.items():
+        _lines(axes, sizes, layer, array(weight), step.arrow)
+    _neurons(axes, sizes, step.neurons)
 
 
 def _graphs(sizes: Sequence[int], number: int) -> tuple[Figure, list[Axes]]:
@@ -79,13 +129,21 @@ def _graphs(sizes: Sequence[int], number: int) -> tuple[Figure, list[Axes]]:
             f"expected at most {MAX_DRAWN} layers of at most {MAX_DRAWN} neurons, to draw them with their numbers, but "
             f"got {'-'.join(map(str, sizes))}; draw a smaller net, or its histograms"
         )
-    figure, panels = new_panels(number, 1, 0.7 + 0.5 * max(sizes))
+    figure, panels = new_panels(number, 1, 0.7 + UNIT * max(sizes))
+    figure.set_figwidth(max(WIDTH, APART * len(sizes)))
     for axes in panels[:, 0]:
-        axes.set_axis_off()
-        axes.set(xlim=(0.6, len(sizes) + 0.4), ylim=(-max(sizes) / 2, max(sizes) / 2))
-        for layer in range(1, len(sizes)):
-            axes.add_collection(LineCollection(_ends(sizes, layer), colors="0.85", linewidths=0.8))
+        _empty(axes, sizes)
+    look = {"positive": POSITIVE, "negative": NEGATIVE}
+    handles = [Line2D([], [], color=color, label=f"{sign}, the thicker the larger") for sign, color in look.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7)
     return figure, list(panels[:, 0])
+
+
+def _empty(axes: Axes, sizes: Sequence[int]) -> None:
+    axes.set_axis_off()
+    axes.set(xlim=(0.6, len(sizes) + 0.4), ylim=(-max(sizes) / 2, max(sizes) / 2))
+    for layer in range(1, len(sizes)):
+        axes.add_collection(LineCollection(_ends(sizes, layer), colors="0.85", linewidths=0.8))
 
 
 def _ends(sizes: Sequence[int], layer: int) -> list[np.ndarray]:
@@ -105,15 +163,32 @@ def _lines(axes: Axes, sizes: Sequence[int], layer: int, weight: np.ndarray, arr
     colors = [POSITIVE if w >= 0 else NEGATIVE for w in weights]
     widths = 0.8 + 2.5 * np.abs(weights) / (np.abs(weights).max() or 1.0)
     axes.add_collection(LineCollection(ends, colors=colors, linewidths=widths))
-    for index, (begin, end) in enumerate(ends):
-        # so that the numbers of lines that leave one neuron stand apart
-        share = 0.42 if len(ends) == 1 else 0.28 + 0.14 * (index // sizes[layer - 1] % 3)
-        x, y = begin + share * (end - begin)
-        if len(ends) <= MAX_NUMBERS:
-            axes.text(x, y, _short(weights[index]), ha="center", va="center", fontsize=7, bbox=PAPER)
+    texts = [_short(weight) for weight in weights] if len(ends) <= MAX_NUMBERS else []
+    for text, (x, y) in zip(texts, _apart(axes, ends, texts), strict=True):
+        axes.text(x, y, text, ha="center", va="center", fontsize=7, bbox=PAPER)
+    for (begin, end), color in zip(ends, colors, strict=True):
         if arrow:
             x, y = begin + 0.74 * (end - begin)
-            axes.scatter([x], [y], marker=arrow, s=22, color=colors[index], zorder=2)
+            axes.scatter([x], [y], marker=arrow, s=22, color=color, zorder=2)
+
+
+def _apart(axes: Axes, ends: Sequence[np.ndarray], texts: Sequence[str]) -> Iterator[np.ndarray]:
+    """Yield a place on each line for its text, where it covers none of those before, or as far from them as can be."""
+    low, high = axes.get_xlim()
+    inches = np.array([axes.figure.get_figwidth() / (high - low), UNIT])
+    placed: list[tuple[np.ndarray, float]] = []
+    for (begin, end), text in zip(ends, texts, strict=False):
+        width = 0.1 + 0.06 * len(text)
+
+        def room(place: np.ndarray, width: float = width) -> float:
+            sizes = [((width + other) / 2, 0.17) for _, other in placed]
+            gaps = [np.abs(place - at) * inches / size for (at, _), size in zip(placed, sizes, strict=True)]
+            return min(map(max, gaps), default=9.0)
+
+        places = [begin + share * (end - begin) for share in SHARES]
+        best = next((place for place in places if room(place) >= 1), max(places, key=room))
+        placed.append((best, width))
+        yield best
 
 
 def _neurons(axes: Axes, sizes: Sequence[int], texts: Mapping[int, Sequence[str]]) -> None:

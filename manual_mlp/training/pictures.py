@@ -33,14 +33,14 @@ Stages = dict[str, dict[str, Tensor]]
 """Parameters of the net in the course of its training, by title."""
 
 
-def learning_curves(folder: Path) -> Picture | None:
+def learning_curves(folder: Path, kept: int) -> Picture | None:
     """Draw metrics.csv of the run folder, and leave learning_curves.png there; return None without that file."""
     if not (folder / "metrics.csv").is_file():
         return None
-    figure = plots.learning_curves(folder / "metrics.csv")
+    figure = plots.learning_curves(folder / "metrics.csv", kept)
     png = report.png(figure)
     (folder / "learning_curves.png").write_bytes(png)
-    text = "What was measured in each epoch, in training and on the validation part."
+    text = "What was measured in each epoch: in training a mean over the epoch, on the validation part after it."
     return Picture("Learning curves", text, figure, png)
 
 
@@ -105,9 +105,11 @@ def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:
 
 
 def _stages(module: MLPModule, flow: DeltaFlow | None, epoch: int) -> Stages:
-    """Return at most 6 stages, the kept one last."""
+    """Return at most 6 stages: that before the training first, the kept one last, those nearest to it between."""
     early = {passed: state for passed, state in flow.snapshots.items() if passed <= epoch} if flow else {}
-    stages = {f"after {_epochs(passed)}": early[passed] for passed in sorted(early)[1 - STAGES :]}
+    passed = sorted(early)
+    chosen = passed[:1] + passed[1:][2 - STAGES :]
+    stages = {f"after {_epochs(at)}" if at else "before training": early[at] for at in chosen}
     return stages | {f"kept, after {_epochs(epoch + 1)}": module.net.state_dict()}
 
 
@@ -150,7 +152,7 @@ class _Answers:
         if data.input_size == 2:
             regions = self.by_stage(lambda a: a.argmax(1))
             text = "The net's answer at each place, and rows of the test part."
-            figure = plots.decision_boundary(regions, self.x[:DRAWN], target[:DRAWN], names)
+            figure = plots.decision_boundary(regions, self.x[:DRAWN], target[:DRAWN], names, data.feature_names)
             yield Picture("Decision boundary", text, figure)
 
     def to_numbers(self) -> Iterator[Picture]:
@@ -159,7 +161,8 @@ class _Answers:
         if self.data.input_size == self.data.output_size == 1:
             lines = self.by_stage(lambda a: in_units(a)[:, 0])
             text = "The net's answer along its input, and rows of the test part."
-            yield Picture("Fitted curve", text, plots.fitted_curve(lines, self.x[:DRAWN, 0], target[:, 0]))
+            figure = plots.fitted_curve(lines, self.x[:DRAWN, 0], target[:, 0], self.data.feature_names)
+            yield Picture("Fitted curve", text, figure)
         text = "Rows of the test part; those on the line are predicted rightly."
         yield Picture("Prediction and target", text, plots.predicted_against_true(target.ravel(), answer.ravel()))
 
@@ -178,12 +181,14 @@ def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> It
     if trace is None:
         return
     if max(len(trace.sizes), *trace.sizes) <= plots.graph.MAX_DRAWN:
-        text = "W on the lines, orange where positive, purple where negative, the thicker the larger; b in the neurons."
+        units = "in standardised units" if data.feature_mean else "in the units of the data"
+        text = f"W on the lines, orange where positive, purple where negative, {units}; b in the neurons."
         yield Picture("The net", text, plots.network(trace))
     else:
         kind = "an image" if data.image_shape else "a row"
         text = f"W¹, {kind} for each neuron of layer 2; orange is positive, purple negative."
-        figure = plots.first_layer_weights(trace.weight[1].float().cpu().numpy(), data.image_shape)
+        weight = trace.weight[1].float().cpu().numpy()
+        figure = plots.first_layer_weights(weight, data.image_shape, data.feature_names)
         yield Picture("First-layer weights", text, figure)
     if flow is None or not flow.epochs:
         return

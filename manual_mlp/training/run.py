@@ -186,7 +186,7 @@ def _trained(
         raise InputError("expected at least one whole epoch to keep, but training was interrupted before; start again")
     epoch, figures = _figures(trainer, best)
     folder = Path(cfg.run_dir)
-    curves = learning_curves(folder) if trainer.is_global_zero else None
+    curves = learning_curves(folder, epoch) if trainer.is_global_zero else None
 
     if _part(cfg) == "val" and cfg.optimized_metric not in figures:  # no epoch was completed
         trainer.validate(module, data, verbose=False)
