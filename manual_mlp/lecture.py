@@ -56,7 +56,8 @@ def for_terminal(page: str) -> Iterator[str]:
             if language == "text":
                 yield textwrap.indent(textwrap.dedent(content), "   ").rstrip("\n")
             elif mark == "picture":
-                yield from (f"picture: {name}" for name in re.findall(r'(?:savefig|animation)\([^"]*"([^"]+)"', content))
+                names = re.findall(r'(?:savefig|animation)\([^"]*"([^"]+)"', content)
+                yield from (f"picture: {name}" for name in names)
 
 
 def _prose(paragraph: str) -> Iterator[str]:

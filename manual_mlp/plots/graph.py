@@ -67,9 +67,9 @@ def flow(trace: Any, sample: int = 0) -> Figure:
 def animation(trace: Any, path: str | PathLike[str], sample: int = 0, seconds: float = 2.0) -> None:
     """Write the panels of `flow` one after another as a GIF, so many seconds each. Raises: InputError as `network`.
 
-    >>> import manual_mlp as mm
+    >>> import pathlib, manual_mlp as mm
     >>> mm.plots.animation(mm.trace(mm.MLP([1, 1]), [0.5], [1.0]), "steps.gif")
-    >>> open("steps.gif", "rb").read(6)
+    >>> pathlib.Path("steps.gif").read_bytes()[:6]
     b'GIF89a'
     """
     steps = list(_steps(trace, sample))
