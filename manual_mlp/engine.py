@@ -225,10 +225,9 @@ class BackpropEngine:
         net = sizes or f"of {sum(p.numel() for p in self.model.parameters()):,} parameters"
         rates = ", ".join(dict.fromkeys(f"lr={group['lr']}" for group in self.optimizer.param_groups))
         _, _, *options = inspect.signature(type(self)).parameters.values()
-        given = [(option, getattr(self, option.name)) for option in options if option.default is not option.empty]
-        shown = [
-            f"{option.name}={value!r}" for option, value in given if option.name == "loss" or value != option.default
-        ]
+        given = {option.name: getattr(self, option.name) for option in options}
+        usual = {option.name: option.default for option in options} | {"loss": None}
+        shown = [f"{name}={value!r}" for name, value in given.items() if value != usual[name]]
         words = [f"{type(self.model).__name__} {net}", f"{type(self.optimizer).__name__}({rates})", *shown]
         return f"{type(self).__name__}({', '.join(words)})"
 
