@@ -197,9 +197,8 @@ class BackpropEngine:
         native: bool | str = "auto",
         max_sample_norm: float | None = None,
     ) -> None:
-        self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.max_grad_norm, self.max_sample_norm = max_grad_norm, max_sample_norm
-        self.compute_dtype, self.native = compute_dtype, native
+        self.model, self.optimizer, self.loss, self.native = model, optimizer, loss, native
+        self.max_grad_norm, self.max_sample_norm, self.compute_dtype = max_grad_norm, max_sample_norm, compute_dtype
         self._road, self._said, self._graphed, self._turn = "torch", "", False, threading.RLock()
         self._prepare()
 
