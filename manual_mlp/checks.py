@@ -257,6 +257,21 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
             f"expected an input of {weight.dtype} on {weight.device}, as the weights; "
             f"got {input.dtype} on {input.device}: call .to() on it"
         )
+    target_of(outputs, input, target, loss)
+
+
+def rows_of(prediction: Tensor, target: Tensor, loss: str) -> None:
+    """Refuse a prediction that is no row of numbers for each sample, and a target that does not fit it."""
+    if prediction.dim() != 2:
+        raise InputError(
+            f"expected a prediction of shape (N, outputs); got {tuple(prediction.shape)}: put an nn.Flatten before the "
+            "first affine map"
+        )
+    target_of(prediction.shape[1], prediction, target, loss)
+
+
+def target_of(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
+    """Refuse a target that the cost can't take beside such rows."""
     if loss == "cross_entropy" and target.dim() == 1:
         fits = target.dtype == torch.int64 and target.shape == input.shape[:1]
     else:

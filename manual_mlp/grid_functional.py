@@ -47,10 +47,7 @@ def conv2d(
         input, weight, bias = cast(input), cast(weight), None if bias is None else cast(bias)
     if input.dim() not in (3, 4) or input.shape[-3] == 0 or weight.dim() != 4 or weight.dtype.is_complex:
         checks.convolution(input, weight, bias, groups)
-    s, d, kernel = _pair("stride", stride), _pair("dilation", dilation), (weight.shape[2], weight.shape[3])
-    q, end = _padding(padding, s, d, kernel)
-    last = weight.shape[1] > 1 and weight.stride(1) == 1
-    at = Geometry(s, q, d, groups, (input.shape[-2], input.shape[-1]), kernel, end, last)
+    at = geometry(input, weight, stride, padding, dilation, groups)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     try:
         z = apply(grid_functions.Convolution, grid_functions.OUTPUT, batch, weight, None, bias, at)
@@ -58,6 +55,14 @@ def conv2d(
         checks.convolution(input, weight, bias, groups)
         raise
     return z if input.dim() == 4 else z.squeeze(0)
+
+
+def geometry(a: Tensor, weight: Tensor, stride: Size, padding: Size | str, dilation: Size, groups: int) -> Geometry:
+    """Return where the kernels of a convolution read."""
+    s, d, kernel = _pair("stride", stride), _pair("dilation", dilation), (weight.shape[2], weight.shape[3])
+    q, end = _padding(padding, s, d, kernel)
+    last = weight.shape[1] > 1 and weight.stride(1) == 1
+    return Geometry(s, q, d, groups, (a.shape[-2], a.shape[-1]), kernel, end, last)
 
 
 def _padding(padding: Any, s: Axes, d: Axes, kernel: Axes) -> tuple[Axes, Axes]:
@@ -129,12 +134,17 @@ def _windows(
 ) -> tuple[Tensor, Windows]:
     checks.real("input of a pooling", input, whole=True)
     checks.image("input of a pooling", input)
+    at = windows(input, kernel_size, stride, padding, dilation, ceil_mode)
+    return input if input.dim() == 4 else input.unsqueeze(0), at
+
+
+def windows(a: Tensor, kernel_size: Size, stride: Any, padding: Size, dilation: Size, ceil_mode: bool) -> Windows:
+    """Return where the windows of a pooling lie."""
     kernel = _pair("kernel_size", kernel_size)
     s = _pair("stride", stride) if stride or isinstance(stride, int) else kernel
-    at = Windows(
-        kernel, s, _pair("padding", padding), _pair("dilation", dilation), ceil_mode, (input.shape[-2], input.shape[-1])
+    return Windows(
+        kernel, s, _pair("padding", padding), _pair("dilation", dilation), ceil_mode, (a.shape[-2], a.shape[-1])
     )
-    return input if input.dim() == 4 else input.unsqueeze(0), at
 
 
 def batch_norm(

@@ -197,7 +197,13 @@ class BatchNorm(ManualFunction):
         x, weight, μ, r = ctx.saved_tensors
         over = _places(x)
         μ, r = _again(x, over, ctx.ε) if _recorded() else (_along(μ, x), _along(r, x))
-        return *_norm_gradients(ctx, g, x, _along(weight, x), μ, r, over, over), None, None, None, None
+        return (
+            *_norm_gradients(ctx.needs_input_grad[:3], g, x, _along(weight, x), μ, r, over, over),
+            None,
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Any:
@@ -226,7 +232,12 @@ class RunningNorm(ManualFunction):
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         x, weight, m, s = ctx.saved_tensors
         m, r = _along(m, x), sheet.reciprocal(_along(s, x), ctx.ε)
-        return *_norm_gradients(ctx, g, x, _along(weight, x), m, r, None, _places(x)), None, None, None
+        return (
+            *_norm_gradients(ctx.needs_input_grad[:3], g, x, _along(weight, x), m, r, None, _places(x)),
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Tensor:
@@ -253,7 +264,7 @@ class LayerNorm(ManualFunction):
         x, weight, μ, r = ctx.saved_tensors
         rows, over = _split(x, ctx.last)
         μ, r = _again(x, over, ctx.ε) if _recorded() else (μ, r)
-        return *_norm_gradients(ctx, g, x, weight, μ, r, over, rows), None, None
+        return *_norm_gradients(ctx.needs_input_grad[:3], g, x, weight, μ, r, over, rows), None, None
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Any:
@@ -296,13 +307,30 @@ def _again(x: Tensor, over: Dims, ε: float) -> tuple[Tensor, Tensor]:
     return sheet.moments(_float(x), over, ε)
 
 
+def batch_norm_gradients(
+    g: Tensor, x: Tensor, weight: Any, given: Tensor | None, ε: float, needs: Sequence[bool]
+) -> Gradients:
+    """∂C/∂x, ∂C/∂γ, ∂C/∂β of a batch norm, by the given statistics (2, C), None for the batch's own."""
+    over = _places(x)
+    if given is None:
+        return _norm_gradients(needs, g, x, _along(weight, x), *_again(x, over, ε), over, over)
+    m, s = (_along(of, x) for of in given)
+    return _norm_gradients(needs, g, x, _along(weight, x), m, sheet.reciprocal(s, ε), None, over)
+
+
+def layer_norm_gradients(g: Tensor, x: Tensor, weight: Any, last: int, ε: float, needs: Sequence[bool]) -> Gradients:
+    """∂C/∂x, ∂C/∂γ, ∂C/∂β of a layer norm."""
+    rows, over = _split(x, last)
+    return _norm_gradients(needs, g, x, weight, *_again(x, over, ε), over, rows)
+
+
 def _norm_gradients(
-    ctx: Any, g: Tensor | None, x: Tensor, weight: Any, μ: Tensor, r: Tensor, over: Dims | None, rows: Dims
+    needs: Sequence[bool], g: Tensor | None, x: Tensor, weight: Any, μ: Tensor, r: Tensor, over: Dims | None, rows: Dims
 ) -> Gradients:
     """∂C/∂x, ∂C/∂γ, ∂C/∂β; evaluated in float32 for half precision, and rounded once."""
     if g is None:
         return None, None, None
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_x, needs_weight, needs_bias = needs
     dtype, g, γ = x.dtype, _float(g), _float(weight)
     x̂ = sheet.normalised(_float(x), _float(μ), _float(r))
     return (
@@ -328,7 +356,7 @@ def _norm_tangent(
 # Softmax
 # ---------------------------------------------------------------------------------------------------------------------
 
-_softmax_delta = kernels.rounded_once(sheet.softmax_delta)
+softmax_delta = kernels.rounded_once(sheet.softmax_delta)
 
 
 class Softmax(ManualFunction):
@@ -346,9 +374,9 @@ class Softmax(ManualFunction):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         (a,) = ctx.saved_tensors
-        return None if g is None else _softmax_delta(g, a, ctx.dim), None
+        return None if g is None else softmax_delta(g, a, ctx.dim), None
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor, _: None) -> Tensor:
         (a,) = _primals(ctx)
-        return _softmax_delta(z_t, a, ctx.dim)
+        return softmax_delta(z_t, a, ctx.dim)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from manual_mlp import checks, grid_functional
@@ -72,16 +73,30 @@ class AvgPool2d(nn.AvgPool2d):
         return grid_functional.avg_pool2d(input, *places, *divisor)
 
 
+def counted(norm: Any) -> float:
+    """Count one more batch of a batch norm, and return κ, the share that it has in the running statistics."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the mean of all batches so far
+            return 1 / float(norm.num_batches_tracked)
+    return norm.momentum or 0.0
+
+
+@torch.no_grad()
+def track(norm: Any, x: Tensor) -> None:
+    """Update the running statistics of a batch norm, as a call in training does."""
+    κ = counted(norm)
+    if x.numel():
+        torch.native_batch_norm(x, None, None, norm.running_mean, norm.running_var, True, κ, norm.eps)
+
+
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """γ x̂ + β over the set of each channel; in evaluation by the running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        tracks, κ = self.training and self.track_running_stats, self.momentum or 0.0
-        if tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the mean of all batches so far
-                κ = 1 / float(self.num_batches_tracked)
+        tracks = self.training and self.track_running_stats
+        κ = counted(self) if tracks else 0.0
         m, s = (self.running_mean, self.running_var) if tracks or not self.training else (None, None)
         training = self.training or (m is None and s is None)
         return grid_functional.batch_norm(input, m, s, self.weight, self.bias, training, κ, self.eps)

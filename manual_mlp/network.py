@@ -33,7 +33,7 @@ class Reading:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.program, self.snapshot = read(model), Snapshot(model)
+        self.program, self.snapshot = read(model, grids=True), Snapshot(model)
         self.plans: dict[object, LossPlan] = {}
         self.last_checked: tuple[object, Any, bool] = None, None, False
 
@@ -41,13 +41,15 @@ class Reading:
 _READINGS: WeakKeyDictionary[nn.Module, Reading] = WeakKeyDictionary()
 
 
-def reading_of(model: nn.Module) -> Reading:
+def reading_of(model: nn.Module, grids: bool = False) -> Reading:
     """Return the model as it was read, read again after a change. Raises InputError as `program.read`."""
     reading = _READINGS.get(model) if isinstance(model, nn.Module) else None
     if reading is None or reading.snapshot.changed(model):
         reading = Reading(model)
         if model._modules:  # a lone layer owns its parameters, so its reading would keep it alive
             _READINGS[model] = reading
+    if reading.program.grids and not grids:
+        read(model)  # which raises
     return reading
 
 
@@ -56,7 +58,7 @@ def parameters_of(model: nn.Module, program: Program) -> list[Any]:
     try:
         return program.parameters()
     except KeyError:
-        read(model)
+        read(model, grids=True)
         raise
 
 
@@ -134,6 +136,9 @@ class NetworkCost(functions.ManualFunction):
             value, ctx.gradients = _at_once(reading, (key, needs), weighed, target, tensors, predictions)
             return value
         slots = program.forward([*tensors, *masks])
+        if program.grids:
+            checks.rows_of(slots[-1], target, weighed[0].name)
+            program.observe(slots, [*tensors, *masks])
         ctx.of, ctx.masks = (reading, weighed, None), masks[1::2]
         ctx.save_for_backward(target, *tensors, *masks[::2], *slots[1:])
         if predictions is not None:
@@ -206,10 +211,11 @@ def cost_and_prediction(model: nn.Module, input: Tensor, target: Tensor, loss: s
 
 
 def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, predictions: list[Tensor] | None) -> Tensor:
-    reading = reading_of(model)
+    reading = reading_of(model, grids=True)
     flat = parameters_of(model, reading.program)
     try:
-        special = kernels.transforming() or torch.compiler.is_compiling() or target.requires_grad or input.dim() != 2
+        special = kernels.transforming() or torch.compiler.is_compiling() or target.requires_grad
+        special = special or input.dim() not in ((2, 4) if reading.program.grids else (2,))
     except AttributeError:
         checks.tensors(input=input, target=target)
         raise
@@ -222,9 +228,11 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
     try:
         return NetworkCost.direct(reading, key, weighed, masks, predictions, target, input, *flat)
     except (IndexError, RuntimeError):
-        read(model)  # `p.data =` can leave layers that do not fit each other
-        checks.batch(flat[0], len(flat[-2]), input, target, loss)
-        checks.batch_labels(len(flat[-2]), target, loss)
+        outputs = len(reading.program.affine[-1].weight)
+        read(model, grids=True)  # `p.data =` can leave layers that do not fit each other
+        if not reading.program.grids:
+            checks.batch(flat[0], outputs, input, target, loss)
+        checks.batch_labels(outputs, target, loss)
         checks.trainable(flat)
         raise
 
@@ -241,7 +249,7 @@ def _by_layers(
 
 def _checked(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tensor, loss: str) -> tuple[Any, Any, bool]:
     """Return the key of such batches, the cost with its factors, and whether they get a plan. Checks a new key only."""
-    last = flat[-2]
+    last = reading.program.affine[-1].weight if reading.program.grids else flat[-2]
     key = (
         *(type(input), input.shape, input.dtype, input.device, input.layout),
         *(type(target), target.shape, target.dtype),
@@ -250,7 +258,8 @@ def _checked(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tenso
     if reading.last_checked[0] == key:
         return reading.last_checked
     cost = cost_of(loss, reading.program)
-    checks.batch(flat[0], len(last), input, target, loss)
+    if not reading.program.grids:
+        checks.batch(flat[0], len(last), input, target, loss)
     checked = key, weigh(cost, len(input), len(last), input.dtype), _has_plan(reading, flat, input, target)
     if type(checked[1][1]) in (Tensor, float):  # not a fake tensor, made while torch traces shapes
         reading.last_checked = checked
@@ -264,7 +273,11 @@ def _has_plan(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tens
     take memory, too.
     """
     program = reading.program
-    if program.has_dropout or any(rule.saves == "input" and not rule.names for rule, _, _ in program.nodes):
+    if (
+        program.has_dropout
+        or program.grids
+        or any(rule.saves == "input" and not rule.names for rule, _, _ in program.nodes)
+    ):
         return False
     tensors = [input, target, *(own for own in flat if own is not None)]
     if any(type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu for tensor in tensors):
@@ -286,7 +299,7 @@ class NetworkLoss(nn.Module):
 
     def __init__(self, model: nn.Module, loss: str = "quadratic") -> None:
         super().__init__()
-        cost_of(loss, reading_of(model).program)
+        cost_of(loss, reading_of(model, grids=True).program)
         self.model, self.loss = model, loss
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from manual_mlp import checks, kernels, modules
 from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
 from manual_mlp.formulas import ACTIVATIONS, COSTS, Cost, Row
+from manual_mlp.grid_rules import RULES, Convolve, GridRule, Normalise, Softmax
 from manual_mlp.snapshot import hooks_of
 
 Tensors = Sequence[Any]
@@ -161,6 +162,8 @@ class Program:
 
     sources   for each parameter the dict that holds it, and its name there
     spans     for each node, the slice of a run's tensors that its rule reads beside its slots
+    given     for each norm the slice of what it has drawn, which it reads after its parameters
+    grids     the rules of `grid_rules.py` among the nodes: only this file and `network_loss` know them
     saved     for each node, the slots that its backward reads
     kept      the slots that forward stores; backward computes any other slot that it reads again
     freed     for each node, the slots that nobody reads after it
@@ -170,11 +173,16 @@ class Program:
         self.nodes = tuple(nodes)
         self.sources = [(node.owner._parameters, name) for node in nodes for name in node.rule.names]
         self.has_dropout = any(isinstance(node.rule, Drop) for node in nodes)
+        self.grids = [node.rule for node in nodes if isinstance(node.rule, GridRule)]
         own, drawn, self.spans = 1, 1 + len(self.sources), []
+        self.given: list[slice | None] = []
         for rule, _, _ in nodes:
             start, length = (drawn, 2) if isinstance(rule, Drop) else (own, len(rule.names))
             self.spans.append(slice(start, start + length))
             own, drawn = (own, drawn + 2) if isinstance(rule, Drop) else (own + length, drawn)
+            draws = isinstance(rule, Normalise)
+            self.given.append(slice(drawn, drawn + 2) if draws else None)
+            drawn += 2 * draws
         of = [{"input": node.reads, "output": (i,), "nothing": ()}[node.rule.saves] for i, node in enumerate(nodes, 1)]
         self.saved: list[tuple[int, ...]] = of
         self.kept = self._kept()
@@ -223,26 +231,38 @@ class Program:
         return [owner[name] for owner, name in self.sources]
 
     def widths(self, x: Tensor) -> list[int]:
-        """Return the number of neurons of each slot."""
+        """Return the number of neurons of each slot; after a convolution, say, these are channels."""
         widths, parameters = [x.shape[1]], [x, *self.parameters()]
         for (rule, reads, _), span in zip(self.nodes, self.spans, strict=True):
-            widths.append(len(parameters[span][0]) if isinstance(rule, Affine) else widths[reads[0]])
+            gives = isinstance(rule, Affine | Convolve)
+            widths.append(len(parameters[span][0]) if gives else widths[reads[0]])
         return widths
 
     def draw(self, x: Tensor) -> list[Any]:
         """Return what the dropouts draw for such a batch, in order."""
-        if not self.has_dropout:
+        if not self.has_dropout and not self.grids:
             return []
         widths = self.widths(x)
-        dropouts = [(rule, widths[reads[0]]) for rule, reads, _ in self.nodes if isinstance(rule, Drop)]
-        return [*chain.from_iterable(rule.draw(len(x), width, x.device) for rule, width in dropouts)]
+        drawn = [(rule, widths[reads[0]]) for rule, reads, _ in self.nodes if isinstance(rule, Drop | Normalise)]
+        return [*chain.from_iterable(rule.draw(len(x), width, x.device) for rule, width in drawn)]
+
+    def _beside(self, i: int, tensors: Tensors) -> Sequence[Any]:
+        """Return what the rule of a node reads beside its slots."""
+        given = self.given[i]
+        return tensors[self.spans[i]] if given is None else [*tensors[self.spans[i]], *tensors[given]]
+
+    def observe(self, slots: Sequence[Any], tensors: Tensors) -> None:
+        """Update the running statistics of the batch norms, as a call of the model does."""
+        for node in self.nodes:
+            if isinstance(node.rule, Normalise):
+                node.rule.observe(self._value(node.reads[0], slots, tensors))
 
     def forward(self, tensors: Tensors, every: bool = False) -> list[Any]:
         """Step 1: return the slots; None for those that are not kept, unless every is True."""
         slots: list[Any] = [tensors[0]]
-        for (rule, reads, _), span, freed in zip(self.nodes, self.spans, self.freed, strict=True):
-            slots.append(rule.forward(*[slots[slot] for slot in reads], *tensors[span]))
-            for slot in () if every else freed:
+        for i, (rule, reads, _) in enumerate(self.nodes):
+            slots.append(rule.forward(*[slots[slot] for slot in reads], *self._beside(i, tensors)))
+            for slot in () if every else self.freed[i]:
                 slots[slot] = None
         return slots
 
@@ -277,7 +297,8 @@ class Program:
                 continue
             saved = [self._value(slot, slots, tensors) for slot in self.saved[i]]
             flags = [*[wanted[slot] for slot in reads], *(needed and step_4 for needed in needs[span])]
-            parts = rule.backward(g, saved[0] if len(saved) == 1 else saved, *tensors[span], needs=flags)
+            read = self._beside(i, tensors)
+            parts = rule.backward(g, saved[0] if len(saved) == 1 else saved, *read, needs=flags)
             for slot, part in zip(reads, parts):  # noqa: B905 # the gradients of the parameters follow
                 if wanted[slot]:
                     arrived[slot] = part if arrived[slot] is None else arrived[slot] + part
@@ -293,7 +314,7 @@ class Program:
         if slots[slot] is not None:
             return slots[slot]
         rule, reads, _ = self.nodes[slot - 1]
-        return rule.forward(*[self._value(read, slots, tensors) for read in reads], *tensors[self.spans[slot - 1]])
+        return rule.forward(*[self._value(read, slots, tensors) for read in reads], *self._beside(slot - 1, tensors))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,16 +325,17 @@ _AFFINE = (nn.Linear, modules.Affine)
 _DROPOUT = (nn.Dropout, modules.Dropout)
 
 
-def read(model: nn.Module) -> Program:
+def read(model: nn.Module, grids: bool = False) -> Program:
     """Return the program of an mm.MLP, or of nn.Sequentials and mm.Sums in each other.
 
     Inside are affine maps, activations and dropouts. Each activation follows an affine map or a Sum, or begins a
     branch; each dropout may follow an activation, too. Raises InputError for anything else in it, for what a call
     of the model would honour and a program does not (hooks, a replaced forward), and for layers that do not fit.
+    grids: convolutions, pools, norms, softmax and nn.Flatten may be inside, too.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a model, an mm.MLP or an nn.Sequential; got {type(model).__name__}")
-    reader = _Reader()
+    reader = _Reader(grids)
     reader.read(model, "", 0)
     if reader.first is None:
         raise InputError("expected a net with at least one affine layer; got none: add an mm.Affine or an nn.Linear")
@@ -327,7 +349,8 @@ class _Reader:
     first   the first affine map, whose in_features is the input's width
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grids: bool) -> None:
+        self.grids = grids
         self.nodes: list[Node] = []
         self.ends: list[Any] = [None]
         self.first: Any = None
@@ -350,7 +373,7 @@ class _Reader:
                 raise InputError(f"expected a Sum with branches at {_place(name)}; got none: append one")
             return slots[0] if len(slots) == 1 else self._append(Node(Add(), tuple(slots)), name)
         before = Add() if begins else self.nodes[slot - 1].rule if slot else None
-        for rule, owner in _rules(before, name, module):
+        for rule, owner in _rules(before, name, module, self.grids):
             if begins and not isinstance(rule, Affine):  # a copy: in place it would overwrite what others read
                 slot = self._append(Node(Add(), (slot,)), name)
             begins = False
@@ -359,8 +382,19 @@ class _Reader:
 
     def _append(self, node: Node, name: str) -> int:
         """Return the slot that the node writes. Raises InputError if what it reads has the wrong width."""
-        end, affine = self.ends[node.reads[0]], node.owner
-        width, *others = {self._width(slot) for slot in node.reads}
+        end, affine = self.ends[node.reads[0]], node.owner if isinstance(node.rule, Affine) else None
+        if isinstance(node.rule, Drop) and end is _GRID:
+            raise InputError(
+                f"expected dropout after an affine map only; got one at {_place(name)} that follows a grid: "
+                "train it with backprop=layers"
+            )
+        if isinstance(node.rule, GridRule) and not node.rule.keeps_width:
+            self.nodes.append(node)
+            self.ends.append(_GRID)
+            return len(self.nodes)
+        width, *others = {self._width(slot) for slot in node.reads} - ({None} if len(node.reads) > 1 else set()) or {
+            None
+        }
         if others:
             raise InputError(
                 f"expected branches of one width in the Sum at {_place(name)}; got {width} and {others[0]}: "
@@ -369,16 +403,23 @@ class _Reader:
         if affine is not None and width not in (None, affine.weight.shape[1]):
             before = f"beside {self.first}" if end is None else f"after {end}"
             raise InputError(f"expected a layer of in_features={width} {before}; got {affine}")
-        self.first = self.first or affine
+        if affine is not None and self.first is None:
+            self.first = affine
+            self.ends = [of or _GRID for of in self.ends] if end is _GRID else self.ends
         self.nodes.append(node)
         self.ends.append(affine or end)
         return len(self.nodes)
 
     def _width(self, slot: int) -> int | None:
         """Return the number of neurons of a slot, None while no affine map has said it."""
+        if self.ends[slot] is _GRID:
+            return None
         if self.ends[slot] is not None:
             return self.ends[slot].weight.shape[0]
         return self.first and self.first.weight.shape[1]
+
+
+_GRID: Any = object()  # of a slot whose width no affine map says
 
 
 def _place(name: str) -> str:
@@ -409,12 +450,13 @@ _KINDS: tuple[Any, ...] = (
     modules.Sum,
     modules.AffineActivation,
     *modules.ACTIVATION_MODULES,
+    *RULES,
 )
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _KINDS}
 _CALL = nn.Module.__call__
 
 
-def _rules(before: Any, name: str, module: Any) -> list[tuple[Any, Any]]:
+def _rules(before: Any, name: str, module: Any, grids: bool) -> list[tuple[Any, Any]]:
     """Return the rules of one module, each with the owner of its parameters. before: the rule that it follows."""
     kind = type(module)
     if kind in _AFFINE or kind is modules.AffineActivation:
@@ -424,13 +466,15 @@ def _rules(before: Any, name: str, module: Any) -> list[tuple[Any, Any]]:
         return [(Affine(), module), *([] if row.name == "identity" else [(Activate(row), None)])]
     if kind in (nn.Identity, modules.Identity):
         return []
-    if kind in modules.ACTIVATION_MODULES and isinstance(before, Affine | Add):
+    if kind in RULES and grids and getattr(module, "padding_mode", "zeros") == "zeros":
+        return [(RULES[kind](module), module)]
+    if kind in modules.ACTIVATION_MODULES and isinstance(before, Affine | Add | GridRule):
         return [(Activate(modules.activation_row(module)), None)]
-    if kind in _DROPOUT and isinstance(before, Affine | Activate | Add):
+    if kind in _DROPOUT and isinstance(before, Affine | Activate | Add | Normalise):
         return [(Drop(module), None)]
     raise InputError(
         "expected affine maps, each with at most one activation and one dropout after it; "
-        f"got {kind.__name__} at {_place(name)}: train it with backprop=layers"
+        f"got {kind.__name__} at {_place(name)}: train it with backprop={'network' if kind in RULES else 'layers'}"
     )
 
 
@@ -439,9 +483,10 @@ def cost_of(loss: str, program: Program) -> Cost:
     if loss not in COSTS:
         raise InputError(f"expected a loss, one of {', '.join(COSTS)}; got {loss!r}")
     last = next(node.rule for node in reversed(program.nodes) if not isinstance(node.rule, Drop))
-    if COSTS[loss].logits and isinstance(last, Activate):
+    if COSTS[loss].logits and isinstance(last, Activate | Softmax):
+        ends = last.row.name if isinstance(last, Activate) else "softmax"
         raise InputError(
-            f"expected a net that gives logits, for the loss {loss!r}; got one that ends in {last.row.name}, "
+            f"expected a net that gives logits, for the loss {loss!r}; got one that ends in {ends}, "
             'which would train wrongly: take output_activation="identity"'
         )
     return COSTS[loss]

@@ -520,6 +520,109 @@ def test_convert_and_revert() -> None:
     assert type(mm.convert(odd)[0]) is nn.Conv2d
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole net
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def nets() -> dict[str, tuple[nn.Module, Tensor]]:
+    """Small nets of grids with 5 outputs, and 4 samples for each."""
+    torch.manual_seed(0)
+    images, rows = randn(4, 2, 6, 6), randn(4, 7)
+    made: dict[str, tuple[nn.Module, Tensor]] = {
+        "lenet": (nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding="same"), nn.BatchNorm2d(3), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2, 1, 1),
+            nn.GELU(), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(16, 5)), images),
+        "ours": (nn.Sequential(
+            mm.Conv2d(2, 4, 3, 2, bias=False), mm.BatchNorm2d(4, momentum=None), mm.ReLU(), nn.Flatten(),
+            mm.AffineActivation(16, 6), mm.LayerNorm(6), mm.Dropout(0.5), mm.Affine(6, 5)), images),
+        "rows": (nn.Sequential(
+            mm.Affine(7, 6, bias=False), mm.BatchNorm1d(6, affine=False), mm.Sigmoid(), mm.Dropout(0.3),
+            mm.Affine(6, 5), mm.Softmax(1)), rows),
+        "residual": (nn.Sequential(
+            mm.Conv2d(2, 3, 3, padding=1), mm.Residual(mm.BatchNorm2d(3), mm.Tanh(), mm.Conv2d(3, 3, 3, padding=1)),
+            nn.Flatten(), mm.Affine(108, 5)), images),
+    }  # fmt: skip
+    return {name: (model.double(), x) for name, (model, x) in made.items()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["lenet", "ours", "rows", "residual"])
+def test_network_loss(name: str, training: bool) -> None:
+    """C, its first and its second derivatives, as layer by layer; none of a grid is torch's."""
+    model, x = nets()[name]
+    model.train(training)
+    twin, target, found = copy.deepcopy(model), randn(4, 5), []
+    of_grids = ("conv", "pool", "norm", "softmax", "slice", "gather")  # second derivatives of activations are torch's
+    for each in (model, twin):
+        leaves = [x.clone().requires_grad_(), *each.parameters()]
+        torch.manual_seed(1)
+        with Operators() as operators:
+            if each is model:
+                cost = mm.network.network_loss(each, leaves[0], target)
+                assert type(cost.grad_fn).__name__ == "NetworkCostBackward"
+            else:
+                cost = F.quadratic_loss(each(leaves[0]), target)
+            first = torch.autograd.grad(cost, leaves, create_graph=True)
+            squares = sum(gradient.square().sum() for gradient in first)
+            second = torch.autograd.grad(squares, leaves, allow_unused=True, materialize_grads=True)
+        names = [name for name in operators.names if "_backward" in name]
+        assert each is twin or not [name for name in names if any(map(name.__contains__, of_grids))]
+        found.append([cost, *first, *second])
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)  # sums of some hundred products
+
+
+def test_network_loss_updates_statistics_once_a_step() -> None:
+    for name in ("lenet", "ours", "rows"):
+        model, x = nets()[name]
+        twin = copy.deepcopy(model)
+        for _ in range(3):
+            torch.manual_seed(1)
+            mm.network.network_loss(model, x, randn(4, 5)).backward()
+            torch.manual_seed(1)
+            F.quadratic_loss(twin(x), randn(4, 5)).backward()
+        same(model.state_dict().values(), twin.state_dict().values())
+        same([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+
+
+def test_evaluation_between_the_passes_changes_nothing() -> None:
+    model, x = nets()["lenet"]
+    cost = mm.network.network_loss(model, x, randn(4, 5))
+    expected = torch.autograd.grad(cost, [*model.parameters()], retain_graph=True)
+    model.eval()
+    model[1].running_mean.add_(1)  # type: ignore[operator, union-attr]
+    same(torch.autograd.grad(cost, [*model.parameters()]), expected)
+
+
+def test_who_takes_grids_and_who_refuses() -> None:
+    model, x = nets()["lenet"]
+    target = randn(4, 5)
+    with pytest.raises(mm.InputError, match="got Conv2d at '0': train it with backprop=network"):
+        mm.BackpropEngine(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(mm.InputError, match="Conv2d at '0'"):
+        mm.trace(model, x, target)
+    for target, sentence in (
+        (randn(4, 4), "target of shape"),
+        (torch.arange(4), "target of shape"),
+        (randn(4, 5).float(), "target of shape"),
+    ):  # fmt: skip
+        with pytest.raises(mm.InputError, match=sentence):
+            mm.network.network_loss(model, x, target)
+    with pytest.raises(mm.InputError, match="labels from 0 to 4"):
+        mm.network.network_loss(model, x, torch.tensor([0, 1, 2, 5]), "cross_entropy")
+    with pytest.raises(mm.InputError, match=r"got \(3, 2, 3, 3\)"):
+        mm.network.network_loss(model, randn(4, 3, 6, 6), randn(4, 5))
+    with pytest.raises(mm.InputError, match=r"put an nn\.Flatten before"):
+        mm.network.network_loss(nn.Sequential(mm.Conv2d(2, 3, 1), mm.Affine(6, 5)).double(), x, randn(4, 5))
+    with pytest.raises(mm.InputError, match="ends in softmax"):
+        mm.network.network_loss(nets()["rows"][0], randn(4, 7), randn(4, 5), "cross_entropy")
+    dropped = nn.Sequential(mm.Conv2d(2, 3, 1), mm.Tanh(), nn.Dropout(), nn.Flatten(), mm.Affine(108, 5)).double()
+    with pytest.raises(mm.InputError, match="follows a grid: train it with backprop=layers"):
+        mm.network.network_loss(dropped, x, randn(4, 5))
+    with pytest.raises(mm.InputError, match="backprop=layers"):
+        mm.network.network_loss(nn.Sequential(nn.Linear(7, 7), nn.RNN(7, 5)).double(), randn(4, 7), randn(4, 5))
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "complex conv": (lambda: F.conv2d(torch.ones(1, 1, 3, 3) * 1j, torch.ones(1, 1, 2, 2) * 1j), "imaginary parts"),
     "complex max": (lambda: F.max_pool2d(torch.ones(1, 3, 3) * 1j, 2), "imaginary parts"),

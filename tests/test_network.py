@@ -472,7 +472,7 @@ class Own(nn.Sequential):
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "empty": (nn.Sequential, "at least one affine layer"),
-    "other": (lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), "got LayerNorm at '1'"),
+    "other": (lambda: nn.Sequential(nn.Linear(4, 3), nn.GroupNorm(1, 3)), "got GroupNorm at '1'"),
     "activation first": (lambda: nn.Sequential(nn.Sigmoid(), nn.Linear(4, 3)), "got Sigmoid at '0'"),
     "two activations": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Tanh()), "got Tanh at '2'"),
     "dropout first": (lambda: nn.Sequential(nn.Dropout(), nn.Linear(4, 3)), "got Dropout at '0'"),

@@ -1,0 +1,137 @@
+"""Convolution, pooling, norms and softmax as rules of a program: see `program.Rule`.
+
+They apply the Functions of `grid_functions.py`, so that a second derivative of a program is not torch's either.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manual_mlp import grid_functional, grid_functions, grid_modules
+from manual_mlp import grids as sheet
+from manual_mlp.functions import apply
+from manual_mlp.grid_functions import INPUT, WEIGHT, Convolution
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class GridRule:
+    """A rule of one input, whose arguments are its module's at the time of the call.
+
+    keeps_width   whether as many numbers of a row go out as come in
+    """
+
+    names: tuple[str, ...] = ()
+    saves = "input"
+    keeps_width = False
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+
+class Convolve(GridRule):
+    """z = a ∗ W + b."""
+
+    names = ("weight", "bias")
+
+    def _at(self, a: Tensor, weight: Tensor) -> sheet.Geometry:
+        of = self.module
+        return grid_functional.geometry(a, weight, of.stride, of.padding, of.dilation, of.groups)
+
+    def forward(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of = self.module
+        return grid_functional.conv2d(a, weight, bias, of.stride, of.padding, of.dilation, of.groups)
+
+    def backward(self, g: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Gradients:
+        at, (needs_a, needs_weight, needs_bias) = self._at(a, weight), needs
+        return (
+            Convolution.of(INPUT, (None, weight, g), None, at) if needs_a else None,
+            Convolution.of(WEIGHT, (a, None, g), None, at) if needs_weight else None,
+            sheet.conv_bias(g) if needs_bias else None,
+        )
+
+
+class Pool(GridRule):
+    """The largest number or the mean of each window."""
+
+    def _at(self, a: Tensor) -> sheet.Windows:
+        of = self.module
+        d = getattr(of, "dilation", 1)
+        return grid_functional.windows(a, of.kernel_size, of.stride, of.padding, d, of.ceil_mode)
+
+    def _function(self, x: Tensor, at: sheet.Windows, transposed: bool) -> Tensor:
+        of = self.module
+        return apply(grid_functions.Average, x, at, of.count_include_pad, of.divisor_override, transposed)
+
+    def forward(self, a: Tensor) -> Tensor:
+        if isinstance(self.module, nn.MaxPool2d):
+            return apply(grid_functions.Largest, a, self._at(a))[0]
+        return self._function(a, self._at(a), False)
+
+    def backward(self, g: Tensor, a: Tensor, needs: Sequence[bool]) -> Gradients:
+        at = self._at(a)
+        if isinstance(self.module, nn.MaxPool2d):
+            return (apply(grid_functions.Picked, g, sheet.largest(a.detach(), at)[1], at, True),)
+        return (self._function(g, at, True),)
+
+
+class Flatten(GridRule):
+    """The same numbers in other dimensions."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        return a.flatten(self.module.start_dim, self.module.end_dim)
+
+    def backward(self, g: Tensor, a: Tensor, needs: Sequence[bool]) -> Gradients:
+        return (g.reshape(a.shape),)
+
+
+class Normalise(GridRule):
+    """y = γ x̂ + β. Beside γ and β it reads what `draw` returns."""
+
+    names, keeps_width = ("weight", "bias"), True
+
+    def draw(self, *_: Any) -> tuple[Tensor | None, float]:
+        """Return a copy of the running statistics (2, C) if this run reads them, and ε."""
+        of = self.module
+        if isinstance(of, nn.LayerNorm) or of.training or of.running_mean is None:
+            return None, of.eps
+        return torch.stack([of.running_mean, of.running_var]), of.eps
+
+    def forward(self, x: Tensor, weight: Any, bias: Any, given: Tensor | None, ε: float) -> Tensor:
+        if isinstance(self.module, nn.LayerNorm):
+            return grid_functional.layer_norm(x, self.module.normalized_shape, weight, bias, ε)
+        m, s = (None, None) if given is None else given
+        return grid_functional.batch_norm(x, m, s, weight, bias, given is None, 0.0, ε)
+
+    def backward(
+        self, g: Tensor, x: Tensor, weight: Any, bias: Any, given: Tensor | None, ε: float, needs: Sequence[bool]
+    ) -> Gradients:
+        if isinstance(self.module, nn.LayerNorm):
+            return grid_functions.layer_norm_gradients(g, x, weight, len(self.module.normalized_shape), ε, needs)
+        return grid_functions.batch_norm_gradients(g, x, weight, given, ε, needs)
+
+    def observe(self, x: Tensor) -> None:
+        """Update the running statistics as a call of the module in training does."""
+        if not isinstance(self.module, nn.LayerNorm) and self.module.training and self.module.track_running_stats:
+            grid_modules.track(self.module, x)
+
+
+class Softmax(GridRule):
+    """a = softmax z along one dimension."""
+
+    saves, keeps_width = "output", True
+
+    def forward(self, z: Tensor) -> Tensor:
+        return grid_functional.softmax(z, self.module.dim)
+
+    def backward(self, g: Tensor, a: Tensor, needs: Sequence[bool]) -> Gradients:
+        return (grid_functions.softmax_delta(g, a, self.module.dim),)
+
+
+RULES: dict[type[nn.Module], type[GridRule]] = {
+    **{nn.Conv2d: Convolve, nn.MaxPool2d: Pool, nn.AvgPool2d: Pool, nn.Flatten: Flatten},
+    **{nn.BatchNorm1d: Normalise, nn.BatchNorm2d: Normalise, nn.LayerNorm: Normalise, nn.Softmax: Softmax},
+}
+RULES |= {ours: RULES[plain] for plain, ours in grid_modules.OURS.items()}
