@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test test-all test-lowest lint clean
+.PHONY: train test test-all test-lowest gpu lint clean
 train: $(VENV)/.installed
 	$(BIN)/python train.py $(ARGS)
 
@@ -17,6 +17,9 @@ test-lowest: # the tests with the lowest versions that pyproject declares, in an
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[test]"
 	$(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+gpu: # the CUDA tests and the GPU's table, with the Python and torch that are there; installs nothing
+	$(PYTHON) tests/gpu.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

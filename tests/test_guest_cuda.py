@@ -162,3 +162,21 @@ def test_engine_beside_a_thread_that_pins_memory() -> None:
     engine = BackpropEngine(model, sgd(model.parameters()))
     for x, y in torch.utils.data.DataLoader(data, batch_size=8, pin_memory=True):
         assert engine.step(x.to(DEVICE), y.to(DEVICE)).isfinite()
+
+
+def test_many_nets_as_on_the_cpu() -> None:
+    """K nets by batched products, a step as one CUDA graph: as the same nets on the CPU."""
+    x, y = torch.randn(64, 4, dtype=torch.float64), torch.rand(64, 3, dtype=torch.float64)
+    results = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        nets = [mm.MLP([4, 5, 3], dtype=torch.float64).to(device) for _ in range(3)]
+        optimizers = [
+            torch.optim.SGD(net.parameters(), lr=0.1 * (1 + k), weight_decay=0.01) for k, net in enumerate(nets)
+        ]
+        ensemble = mm.EnsembleEngine(nets, optimizers, native=False)
+        generators = [torch.Generator().manual_seed(k) for k in range(3)]
+        costs = [ensemble.train_epoch(x.to(device), y.to(device), 8, generators).cpu() for _ in range(3)]
+        results.append([*costs, *(parameter.detach().cpu() for net in nets for parameter in net.parameters())])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)  # sums in another order

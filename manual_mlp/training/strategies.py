@@ -279,7 +279,7 @@ class ByEnsemble(ByEngine):
         kind: Any = type(optimizer)
         own = [kind([{**whole, "params": list(member.parameters())}]) for member in net]
         try:
-            self.engine = EnsembleEngine(list(net), own, self.loss)
+            self.engine = EnsembleEngine(list(net), own, self.loss, native=False)
         except InputError as error:
             raise InputError(f"{error}; or take members=1") from None
 
