@@ -35,6 +35,7 @@ from torch.utils.benchmark import Timer
 from manual_mlp import functional, modules, tables
 from manual_mlp.conversion import convert
 from manual_mlp.engine import BackpropEngine
+from manual_mlp.ensemble import EnsembleEngine
 from manual_mlp.errors import InputError
 from manual_mlp.network import network_loss
 from manual_mlp.pipes import while_read
@@ -60,9 +61,18 @@ CASES = [
     Case("1024-1024-1024-1024-10, 512", (1024, 1024, 1024, 1024, 10), 512),
     Case("20 x 256-10, 128", (*[256] * 20, 10), 128),
 ]
+EPOCHS = [  # of --epochs
+    Case("784-30-10, 10", (784, 30, 10), 10),
+    Case("64-30-10, 10", (64, 30, 10), 10),
+    Case("64-128-10, 64", (64, 128, 10), 64),
+    Case("2-8-1, 4", (2, 8, 1), 4),
+    Case("96-200-200-5, 32", (96, 200, 200, 5), 32),
+    Case("784-256-128-10, 64", (784, 256, 128, 10), 64),
+]
+NETS = 16  # at once
 LAYERS = [(16, 64, 64), (64, 128, 128), (64, 256, 256), (256, 512, 512), (512, 1024, 1024)]
 WIDTHS = [64, 128, 256, 512, 1024, 2048, 4096]
-EPOCH = 32  # batches; its time is divided by them
+EPOCH = 64  # batches; its time is divided by them
 
 
 class Row(NamedTuple):
@@ -160,24 +170,75 @@ def products(case: Case) -> Step:
     return step
 
 
-def jax_jit(case: Case) -> Step:
+def _jax_update(case: Case) -> tuple[Any, Any, Callable[..., Any]]:
+    """Return jax, the parameters, and the function of them, x and y that returns them after a step."""
     jax = importlib.import_module("jax")
     parameters: Any = [jax.numpy.asarray(parameter.detach().numpy()) for parameter in torch_net(case).parameters()]
-    x, y = (jax.numpy.asarray(data.numpy()) for data in batch_of(case))
 
     def cost(parameters: Any, x: Any, y: Any) -> Any:
         for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
             x = jax.nn.sigmoid(x @ weight.T + bias)
         return ((x - y) ** 2).sum() / (2 * len(x))
 
-    @jax.jit
     def update(parameters: Any, x: Any, y: Any) -> Any:
         loss, gradients = jax.value_and_grad(cost)(parameters, x, y)
         return loss, jax.tree.map(lambda w, g: w - 0.01 * g, parameters, gradients)
 
+    return jax, parameters, update
+
+
+def jax_jit(case: Case) -> Step:
+    jax, parameters, update = _jax_update(case)
+    x, y = (jax.numpy.asarray(data.numpy()) for data in batch_of(case))
+    update = jax.jit(update)
+
     def step() -> None:
         nonlocal parameters
         parameters = jax.block_until_ready(update(parameters, x, y))[1]
+
+    return step
+
+
+def jax_scan(case: Case, nets: int = 0) -> Step:
+    """Return an epoch in random order, jitted as a whole; of so many nets by vmap, each in an order of its own."""
+    jax, parameters, update = _jax_update(case)
+    x, y = (jax.numpy.asarray(data.numpy()) for data in batch_of(case, EPOCH))
+
+    def epoch(parameters: Any, key: Any) -> Any:
+        order = jax.random.permutation(key, len(x)).reshape(EPOCH, case.batch)
+        return jax.lax.scan(lambda p, rows: update(p, x[rows], y[rows])[::-1], parameters, order)
+
+    if nets:
+        parameters = [jax.numpy.stack([parameter] * nets) for parameter in parameters]
+    run, key = jax.jit(jax.vmap(epoch) if nets else epoch), jax.random.key(0)
+
+    def step() -> None:
+        nonlocal parameters, key
+        key, *own = jax.random.split(key, 1 + max(1, nets))
+        parameters = jax.block_until_ready(run(parameters, jax.numpy.stack(own) if nets else own[0]))[0]
+
+    return step
+
+
+def many(case: Case, **options: Any) -> Step:
+    """Return an epoch of many nets by EnsembleEngine."""
+    nets = [torch_net(case) for _ in range(NETS)]
+    engine = EnsembleEngine(nets, [torch.optim.SGD(net.parameters(), lr=0.01) for net in nets], **options)
+    return partial(engine.train_epoch, *batch_of(case, EPOCH), case.batch)
+
+
+def adam(case: Case, native: bool) -> Step:
+    """Return an epoch by the engine with Adam, or a step of eager torch with its fused Adam."""
+    model, loss = torch_net(case), nn.MSELoss()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    if native:
+        return partial(BackpropEngine(model, optimizer, native=True).train_epoch, *batch_of(case, EPOCH), case.batch)
+    x, y = batch_of(case)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
 
     return step
 
@@ -214,7 +275,22 @@ CONTENDERS = {
     "scikit-learn": Contender(sklearn_step, "sklearn"),
     "products": Contender(products),
 }
-EXTRAS = {"JAX jit": "jax", "scikit-learn": "sklearn"}  # on the CPU, where installed
+EPOCH_CONTENDERS = {
+    "products": Contender(products),
+    "engine.step": Contender(partial(engine, native=False)),
+    "train_epoch, torch": Contender(partial(engine, method="train_epoch", native=False), batches=EPOCH),
+    "train_epoch, native": Contender(partial(engine, method="train_epoch", native=True), batches=EPOCH),
+    "JAX scan": Contender(jax_scan, batches=EPOCH),
+    "Adam, eager": Contender(partial(adam, native=False)),
+    "Adam, native": Contender(partial(adam, native=True), batches=EPOCH),
+    "16 nets, torch": Contender(partial(many, native=False), batches=EPOCH * NETS),
+    "16 nets, native": Contender(partial(many, native=True), batches=EPOCH * NETS),
+    "16 nets, JAX vmap + scan": Contender(partial(jax_scan, nets=NETS), batches=EPOCH * NETS),
+}
+EXTRAS = {
+    **dict.fromkeys(("JAX jit", "JAX scan", "16 nets, JAX vmap + scan"), "jax"),
+    "scikit-learn": "sklearn",
+}  # on the CPU, where installed
 MEMORY = ("eager torch", "two Functions a layer", "fused layers", "network Function", "engine.step")
 
 
@@ -223,9 +299,9 @@ MEMORY = ("eager torch", "two Functions a layer", "fused layers", "network Funct
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def interleaved(steps: dict[str, Step], seconds: float) -> Times:
+def interleaved(steps: dict[str, Step], seconds: float, clock: Callable[[], float] = time.perf_counter) -> Times:
     """Return µs per call of each, measured in turns for about so many seconds in all; ten rounds at least."""
-    options: Any = {"num_threads": torch.get_num_threads()}
+    options: Any = {"num_threads": torch.get_num_threads(), "timer": clock}
     timers = {name: Timer("step()", globals={"step": step}, **options) for name, step in steps.items()}
     # as many calls as take a few milliseconds; each timeit begins with calls that bring its own data into the cache
     repeats = {name: max(1, math.ceil(2e-3 / max(timer.timeit(3).mean, 1e-6))) for name, timer in timers.items()}
@@ -295,6 +371,17 @@ def measure(case: Case, names: Iterable[str], seconds: float) -> list[Row]:
     steps = {name: CONTENDERS[name].make(case) for name in names if name not in EXTRAS.keys() - here}
     times = interleaved(steps, seconds)
     return results(case.name, {name: [t / CONTENDERS[name].batches for t in times[name]] for name in times}, steps)
+
+
+def measure_epochs(case: Case, seconds: float) -> list[Row]:
+    """Measure epochs, shuffle and checks included: by the wall's clock and, in lines of their own, by CPU time."""
+    here = {name for name, module in EXTRAS.items() if importlib.util.find_spec(module)}
+    makers = {name: of for name, of in EPOCH_CONTENDERS.items() if name not in EXTRAS.keys() - here}
+    steps, rows = {name: of.make(case) for name, of in makers.items()}, []
+    for what, clock in (("wall", time.perf_counter), ("CPU", time.process_time)):
+        times = interleaved(steps, seconds / 2, clock)
+        rows += results(f"{case.name}, {what}", {n: [t / makers[n].batches for t in times[n]] for n in times}, {})
+    return rows
 
 
 def measure_layer(sizes: tuple[int, int, int], seconds: float) -> list[Row]:
@@ -443,6 +530,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", action="store_true", help="single layers instead of nets, on the CPU")
+    parser.add_argument("--epochs", action="store_true", help="epochs in C, by torch and by JAX's scan, and many nets")
     parser.add_argument("--end-to-end", action="store_true", help="whole trainings by train.py, on the CPU; minutes")
     parser.add_argument("--widths", action="store_true", help="wider and wider nets, on the CPU and, if there, on CUDA")
     parser.add_argument("--markdown", action="store_true", help="a line for each case, as in the README")
@@ -453,7 +541,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         raise InputError(f"expected contenders among {'; '.join(CONTENDERS)}. Got {'; '.join(sorted(unknown))}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("expected a CUDA device for --device cuda; torch finds none: leave --device out")
-    if not any(options.nets in case.name for case in CASES):
+    if not any(options.nets in case.name for case in [*CASES, *EPOCHS]):
         raise InputError(f"expected --nets in one of {'; '.join(case.name for case in CASES)}; got {options.nets!r}")
     if options.threads < 1:
         raise InputError(f"expected at least one of --threads; got {options.threads}")
@@ -463,6 +551,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _cases(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
     if options.end_to_end:
         return [partial(measure_training, options.seconds)]
+    if options.epochs:
+        return [partial(measure_epochs, case, options.seconds) for case in EPOCHS if options.nets in case.name]
     if options.layers:
         return [partial(measure_layer, sizes, options.seconds) for sizes in LAYERS]
     cases = [case._replace(device=options.device) for case in CASES if options.nets in case.name]
