@@ -117,6 +117,17 @@ def test_single_layers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert "nan" not in capsys.readouterr().out
 
 
+def test_epochs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each contender by both clocks."""
+    own = {name: of for name, of in benchmark.EPOCH_CONTENDERS.items() if "native" not in name and "JAX" not in name}
+    monkeypatch.setattr(benchmark, "EPOCHS", [TINY])
+    monkeypatch.setattr(benchmark, "EPOCH_CONTENDERS", own)
+    rows = benchmark.main(["--seconds=0", "--epochs"])
+    assert [row.case for row in rows] == ["3-4-2, 5, wall"] * len(own) + ["3-4-2, 5, CPU"] * len(own)
+    assert all(row.median > 0 and row.to_products > 0 for row in rows)
+    assert "16 nets, torch" in capsys.readouterr().out
+
+
 def test_refused() -> None:
     with pytest.raises(InputError, match="expected contenders among"):
         benchmark.main(["--contenders", "abacus"])
@@ -131,4 +142,7 @@ def test_refused() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed")
 def test_jax() -> None:
-    benchmark.jax_jit(TINY)()
+    for make in (benchmark.jax_jit, benchmark.jax_scan, lambda case: benchmark.jax_scan(case, 3)):
+        step = make(TINY)
+        step()
+        step()
