@@ -20,7 +20,7 @@ Call = Callable[..., Any]
 Operand = Tensor | int | None
 """A tensor that stays where it is, or the position of one in the list that each run gets; the input is number 0."""
 
-_WIDE = 256  # numbers in a row from which its norm is faster than the square of each number
+_MANY = 1 << 15  # numbers from which norms of rows are faster than the square of each number, which takes memory
 _linear: Any = torch._C._nn.linear  # F.linear, whose stub does not know out=
 
 
@@ -361,7 +361,7 @@ class Plan:
     ) -> None:
         """out := start + ‖x_n‖² of each row."""
         plus = () if start is None else (start,)
-        if work.shape[1] >= _WIDE and work.is_contiguous():
+        if work.numel() >= _MANY and work.is_contiguous():
             self._emit(code, partial(_norms, out=out), x)
             self._emit(code, partial(torch.addcmul if plus else torch.mul, out=out), *plus, out, out)
             return
