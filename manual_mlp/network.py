@@ -32,8 +32,8 @@ class Reading:
     last_checked   the key of the last batch that was checked, the factors of its cost, and whether it gets a plan
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.program, self.snapshot = read(model, grids=True), Snapshot(model)
+    def __init__(self, model: nn.Module, grids: bool = False) -> None:
+        self.program, self.snapshot = read(model, grids), Snapshot(model)
         self.plans: dict[object, LossPlan] = {}
         self.last_checked: tuple[object, Any, bool] = None, None, False
 
@@ -45,7 +45,7 @@ def reading_of(model: nn.Module, grids: bool = False) -> Reading:
     """Return the model as it was read, read again after a change. Raises InputError as `program.read`."""
     reading = _READINGS.get(model) if isinstance(model, nn.Module) else None
     if reading is None or reading.snapshot.changed(model):
-        reading = Reading(model)
+        reading = Reading(model, grids)
         if model._modules:  # a lone layer owns its parameters, so its reading would keep it alive
             _READINGS[model] = reading
     if reading.program.grids and not grids:
