@@ -247,6 +247,7 @@ class TestSentences:
             "Error: expected trainer.max_epochs to be a whole number or null, but got 'abc'; correct its value\n"
         )
 
+    @pytest.mark.slow
     def test_a_bug_keeps_its_traceback(self, tmp_path: Path) -> None:
         (tmp_path / "broken.py").write_text("def source():\n    raise KeyError('a bug')\n")
         command = [sys.executable, str(ROOT / "train.py"), "data.source._target_=broken.source", "~data.source.name"]
