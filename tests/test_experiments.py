@@ -238,7 +238,9 @@ def test_rows_with_weights_are_traced_in_the_types_of_the_net(tmp_path: Path) ->
 
 def test_universal_approximator(sweep, capsys: pytest.CaptureFixture[str]) -> None:
     """Short: two widths, the wider one nearer to the curve."""
-    narrow, wide = sweep("universal_approximator", "model.hidden=[1],[16]", "backprop=engine", "trainer.max_epochs=30", "report=false")
+    narrow, wide = sweep(
+        "universal_approximator", "model.hidden=[1],[16]", "backprop=engine", "trainer.max_epochs=30", "report=false"
+    )
     assert float(wide["val_rmse"]) < 0.5 * float(narrow["val_rmse"])
     assert ended(capsys.readouterr().out) == (
         f"val_rmse falls from {float(narrow['val_rmse']):.3g} with model.hidden=[1] to {float(wide['val_rmse']):.3g} "
@@ -248,7 +250,9 @@ def test_universal_approximator(sweep, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_deep_sigmoid(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Short: one epoch. δ vanishes through sigmoid layers, less so through relu, and hardly with Glorot's weights."""
-    rows = sweep("deep_sigmoid", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "data.test_size=1400", "report=false")
+    rows = sweep(
+        "deep_sigmoid", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "data.test_size=1400", "report=false"
+    )
     lost = {}
     for row in rows:
         content = torch.load(tmp_path / row["run"] / "last.ckpt", weights_only=True)

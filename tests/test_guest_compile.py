@@ -64,7 +64,8 @@ KINDS = sorted({kind(case) for case in CASES})
 # dynamic shapes and with static ones, which ask for less, is an exhaustive sweep.
 SHARED = ("-nobias", "-none", "-sum")
 QUICK = [case for case in CASES if kind(case) in ("affine", "mse_loss") or not case.name.endswith(SHARED)]
-SAME = ("softplus+1+2", "softplus+2+25", "affine_softplus+1+2", "affine_softplus+2+25")  # other numbers in the same code
+# Other numbers in the same code.
+SAME = ("softplus+1+2", "softplus+2+25", "affine_softplus+1+2", "affine_softplus+2+25")
 
 
 def outputs_and_gradients(run: Callable[[list[Any]], list[Tensor]], cases: list[Case]) -> list[Tensor]:
