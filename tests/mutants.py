@@ -104,7 +104,7 @@ MISTAKES: dict[str, Mistake] = {
     "bias sum forgotten": formula("grad_bias", lambda right: lambda delta: delta.reshape(-1, delta.shape[-1])[0]),
     "leading dimensions forgotten": formula("grad_weight", lambda right: lambda delta, a: delta.t() @ a),
     "1/N forgotten": formula("divisor", lambda right: lambda shape, reduction, *w: 1 if reduction == "samples" else right(shape, reduction, *w), "cases", only="quadratic"),
-    "weighted mean divided by N": formula("divisor", lambda right: lambda shape, reduction, weight=None: right(shape, reduction), "cases", only="weight"),
+    "weighted mean divided by N": formula("divisor", lambda right: lambda shape, reduction, weight=None: right(shape, reduction), "cases", only="cross_entropy and weight and mean"),
     "sigmoid's G″": row("sigmoid", curvature=lambda a: a * (1 - a) * (1 - a)),
     "cross-entropy's H": cost("cross_entropy", H=lambda z, ŷ, v: softmax(z) * (v - (softmax(z) * v).sum(-1, keepdim=True))),
     "CD-1 without its reconstruction": formula("contrastive_divergence", lambda right: lambda v, *more: (*[2 * step for step in right(v, *more)[:3]], v), "pretraining", only="free_energy"),
