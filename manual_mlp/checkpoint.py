@@ -138,6 +138,7 @@ HYPER_PARAMETERS = {
     "output_activation": NAME,
     "bias": FLAG,
     "dropout": SHARE,
+    "residual?": FLAG,  # version 0.1 wrote none
     "class_names": [LABEL],
     "target_mean": [NUMBER],
     "target_scale": [POSITIVE],
@@ -375,9 +376,11 @@ def _shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     sizes = [values["input_size"], *values["hidden"], values["output_size"]]
     if values["output_activation"] == "threshold":  # a perceptron
         return {"net.affine.weight": (1, sizes[0]), "net.affine.bias": (1,)}
-    pairs = list(enumerate(pairwise(sizes)))
-    shapes: dict[str, tuple[int, ...]] = {f"net.{2 * index}.weight": (n_out, n_in) for index, (n_in, n_out) in pairs}
-    shapes |= {f"net.{2 * index}.bias": (n_out,) for index, (_, n_out) in pairs} if values["bias"] else {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, (n_in, n_out) in enumerate(pairwise(sizes)):
+        block = ".1.0" * (values.get("residual", False) and 0 < index < len(sizes) - 2)
+        shapes[f"net.{2 * index}{block}.weight"] = n_out, n_in
+        shapes |= {f"net.{2 * index}{block}.bias": (n_out,)} if values["bias"] else {}
     return shapes if (members := values.get("members", 1)) == 1 else _of_members(shapes, members)
 
 

@@ -47,6 +47,15 @@ def positive(name: str, value: Any, optional: bool = False) -> None:
         raise InputError(f"expected a {name} above 0{', or None' * optional}; got {value!r}")
 
 
+def one_width(hidden: Sequence[int]) -> None:
+    """Refuse hidden layers that residual connections can't join."""
+    if len(hidden) < 2 or len({*hidden}) > 1:
+        raise InputError(
+            f"expected two or more hidden layers of one width for residual=True; got {list(hidden)}: "
+            "a layer can only be added to one as wide, so make them equal, or leave residual out"
+        )
+
+
 def fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise InputError(f"expected a {name} between 0 and 1; got {value}")

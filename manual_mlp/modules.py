@@ -4,12 +4,14 @@
 initialisation and state_dict are torch's own.
 """
 
+import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from manual_mlp import checks, functional, functions
@@ -406,7 +408,10 @@ class MLP(nn.Sequential):
     dropout: its probability after each hidden layer. Layers carry the keys of
     nn.Sequential(nn.Linear, activation, nn.Linear, …): 0.weight, 2.weight, …, so state_dicts go both ways; a dropout
     sits under the odd key after its layer and shifts none.
-    Raises InputError for fewer than two sizes, a size below 1, an unknown activation, or a list of the wrong length.
+    residual: each hidden layer but the first is added to what it reads, a^{l+1} = a^l + G(a^l Wᵀ + b), as `Residual`
+    does; its keys are then those of a Residual, such as 2.1.0.weight.
+    Raises InputError for fewer than two sizes, a size below 1, an unknown activation, or a list of the wrong length,
+    and with residual for hidden layers of several widths, or fewer than two.
 
     >>> import torch, manual_mlp as mm
     >>> net = mm.MLP([64, 30, 10], activation="tanh", output_activation="identity")
@@ -423,16 +428,24 @@ class MLP(nn.Sequential):
         dropout: float = 0.0,
         device: Any = None,
         dtype: Any = None,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.sizes = _checked_sizes(sizes)
         activations = [*_one_per_hidden_layer(activation, len(self.sizes) - 2), output_activation]
         checks.fraction("dropout probability", dropout)
+        if residual:
+            checks.one_width(self.sizes[1:-1])
         for index, (n_in, n_out, G) in enumerate(zip(self.sizes, self.sizes[1:], activations, strict=False)):
             layer = AffineActivation(n_in, n_out, G, bias, device, dtype)
+            hidden = index < len(activations) - 1
+            drops = [Dropout(dropout)] if dropout > 0 and hidden else []
+            if residual and hidden and index > 0:
+                self.add_module(str(2 * index), Residual(layer, *drops))
+                continue
             self.add_module(str(2 * index), layer)
-            if dropout > 0 and index < len(activations) - 1:
-                self.add_module(str(2 * index + 1), Dropout(dropout))
+            for drop in drops:
+                self.add_module(str(2 * index + 1), drop)
 
     def __getitem__(self, index: Any) -> Any:
         """Return a layer; for a slice, an nn.Sequential of those layers, under their keys."""
@@ -468,6 +481,7 @@ class MLP(nn.Sequential):
             mlp = cls(
                 [values["input_size"], *values["hidden"], values["output_size"]],
                 **{key: values[key] for key in ("activation", "output_activation", "bias", "dropout")},
+                residual=values.get("residual", False),
                 device=device,
                 dtype=dtype,
             )
@@ -482,6 +496,8 @@ class MLP(nn.Sequential):
     def to_torch(self) -> nn.Sequential:
         """Return the net in torch's own layers, nn.Linear, nn.Sigmoid, …: same keys, the same tensors as parameters.
 
+        torch.nn has no sum, so a residual block is a torch.fx.GraphModule, which needs no manual_mlp either.
+
         >>> import torch, manual_mlp as mm
         >>> net, x = mm.MLP([2, 3, 1]), torch.ones(1, 2)
         >>> theirs = net.to_torch()
@@ -490,7 +506,10 @@ class MLP(nn.Sequential):
         """
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for key, layer in self.named_children():
-            if isinstance(layer, AffineActivation):
+            if isinstance(layer, Residual):
+                affine, *drops = layer[1]
+                layers[key] = _sum_in_torch(*_in_torch(affine), *(nn.Dropout(drop.p) for drop in drops))
+            elif isinstance(layer, AffineActivation):
                 layers[key], layers[str(int(key) + 1)] = _in_torch(layer)
             elif isinstance(layer, Dropout):  # under the key of its activation, so that later keys don't shift
                 layers[key] = nn.Sequential(layers[key], nn.Dropout(layer.p))
@@ -509,6 +528,15 @@ def _in_torch(layer: AffineActivation) -> tuple[nn.Linear, nn.Module]:
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
     return linear, layer.row.twin()
+
+
+def _sum_in_torch(*layers: nn.Module) -> nn.Module:
+    """Return the module x + F(x), with the keys of `Residual`."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("input")
+    branches = graph.call_module("0", (x,)), graph.call_module("1", (x,))
+    graph.output(graph.call_function(operator.add, branches))
+    return torch.fx.GraphModule(nn.ModuleList([nn.Identity(), nn.Sequential(*layers)]), graph)
 
 
 def _checked_sizes(sizes: Sequence[int]) -> list[int]:

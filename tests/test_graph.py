@@ -18,6 +18,7 @@ from manual_mlp.plan import weigh
 from manual_mlp.program import read
 from manual_mlp.testing import assert_manual_backward, gradient_tests
 from manual_mlp.tracing import one_pass
+from manual_mlp.training.module import MLPModule
 
 double = torch.float64
 ACTIVATIONS = [mm.Sigmoid, mm.Tanh, mm.ReLU, mm.LeakyReLU, mm.Softplus, mm.SiLU, mm.GELU]
@@ -423,6 +424,63 @@ def test_many_nets_at_once() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# MLP(residual=True), conversion, checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_residual_mlp_is_made_of_residual_blocks() -> None:
+    net = mm.MLP([4, 6, 6, 6, 3], ["tanh", "relu", "silu"], "identity", dropout=0.2, residual=True).eval()
+    first, _, second, third, last = net.children()
+    assert [type(block) for block in (second, third)] == [mm.Residual] * 2
+    assert [second[1][0].activation, third[1][0].activation] == ["relu", "silu"]
+    x = torch.randn(5, 4)
+    a = first(x)
+    a = a + second[1][0](a)
+    assert torch.equal(net(x), last(a + third[1][0](a)))
+    assert {*net.state_dict()} == {f"{key}.{of}" for key in ("0", "2.1.0", "4.1.0", "6") for of in ("weight", "bias")}
+
+
+def test_a_residual_mlp_in_torchs_layers() -> None:
+    net, x = mm.MLP([4, 6, 6, 6, 3], "tanh", dropout=0.5, residual=True), torch.randn(50, 4, requires_grad=True)
+    theirs = net.to_torch()
+    assert not any(type(module).__module__.startswith("manual_mlp") for module in theirs.modules())
+    assert [*theirs.state_dict()] == [*net.state_dict()]
+    assert all(a is b for a, b in zip(net.parameters(), theirs.parameters(), strict=True))
+    gradients = []
+    for model in (net, theirs, pickle.loads(pickle.dumps(theirs))):
+        torch.manual_seed(0)
+        y = model(x)
+        gradients.append((y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])))
+    for ours, torchs, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, torchs)
+        assert torch.equal(torchs, again)
+    with pytest.raises(AssertionError, match="AddBackward0"):
+        assert_manual_backward(theirs, x)
+
+
+@pytest.mark.parametrize("sizes", [[4, 6, 3], [4, 6, 5, 3], [4, 3]])
+def test_hidden_layers_that_cant_be_added(sizes: list[int]) -> None:
+    for make in (lambda: mm.MLP(sizes, residual=True), lambda: MLPModule(4, 3, hidden=sizes[1:-1], residual=True)):
+        with pytest.raises(mm.InputError, match=re.escape(f"residual=True; got {sizes[1:-1]}: a layer can only")):
+            make()
+
+
+def test_convert_and_revert_reach_into_branches() -> None:
+    torch.manual_seed(0)
+    joined = mm.Sum(nn.Linear(6, 3), nn.Linear(6, 3))
+    net = nn.Sequential(nn.Linear(4, 6), mm.Residual(nn.Linear(6, 6), nn.Tanh()), joined)
+    x = torch.randn(5, 4)
+    kinds, y = [*map(type, net.modules())], net(x)
+    mm.convert(net)
+    assert torch.equal(net(x), y)
+    assert_manual_backward(net, x)
+    assert mm.left_alone(net) == {}
+    rules = " ".join(type(node.rule).__name__ for node in read(net).nodes)
+    assert rules == "Affine Affine Activate Add Affine Affine Add"
+    assert [*map(type, mm.revert(net).modules())] == kinds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is shown
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -459,3 +517,20 @@ def test_traced_numbers_are_autograds() -> None:
     for layer, reads in of.reads.items():
         if layer - 1 not in of.weight:
             assert torch.equal(of.z[layer], sum((of.a[read] for read in reads[1:]), of.a[reads[0]]))
+
+
+def test_pictures_draw_the_lines_of_a_sum() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(mm.Affine(2, 3), mm.Tanh(), mm.Residual(mm.Affine(3, 3), mm.Sigmoid()), mm.Affine(3, 1))
+    traced = mm.trace(net, [[1.0, 2.0]], [[0.5]])
+    (axes,) = mm.plots.network(traced).axes
+    grey, coloured = axes.collections[:4], axes.collections[4:7]
+    assert [len(lines.get_paths()) for lines in grey] == [6, 9, 6, 3]
+    assert [len(lines.get_paths()) for lines in coloured] == [6, 9, 3]
+    skip = grey[2].get_segments()[0]  # from neuron 1 of layer 2 over layer 3 to layer 4, half a neuron's distance up
+    assert (*skip[0], *skip[-1]) == (2, 1, 4, 1)
+    assert skip[:, 1].max() == 1.5
+    titles = [axes.get_title() for axes in mm.plots.flow(traced).axes]
+    assert "forward: $z^4 = a^2 + a^3$, $a^4 = G(z^4)$" in titles
+    assert r"backward: $\delta^2 = ((W^2)^T \delta^3 + \delta^4) \odot G'(z^2)$" in titles
+    assert "forward: $z^5 = W^4 a^4 + b^4$, $a^5 = G(z^5)$" in titles

@@ -29,6 +29,7 @@ def small_trace(sizes: list[int], samples: int = 2) -> SimpleNamespace:
     return SimpleNamespace(
         sizes=sizes,
         weight=weight,
+        reads={layer: (layer - 1,) for layer in layers[1:]},
         bias={layer: RNG.normal(size=sizes[layer]) for layer in layers[:-1]},
         a={layer: RNG.uniform(size=(samples, sizes[layer - 1])) for layer in layers},
         z={layer: RNG.normal(size=(samples, sizes[layer - 1])) for layer in layers[1:]},

@@ -52,9 +52,10 @@ class TestSameTraining:
             ["optimizer.lr=0.5", "optimizer.momentum=0.9", "+optimizer.nesterov=true"],
             ["optimizer=adam", "optimizer.weight_decay=0.1", "trainer.gradient_clip_val=0.05"],
             ["optimizer=adamw", "model.loss=cross_entropy", "model.activation=gelu"],
+            ["optimizer=adam", "model.residual=true", "model.hidden=[5,5,5]", "model.dropout=0.3"],
             ["optimizer.lr=1.0", "trainer.gradient_clip_val=0.05"],
         ],
-        ids=["sgd", "momentum", "adam", "adamw", "clipped"],
+        ids=["sgd", "momentum", "adam", "adamw", "residual", "clipped"],
     )
     def test_engine_updates_as_the_optimizer(self, tmp_path: Path, options: list[str]) -> None:
         layers, engine = (trained(tmp_path / way, f"backprop={way}", *options) for way in ("layers", "engine"))

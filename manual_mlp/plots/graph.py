@@ -37,9 +37,9 @@ def network(trace: Any) -> Figure:
     >>> "$x_{1}$" in [text.get_text() for text in mm.plots.network(traced).axes[0].texts]
     True
     """
-    figure, (axes,) = _graphs(trace.sizes, 1)
+    figure, (axes,) = _graphs(trace, 1)
     for layer, weight in trace.weight.items():
-        _lines(axes, trace.sizes, layer, array(weight))
+        _lines(axes, trace, layer, array(weight))
     inputs = {1: [f"$x_{{{index + 1}}}$" for index in range(trace.sizes[0])]}
     _neurons(axes, trace.sizes, inputs | {layer + 1: _numbers(b) for layer, b in trace.bias.items() if b is not None})
     return figure
@@ -58,9 +58,9 @@ def flow(trace: Any, sample: int = 0) -> Figure:
     ['forward', 'forward', 'backward', 'backward', 'gradients', 'update']
     """
     steps = list(_steps(trace, sample))
-    figure, panels = _graphs(trace.sizes, len(steps))
+    figure, panels = _graphs(trace, len(steps))
     for axes, step in zip(panels, steps, strict=True):
-        _draw(axes, trace.sizes, step)
+        _draw(axes, trace, step)
     return figure
 
 
@@ -74,13 +74,13 @@ def animation(trace: Any, path: str | PathLike[str], sample: int = 0, seconds: f
     """
     steps = list(_steps(trace, sample))
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _graphs(trace.sizes, 1)
+        figure, (axes,) = _graphs(trace, 1)
         FigureCanvasAgg(figure)
 
         def show(step: Step) -> list[Artist]:
             axes.clear()
-            _empty(axes, trace.sizes)
-            _draw(axes, trace.sizes, step)
+            _empty(axes, trace)
+            _draw(axes, trace, step)
             return []
 
         film = FuncAnimation(figure, show, frames=steps, init_func=list, cache_frame_data=False)
@@ -88,26 +88,36 @@ def animation(trace: Any, path: str | PathLike[str], sample: int = 0, seconds: f
 
 
 class Step(NamedTuple):
-    """A panel: its title, the numbers in the neurons by layer, those on the lines by layer, the lines' arrows."""
+    """A panel: its title, the numbers in the neurons by layer, those on the lines by layer, the lines' arrows.
+
+    sums: the layers whose terms are drawn, too.
+    """
 
     title: str
     neurons: dict[int, list[str]]
     lines: dict[int, Any]
     arrow: str = ""
+    sums: Sequence[int] = ()
 
 
 def _steps(trace: Any, sample: int) -> Iterator[Step]:
     last = len(trace.sizes)
     a = {layer: _numbers(value[sample]) for layer, value in trace.a.items()}
     delta = {layer: _numbers(value[sample]) for layer, value in trace.delta.items()}
-    for l in range(2, last + 1):  # noqa: E741 -- the lecture's letter
-        title = rf"forward: $z^{l} = W^{l - 1} a^{l - 1} + b^{l - 1}$, $a^{l} = G(z^{l})$"
-        yield Step(title, {known: a[known] for known in range(1, l + 1)}, {l - 1: trace.weight[l - 1]}, ">")
+    for l, reads in trace.reads.items():  # noqa: E741 -- the lecture's letter
+        terms = " + ".join(f"a^{read}" for read in reads)
+        z = f"W^{l - 1} {terms} + b^{l - 1}" if l - 1 in trace.weight else terms
+        title = rf"forward: $z^{l} = {z}$, $a^{l} = G(z^{l})$"
+        yield Step(title, {known: a[known] for known in range(1, l + 1)}, *_into(trace, [l], ">"))
     for l in range(last, 1, -1):  # noqa: E741
-        incoming = rf"(W^{l})^T \delta^{l + 1}" if l < last else rf"\partial C/\partial a^{l}"
+        readers = [reader for reader, reads in trace.reads.items() for read in reads if read == l]
+        terms = " + ".join(
+            rf"(W^{reader - 1})^T \delta^{reader}" if reader - 1 in trace.weight else rf"\delta^{reader}"
+            for reader in readers
+        )
+        incoming = (f"({terms})" if len(readers) > 1 else terms) or rf"\partial C/\partial a^{l}"
         title = rf"backward: $\delta^{l} = {incoming} \odot G'(z^{l})$"
-        known = {known: delta[known] for known in range(l, last + 1)}
-        yield Step(title, known, {l: trace.weight[l]} if l < last else {}, "<")
+        yield Step(title, {known: delta[known] for known in range(l, last + 1)}, *_into(trace, readers, "<"))
     title = r"gradients: $\partial C/\partial W^l = \delta^{l+1} (a^l)^T$; neurons: $a^1$, then $\delta^l$"
     yield Step(title, {1: a[1]} | delta, trace.grad_weight)
     biases = {layer + 1: _numbers(b) for layer, b in trace.new_bias.items() if b is not None}
@@ -115,15 +125,24 @@ def _steps(trace: Any, sample: int) -> Iterator[Step]:
     yield Step(title, biases, trace.new_weight)
 
 
-def _draw(axes: Axes, sizes: Sequence[int], step: Step) -> None:
+def _into(trace: Any, layers: Sequence[int], arrow: str) -> tuple[dict[int, Any], str, list[int]]:
+    """Return what such layers read, as a Step draws it: the W, their arrows, the sums."""
+    weights = {layer - 1: trace.weight[layer - 1] for layer in layers if layer - 1 in trace.weight}
+    return weights, arrow, [layer for layer in layers if layer - 1 not in trace.weight]
+
+
+def _draw(axes: Axes, trace: Any, step: Step) -> None:
     axes.set_title(step.title)
     for layer, weight in step.lines.items():
-        _lines(axes, sizes, layer, array(weight), step.arrow)
-    _neurons(axes, sizes, step.neurons)
+        _lines(axes, trace, layer, array(weight), step.arrow)
+    for layer in step.sums:
+        axes.add_collection(LineCollection(_ways(trace, layer), colors="0.3", linewidths=1.2))
+    _neurons(axes, trace.sizes, step.neurons)
 
 
-def _graphs(sizes: Sequence[int], number: int) -> tuple[Figure, list[Axes]]:
+def _graphs(trace: Any, number: int) -> tuple[Figure, list[Axes]]:
     """Return a figure and its panels, with all neurons empty: neuron i of layer l stands at (l, −i), around 0."""
+    sizes = trace.sizes
     if max(len(sizes), *sizes) > MAX_DRAWN:
         raise InputError(
             f"expected at most {MAX_DRAWN} layers of at most {MAX_DRAWN} neurons, to draw them with their numbers, but "
@@ -132,24 +151,45 @@ def _graphs(sizes: Sequence[int], number: int) -> tuple[Figure, list[Axes]]:
     figure, panels = new_panels(number, 1, 0.7 + UNIT * max(sizes))
     figure.set_figwidth(max(WIDTH, APART * len(sizes)))
     for axes in panels[:, 0]:
-        _empty(axes, sizes)
+        _empty(axes, trace)
     look = {"positive": POSITIVE, "negative": NEGATIVE}
     handles = [Line2D([], [], color=color, label=f"{sign}, the thicker the larger") for sign, color in look.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7)
     return figure, list(panels[:, 0])
 
 
-def _empty(axes: Axes, sizes: Sequence[int]) -> None:
+def _empty(axes: Axes, trace: Any) -> None:
+    sizes = trace.sizes
     axes.set_axis_off()
     axes.set(xlim=(0.6, len(sizes) + 0.4), ylim=(-max(sizes) / 2, max(sizes) / 2))
-    for layer in range(1, len(sizes)):
-        axes.add_collection(LineCollection(_ends(sizes, layer), colors="0.85", linewidths=0.8))
+    for layer in trace.reads:
+        axes.add_collection(LineCollection(_ways(trace, layer), colors="0.85", linewidths=0.8))
 
 
-def _ends(sizes: Sequence[int], layer: int) -> list[np.ndarray]:
-    """Return the ends of the lines of W^l, in the order of W^l.ravel(): (2, 2) each."""
-    here, there = _places(sizes, layer), _places(sizes, layer + 1)
-    return [np.array([begin, end]) for end in there for begin in here]
+def _ways(trace: Any, layer: int) -> list[np.ndarray]:
+    """Return the lines (points, 2) into a layer: of W in the order of W.ravel(), of a sum from each term.
+
+    A line that passes over layers is bent, to run between their neurons.
+    """
+    there, is_sum = _places(trace.sizes, layer), layer - 1 not in trace.weight
+    pairs = [
+        (begin, end)
+        for read in trace.reads[layer]
+        for index, end in enumerate(there)
+        for begin in (_places(trace.sizes, read)[index : index + 1] if is_sum else _places(trace.sizes, read))
+    ]
+    ways = []
+    for begin, end in pairs:
+        way = np.linspace(begin, end, 2 if end[0] - begin[0] == 1 else 41)
+        share = np.linspace(0, 1, len(way))
+        way[:, 1] += 2 * share * (1 - share) * np.sign(begin[1] or 1)  # away from the middle, half a neuron's distance
+        ways.append(way)
+    return ways
+
+
+def _at(way: np.ndarray, share: float) -> np.ndarray:
+    """Return the point of a line at this share of its length."""
+    return np.array([np.interp(share, np.linspace(0, 1, len(way)), way[:, axis]) for axis in (0, 1)])
 
 
 def _places(sizes: Sequence[int], layer: int) -> list[tuple[float, float]]:
@@ -157,27 +197,27 @@ def _places(sizes: Sequence[int], layer: int) -> list[tuple[float, float]]:
     return [(layer, (n - 1) / 2 - index) for index in range(n)]
 
 
-def _lines(axes: Axes, sizes: Sequence[int], layer: int, weight: np.ndarray, arrow: str = "") -> None:
+def _lines(axes: Axes, trace: Any, layer: int, weight: np.ndarray, arrow: str = "") -> None:
     """Draw the lines of W^l: coloured by sign, as thick as |W^l|, with arrows, and with numbers if they are few."""
-    weights, ends = weight.ravel(), _ends(sizes, layer)
+    weights, ways = weight.ravel(), _ways(trace, layer + 1)
     colors = [POSITIVE if w >= 0 else NEGATIVE for w in weights]
     widths = 0.8 + 2.5 * np.abs(weights) / (np.abs(weights).max() or 1.0)
-    axes.add_collection(LineCollection(ends, colors=colors, linewidths=widths))
-    texts = [_short(weight) for weight in weights] if len(ends) <= MAX_NUMBERS else []
-    for text, (x, y) in zip(texts, _apart(axes, ends, texts), strict=True):
+    axes.add_collection(LineCollection(ways, colors=colors, linewidths=widths))
+    texts = [_short(weight) for weight in weights] if len(ways) <= MAX_NUMBERS else []
+    for text, (x, y) in zip(texts, _apart(axes, ways, texts), strict=True):
         axes.text(x, y, text, ha="center", va="center", fontsize=7, bbox=PAPER)
-    for (begin, end), color in zip(ends, colors, strict=True):
+    for way, color in zip(ways, colors, strict=True):
         if arrow:
-            x, y = begin + 0.74 * (end - begin)
+            x, y = _at(way, 0.74)
             axes.scatter([x], [y], marker=arrow, s=22, color=color, zorder=2)
 
 
-def _apart(axes: Axes, ends: Sequence[np.ndarray], texts: Sequence[str]) -> Iterator[np.ndarray]:
+def _apart(axes: Axes, ways: Sequence[np.ndarray], texts: Sequence[str]) -> Iterator[np.ndarray]:
     """Yield a place on each line for its text, where it covers none of those before, or as far from them as can be."""
     low, high = axes.get_xlim()
     inches = np.array([axes.figure.get_figwidth() / (high - low), UNIT])
     placed: list[tuple[np.ndarray, float]] = []
-    for (begin, end), text in zip(ends, texts, strict=False):
+    for way, text in zip(ways, texts, strict=False):
         width = 0.1 + 0.06 * len(text)
 
         def room(place: np.ndarray, width: float = width) -> float:
@@ -185,7 +225,7 @@ def _apart(axes: Axes, ends: Sequence[np.ndarray], texts: Sequence[str]) -> Iter
             gaps = [np.abs(place - at) * inches / size for (at, _), size in zip(placed, sizes, strict=True)]
             return min(map(max, gaps), default=9.0)
 
-        places = [begin + share * (end - begin) for share in SHARES]
+        places = [_at(way, share) for share in SHARES]
         best = next((place for place in places if room(place) >= 1), max(places, key=room))
         placed.append((best, width))
         yield best

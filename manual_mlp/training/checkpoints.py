@@ -362,7 +362,7 @@ def check_same_training(content: dict[str, Any], path: str, module: MLPModule) -
 
 def check_same_net(content: dict[str, Any], path: str, module: MLPModule) -> None:
     """Raise InputError if a checkpoint has another net or cost than `module`."""
-    then, now = content["hyper_parameters"], dict(module.hparams)
+    then, now = {"residual": False, **content["hyper_parameters"]}, dict(module.hparams)  # 0.1 knew only chains
     check_same("members", then.get("members", 1), module.members, path)
     for name in now:
         if name not in FREE:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanSquaredError, Metric, MetricCollection, R2Score
 from torchmetrics.classification import MulticlassAccuracy
 
+from manual_mlp import checks
 from manual_mlp import formulas as sheet
 from manual_mlp.checkpoint import FORMAT, HYPER_PARAMETERS, read_checkpoint
 from manual_mlp.errors import InputError
@@ -63,6 +64,7 @@ class MLPModule(L.LightningModule):
         loss: str = "quadratic",
         bias: bool = True,
         dropout: float = 0.0,
+        residual: bool = False,
         l1: float = 0.0,
         backprop: str = "layers",
         members: int = 1,
@@ -73,6 +75,8 @@ class MLPModule(L.LightningModule):
         super().__init__()
         if any(width < 1 for width in hidden):
             raise InputError(f"expected positive whole numbers in model.hidden, but got {list(hidden)}; correct it")
+        if residual:
+            checks.one_width(hidden)
         if l1 < 0:
             raise InputError(f"expected model.l1 of at least 0, but got {l1}; correct it")
         self.members = members  # kept among the hyper-parameters only if there are several, as in older checkpoints

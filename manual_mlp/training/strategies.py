@@ -97,7 +97,7 @@ class ByLayers:
     def make_net(self) -> Any:
         """Return the net, its parameters initialised."""
         initialise = choose(self.options["initialisation"], INITIALISATIONS, "model.initialisation")
-        names = ("activation", "output_activation", "bias", "dropout")
+        names = ("activation", "output_activation", "bias", "dropout", "residual")
         net = MLP(self.sizes, **{name: self.options[name] for name in names})
         for parameter in net.parameters():
             initialise(parameter)
@@ -329,6 +329,11 @@ class ByAutograd(ByLayers):
     def make_net(self) -> Any:
         return super().make_net().to_torch()
 
+    def place(self, net: nn.Module, features: Tensor, step: int, looked_back: int) -> str:
+        if self.options["residual"]:  # a sum of torch's own can't be read
+            return _within(max(0, step + 1 - looked_back), step)
+        return super().place(net, features, step, looked_back)
+
 
 class TwoClasses(Perceptron):
     """A perceptron whose answer y stands in two columns, 1 − y and y, as the answers of other nets do."""
@@ -347,7 +352,7 @@ class ByRosenblatt(ByLayers):
 
     fixed: ClassVar[Mapping[str, object]] = {
         **{"hidden": (), "activation": "sigmoid", "initialisation": "torch", "loss": "quadratic"},
-        **{"bias": True, "dropout": 0.0, "l1": 0.0},
+        **{"bias": True, "dropout": 0.0, "residual": False, "l1": 0.0},
     }
     optimizer: Optimizer | None = None
 

@@ -90,7 +90,8 @@ def _imbalance(data: DataModule, module: MLPModule) -> str:
 def _activations(module: MLPModule) -> str:
     hidden = module.hparams["activation"]
     names = hidden if isinstance(hidden, str) else "-".join(hidden)
-    return ", ".join([names] * (len(module.sizes) > 2) + [f"output {module.output_activation}"])
+    words = [names] * (len(module.sizes) > 2) + ["residual"] * bool(module.hparams["residual"])
+    return ", ".join([*words, f"output {module.output_activation}"])
 
 
 def _hint(module: MLPModule, data: DataModule, figures: dict[str, float]) -> list[str]:
