@@ -338,6 +338,8 @@ def _text_line(line: Line) -> str:
         text = "   " + " = ".join(sides if value == sides[-1] else [*sides, value])
         if len(text) <= WIDTH:
             return text
+        if line.numbers:  # a sum of several readers' terms
+            return f"   {line.symbol} = {line.formula}\n      = {line.numbers} = {value}"
     width = max(len(number) for row in rows for number in row)
     table = ["      [" + "  ".join(f"{number:>{width}}" for number in row) + "]" for row in rows]
     return "\n".join(["   " + " = ".join(sides) + " =", *table])
