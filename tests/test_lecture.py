@@ -38,13 +38,10 @@ def test_reads_well(pages: tuple[str, Path]) -> None:
         "And on",
     ]
     assert "```" not in text
-<<<<<<< HEAD
-    assert sorted(path.name for path in folder.iterdir()) == ["flow.gif", "flow.png", "network.png", "xor.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("flow.gif", "flow.png", "network.png", "residual.png", "xor.png"),
+    ]
     assert all(path.read_bytes().startswith((b"\x89PNG", b"GIF89a")) for path in folder.iterdir())
-=======
-    assert sorted(path.name for path in folder.iterdir()) == ["flow.png", "network.png", "residual.png", "xor.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
->>>>>>> ad949d2 (The lecture's residual section in its test)
 
 
 def test_goes_through_the_five_steps(pages: tuple[str, Path]) -> None:
