@@ -459,7 +459,8 @@ class MLP(nn.Sequential):
 
         member: which one, from 0, of a training of several; with its parameters of its best epoch.
         It takes features as it was trained on them: standardised ones, if data.standardise was on
-        (`mm.Predictor` standardises them itself). Raises InputError as `read_checkpoint`.
+        (`mm.Predictor` standardises them itself). For raw rows of a table, with text and gaps, take
+        `predictor.standardised(predictor.prepared(frame))`. Raises InputError as `read_checkpoint`.
 
         >>> import manual_mlp as mm
         >>> net = mm.MLP.from_checkpoint("best.ckpt")  # of a run with data=iris model.hidden=[4]

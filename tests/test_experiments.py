@@ -36,7 +36,7 @@ SEEN = {  # how the presets above end
     "nielsen": r"The net answers \d.* %.* rightly, Nielsen's at its best 95\.42 %: not there yet \(report=true .*Worst",
     "nielsen_fashion": r"The net answers .*by a guess \(report=true draws it: Worst mistakes\)\.$",
 }
-OTHERS = {"linear_neuron", "perceptron", "perceptron_xor", "chain", "universal_approximator", "deep_sigmoid"}
+OTHERS = {"linear_neuron", "perceptron", "perceptron_xor", "chain", "universal_approximator", "deep_sigmoid", "tabular"}
 
 
 def run(folder: Path, name: str, *overrides: str) -> float:

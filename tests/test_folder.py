@@ -284,12 +284,12 @@ class TestWords:
         words = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
         with (
             pytest.raises(InputError, match="expected all processes to live until the training ends, but another one"),
-            training._in_words(configured(tmp_path)),
+            training.in_words(configured(tmp_path)),
         ):
             raise RuntimeError(words)
-        with pytest.raises(RuntimeError, match="a bug"), training._in_words(configured(tmp_path)):
+        with pytest.raises(RuntimeError, match="a bug"), training.in_words(configured(tmp_path)):
             raise RuntimeError("a bug")
-        with pytest.raises(InputError, match="of a folder"), training._in_words(configured(tmp_path)):
+        with pytest.raises(InputError, match="of a folder"), training.in_words(configured(tmp_path)):
             raise InputError("of a folder /gloo/ without overflow")
 
     @pytest.mark.slow

@@ -88,7 +88,7 @@ class TestWays:
         assert "The essentials" in there.run("manual-mlp lecture")
         rows = "sepal length (cm),sepal width (cm),petal length (cm),petal width (cm)\n5.1,3.5,1.4,.2\n"
         (there.empty / "new.csv").write_text(rows)
-        assert "predictions for 1 rows" in there.run(
+        assert "predictions for 1 row" in there.run(
             "manual-mlp predict ckpt_path=r/best.ckpt input=new.csv output=o.csv"
         )
         assert "checkpoint of 0" in there.run("manual-mlp test ckpt_path=r/best.ckpt data=iris threads=1")

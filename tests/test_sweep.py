@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ def test_whole_sweep(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "-m", "data=iris", "optimizer.lr=1,-1,2", "threads=1"]
     command += ["trainer.max_epochs=1", f"hydra.sweep.dir={tmp_path}", "trainer.enable_progress_bar=false"]
     job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert job.stdout.count("test accuracy") == 2, job.stderr
+    assert job.stdout.count("test accuracy") == 1, job.stderr  # the winner's
+    assert re.search(r"The best run, [02], is tested; the others are not:\n\n  data  ", job.stdout)
     assert job.stderr.splitlines() == [
         "Error: expected values that the optimizer takes, but: Invalid learning rate: -1; correct optimizer.*",
         "Error: 1 of the 3 runs failed; their reasons stand above and in sweep.csv",
@@ -52,6 +54,7 @@ def test_whole_sweep(tmp_path: Path) -> None:
     )
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
+    assert sorted(bool(row["test_loss"]) for row in rows) == [False, False, True]
     for row in (rows[0], rows[2]):
         figures = json.loads((tmp_path / row["run"] / "figures.json").read_text())["figures"]
         assert {name: float(row[name]) for name in figures} == figures

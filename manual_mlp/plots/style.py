@@ -33,6 +33,7 @@ P = ParamSpec("P")
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Return the function, drawing in the common style; that of the caller stays as it is."""
+
     @functools.wraps(draw)
     def drawn(*args: P.args, **options: P.kwargs) -> Figure:
         with matplotlib.rc_context(STYLE):

@@ -163,10 +163,10 @@ def _vanishing(folder: Path, runs: Sequence[Any]) -> str:
     worst, best = (end(runs, key=lambda run: shares[run.name]) for end in (min, max))
     each = [
         f"{shares[run.name]:.1g} of that of the last with {', '.join(run.settings.values())} "
-        f"(accuracy {_percent(run.figures['test_accuracy'])})"
+        f"(accuracy {_percent(run.figures['val_accuracy'])})"
         for run in (worst, best)
     ]
-    learned = worst.figures["test_accuracy"] < best.figures["test_accuracy"] - ALIKE
+    learned = worst.figures["val_accuracy"] < best.figures["val_accuracy"] - ALIKE
     seen = "where δ vanishes, the net does not learn" if learned else "the training was too short to show more"
     return f"δ of the first layer is {each[0]} and {each[1]}: {seen}"
 

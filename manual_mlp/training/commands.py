@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.-]*", re.ASCII | re.IGNORECASE)
@@ -19,10 +20,19 @@ EXTRAS = {  # of pyproject.toml: the packages that each brings
 
 def override(key: str, text: object) -> str:
     """Return the override that gives `key` this text: Hydra and OmegaConf read nothing else out of it."""
+    return f"{key}={_literal(str(text))}"
+
+
+def listing(key: str, texts: Iterable[str]) -> str:
+    """Return the override that gives `key` a list of these texts, as a word for the shell."""
+    return for_the_shell(f"{key}=[{','.join(map(_literal, texts))}]")
+
+
+def _literal(text: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString  # a reader of tables needs no Hydra
 
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", str(text))  # a bare ${ would begin an interpolation
-    return f"{key}={literal if PLAIN.fullmatch(literal) else QuotedString(literal, Quote.single).with_quotes()}"
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # a bare ${ would begin an interpolation
+    return literal if PLAIN.fullmatch(literal) else QuotedString(literal, Quote.single).with_quotes()
 
 
 def command(*words: str, shared: bool = False) -> str:

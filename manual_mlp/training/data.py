@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from manual_mlp import checks
 from manual_mlp.errors import InputError
+from manual_mlp.training import preparation
 from manual_mlp.training.readers import brief, check_numbers
 from manual_mlp.training.sources import Samples
 
@@ -74,15 +75,16 @@ class DataModule(L.LightningDataModule):
         `train_test_split`. Samples that bring an official test set keep it: test_size is None then.
     standardise: shift and scale each feature to mean 0 and variance 1 over the training part.
     standardise_target: the same for regression targets; `target_mean` and `target_scale` lead back to their units.
-    seed: fixes the split and, with the epoch, the order of the rows.
+    seed: fixes the split and, with the epoch, the order of the rows. split_seed: fixes the split instead.
     class_weight: how much the rows of each class count in the training cost, in the order of the classes; "balanced":
         all classes the same, as scikit-learn's. It multiplies the weights of the rows, if they bring any. The weights
         are scaled to a mean of 1; validation and test count each row once.
 
     After `setup`: splits (name -> `Rows`, features (N, input_size) float32; target (N,) class indices or
     (N, output_size) float32), input_size, output_size, class_names (empty for regression), feature_names (empty where
-    they have none), left_out (columns of a table that are no features), image_shape (empty but for images),
-    feature_mean and feature_scale (empty without standardise), fingerprint (of the rows as split).
+    they have none; of a table those of the prepared columns), left_out (columns that nobody named), columns (of a
+    table, as fitted), said (what was done to them), image_shape (empty but for images), feature_mean
+    and feature_scale (empty without standardise), fingerprint (of the rows as split).
     """
 
     def __init__(
@@ -94,14 +96,19 @@ class DataModule(L.LightningDataModule):
         test_size: float | int | None = 0.2,
         standardise: bool = False,
         seed: int = 0,
+        split_seed: int | None = None,
         class_weight: str | Sequence[float] | None = None,
         standardise_target: bool = True,
     ) -> None:
         super().__init__()
         if not 1 <= batch_size < 2**31:
             raise InputError(f"expected data.batch_size of at least 1 and below 2**31, but got {batch_size}; change it")
-        if not 0 <= seed < 2**32:
-            raise InputError(f"expected a seed from 0 to 2**32 - 1, as NumPy takes, but got {seed}; choose another")
+        self.split_seed = seed if split_seed is None else split_seed
+        for number in (seed, self.split_seed):
+            if not 0 <= number < 2**32:
+                raise InputError(
+                    f"expected a seed from 0 to 2**32 - 1, as NumPy takes, but got {number}; choose another"
+                )
         for option, size in (("val_size", val_size), ("test_size", test_size)):
             if size is not None and not (0 < size < 1 or (isinstance(size, int) and size > 0)):
                 raise InputError(
@@ -117,6 +124,8 @@ class DataModule(L.LightningDataModule):
         self.feature_scale: list[float] = []
         self.target_mean: list[float] = []
         self.target_scale: list[float] = []
+        self.columns: list[preparation.Column] = []
+        self.said: dict[str, str] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Load, check, split and standardise; once, however often Lightning calls it."""
@@ -125,9 +134,11 @@ class DataModule(L.LightningDataModule):
         samples = self.source()
         check(samples)
         self.class_names, self.feature_names = samples.class_names, samples.feature_names
-        self.left_out = samples.left_out
+        self.left_out, self.raw = samples.left_out, samples.raw
         self.image_shape = samples.features.shape[1:] if samples.features.ndim == 3 else ()
         parts = self._split(samples)
+        if samples.raw:
+            parts = self._prepared(parts, samples)
         del samples  # the parts are copies
         self.fingerprint = _fingerprint(parts)
         inputs = self._inputs({name: part[0] for name, part in parts.items()})
@@ -135,6 +146,18 @@ class DataModule(L.LightningDataModule):
         weights = {"train": self._weights(*parts["train"][1:])}
         self.splits = {name: Rows(inputs[name], targets[name], weights.get(name)) for name in parts}
         self.input_size = self.splits["train"].features.shape[1]
+
+    def _prepared(self, parts: dict[str, Part], samples: Samples) -> dict[str, Part]:
+        """Return the parts of a table with its gaps filled and its text as numbers, as fitted on the training part."""
+        assert samples.raw
+        raw, train = samples.raw.columns, parts["train"][0]
+        columns = preparation.fitted(raw, train)
+        self.said = preparation.words(raw, columns, samples.features, train)
+        self.columns = [column for column in columns if column]
+        if not self.columns:
+            raise InputError("expected a feature that some training row has, but all are empty; name another target")
+        self.feature_names = tuple(name for column in self.columns for name in column.names())
+        return {name: (preparation.prepared(part[0], raw, columns), *part[1:]) for name, part in parts.items()}
 
     def _weights(self, target: np.ndarray, weight: np.ndarray | None = None) -> Tensor | None:
         """Return the weights (N,), with mean 1; None if every row counts the same."""
@@ -184,7 +207,7 @@ class DataModule(L.LightningDataModule):
             )
         labels = samples.target[rows] if samples.class_names else None
         try:
-            indices = train_test_split(rows, test_size=size, random_state=self.seed, stratify=labels)
+            indices = train_test_split(rows, test_size=size, random_state=self.split_seed, stratify=labels)
         except ValueError as error:  # scikit-learn's reason is right, but knows nothing of our options
             smallest = "" if labels is None else f", {np.bincount(labels)[labels].min()} in the smallest class"
             raise InputError(
@@ -221,7 +244,11 @@ class DataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: how to prepare new rows, and how to know these ones again."""
         values = {name: getattr(self, name) for name in ("name", "feature_mean", "feature_scale", "fingerprint")}
-        return {**values, "feature_names": list(self.feature_names)}
+        values |= {"feature_names": list(self.feature_names)}
+        if self.raw:
+            values |= {name: getattr(self.raw, name) for name in ("target", "key", "separator", "decimal")}
+            values["columns"] = [column.plain() for column in self.columns]
+        return values
 
     def train_dataloader(self) -> DataLoader:
         """Batches of `batch_size` rows in an order made from (seed, epoch) alone; several at once if the module asks.
@@ -288,7 +315,8 @@ def _check_part(part: Samples) -> None:
         )
     if features.size == 0:
         raise InputError(f"expected samples with features, but the data is empty, of shape {features.shape}; check it")
-    check_numbers("the features", features, part.feature_names)
+    if part.raw is None:  # a table has refused its defects
+        check_numbers("the features", features, part.feature_names)
     check_numbers("the target", target)
     if classes:
         checks.labels(torch.as_tensor(target), classes)

@@ -29,6 +29,7 @@ class MLPModule(L.LightningModule):
     All hyper-parameters but `optimizer`, `scheduler` and `metrics` are plain values, so a checkpoint loads with
     `weights_only=True`.
     backprop: a name in `BACKPROP`: who differentiates and who takes the step.
+    loss: a name in the sheet's COSTS, or "auto": cross_entropy for classification, quadratic for regression.
     output_activation: a name, or "auto": sigmoid for classification under the quadratic cost, identity otherwise.
         "threshold" makes a perceptron of two classes, without hidden layers, that learns by Rosenblatt's rule.
     target_mean, target_scale: lead from standardised regression targets back to their units.
@@ -79,8 +80,11 @@ class MLPModule(L.LightningModule):
             checks.one_width(hidden)
         if l1 < 0:
             raise InputError(f"expected model.l1 of at least 0, but got {l1}; correct it")
+        if loss == "auto":
+            loss = "cross_entropy" if class_names else "quadratic"
         self.members = members  # kept among the hyper-parameters only if there are several, as in older checkpoints
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "metrics", *["members"] * (members == 1)])
+        self.hparams["loss"] = loss  # the one that was meant
         self.optimizer: Any = optimizer
         self.scheduler, self.class_names, self.loss, self.l1 = scheduler, class_names, loss, l1
         self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))

@@ -24,6 +24,7 @@ from manual_mlp.report import Picture
 from manual_mlp.tracing import Trace
 from manual_mlp.training.callbacks import ROWS, DeltaFlow
 from manual_mlp.training.commands import command
+from manual_mlp.training.config import in_sweep
 from manual_mlp.training.data import EVALUATION_BATCH, DataModule
 from manual_mlp.training.module import MLPModule
 
@@ -118,13 +119,14 @@ def _epochs(number: int) -> str:
 
 
 class _Answers:
-    """Yield the net's answers to the test part, now and at earlier stages of its training."""
+    """Yield the net's answers to the test part, in a sweep to the validation part, now and at earlier stages."""
 
     @torch.no_grad()
     def __init__(self, module: MLPModule, data: DataModule, stages: Stages) -> None:
         self.module, self.data, self.stages, self.like = module, data, stages, next(module.parameters())
         self.mean, self.scale = np.asarray(data.feature_mean or 0.0), np.asarray(data.feature_scale or 1.0)
-        features, self.target = data.splits["test"].features, data.splits["test"].target
+        part, self.part = ("val", "validation") if in_sweep() else ("test", "test")  # a sweep tests its winner alone
+        features, self.target = data.splits[part].features, data.splits[part].target
         self.x = features.numpy() * self.scale + self.mean  # as they came, before they were standardised
         parts = features.split(EVALUATION_BATCH)
         self.prediction = torch.cat([module(part.to(self.like)) for part in parts]).float()
@@ -144,14 +146,14 @@ class _Answers:
         data, target, answer = self.data, self.target.numpy(), self.prediction.argmax(1).cpu().numpy()
         names = [shown(name) for name in data.class_names]
         figure = plots.confusion_matrix(target, answer, names)
-        yield Picture("Confusion matrix", _in_words(target, answer, names), figure)
+        yield Picture("Confusion matrix", _in_words(target, answer, names, self.part), figure)
         if data.image_shape and (answer != target).any():
             images, scores = self.x.reshape(-1, *data.image_shape), self.prediction.cpu().numpy()
             text = "Wrong answers, the worst first: the true class had a much lower score."
             yield Picture("Worst mistakes", text, plots.worst_mistakes(images, target, scores, names))
         if data.input_size == 2:
             regions = self.by_stage(lambda a: a.argmax(1))
-            text = "The net's answer at each place, and rows of the test part."
+            text = f"The net's answer at each place, and rows of the {self.part} part."
             figure = plots.decision_boundary(regions, self.x[:DRAWN], target[:DRAWN], names, data.feature_names)
             yield Picture("Decision boundary", text, figure)
 
@@ -160,16 +162,16 @@ class _Answers:
         target, answer = (in_units(rows[:DRAWN]).cpu().numpy() for rows in values)
         if self.data.input_size == self.data.output_size == 1:
             lines = self.by_stage(lambda a: in_units(a)[:, 0])
-            text = "The net's answer along its input, and rows of the test part."
+            text = f"The net's answer along its input, and rows of the {self.part} part."
             figure = plots.fitted_curve(lines, self.x[:DRAWN, 0], target[:, 0], self.data.feature_names)
             yield Picture("Fitted curve", text, figure)
-        text = "Rows of the test part; those on the line are predicted rightly."
+        text = f"Rows of the {self.part} part; those on the line are predicted rightly."
         yield Picture("Prediction and target", text, plots.predicted_against_true(target.ravel(), answer.ravel()))
 
 
-def _in_words(target: np.ndarray, answer: np.ndarray, class_names: Sequence[str]) -> str:
+def _in_words(target: np.ndarray, answer: np.ndarray, class_names: Sequence[str], part: str) -> str:
     """Return how many are right, and the most frequent mistake."""
-    text = f"Of {len(target)} rows of the test part {(answer == target).sum()} are answered rightly."
+    text = f"Of {len(target)} rows of the {part} part {(answer == target).sum()} are answered rightly."
     wrong = answer != target
     for (own, given), times in Counter(zip(target[wrong], answer[wrong], strict=True)).most_common(1):
         text += f" The most frequent mistake, {times} times: {class_names[given]} for {class_names[own]}."

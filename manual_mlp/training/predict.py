@@ -2,6 +2,8 @@
 
 import csv
 import io
+import logging
+from collections.abc import Sequence
 from os import PathLike
 from os.path import relpath
 from pathlib import Path
@@ -15,8 +17,12 @@ from manual_mlp.checkpoint import read_checkpoint, write_whole
 from manual_mlp.errors import InputError, shown
 from manual_mlp.formulas import probability
 from manual_mlp.modules import MLP
+from manual_mlp.training import labels, preparation, readers
 from manual_mlp.training.members import Members
-from manual_mlp.training.readers import MAX_BYTES, NUMBER, listed, read_features
+from manual_mlp.training.preparation import Column
+from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, listed
+
+log = logging.getLogger(__name__)
 
 ROWS = 10_000  # rows at a time
 
@@ -47,6 +53,10 @@ class Predictor(nn.Module):
         self.net, self.loss = net, values["loss"]
         self.class_names: list[str] = list(values["class_names"])
         self.feature_names: list[str] = list(data["feature_names"])
+        own = [{"name": name, "kinds": (), "fill": None} for name in self.feature_names]  # which fills no gaps
+        self.columns: list[Column] = preparation.from_plain(data.get("columns", own))
+        self.target, self.key = data.get("target"), data.get("key")
+        self.separator, self.decimal = data.get("separator"), data.get("decimal")
         numbers = {
             "mean": data["feature_mean"] or [0.0],
             "scale": data["feature_scale"] or [1.0],
@@ -84,7 +94,40 @@ class Predictor(nn.Module):
         return self.net[0] if isinstance(self.net, Members) else self.net
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.interpreted(self.prediction(features))
+        rows = features if isinstance(features, Tensor) else self.prepared(features)
+        return self.interpreted(self.prediction(rows))
+
+    def prepared(self, rows: Any) -> Tensor:
+        """Return raw rows, a pandas DataFrame, as the tensor (N, n_1) that `forward` takes.
+
+        Raises InputError for columns that are missing, and for cells that don't fit.
+        """
+        if not hasattr(rows, "columns"):
+            raise InputError(
+                f"expected a tensor of the columns {listed(self.feature_names)}, or a pandas DataFrame of raw rows, "
+                f"but got {type(rows).__name__}; pass torch.tensor(rows) or pandas.DataFrame(rows)"
+            )
+        columns = {str(name): readers.column(rows[name]) for name in rows.columns}
+        table = Table(Path("the rows"), "rows", np.inf, columns, columns=columns)
+        features, said = self.taken(table, len(rows))
+        for sentence in said:
+            log.warning(sentence)
+        return torch.from_numpy(features)
+
+    def taken(self, table: Table, rows: int) -> tuple[np.ndarray, list[str]]:
+        """Return the prepared columns (N, n_1) of a table of raw rows, and words about what is in it besides."""
+        there = readers.column_names(table.columns)
+        if missing := [column.name for column in self.columns if column.name not in there]:
+            raise InputError(
+                f"expected the {len(self.columns)} columns that the net was trained on, in any order, but "
+                f"{table.path.name} lacks {listed(missing)}; add {'it' if len(missing) == 1 else 'them'}"
+            )
+        codes, said, defects = preparation.known(table, rows, self.columns)
+        table.refuse(defects)
+        own = {*(column.name for column in self.columns), self.target, self.key}
+        if extra := [name for name in there if name not in own]:
+            said.append(f"ignored {listed(extra)}: the net was trained without {'it' if len(extra) == 1 else 'them'}")
+        return preparation.prepared(codes, self.columns, self.columns), said
 
     def prediction(self, features: Tensor) -> Tensor:
         """Return a^L (N, n_L) for features (N, n_1); the largest in a row is the class that accuracy counts.
@@ -147,7 +190,8 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
     if suffix not in SUFFIXES:
         raise InputError(f"expected output to end in {' or '.join(SUFFIXES)}, but got {destination}; rename it")
     predictor = Predictor.from_checkpoint(checkpoint)
-    features, left_out = read_features(Path(source), predictor.feature_names, max_bytes)
+    table = _read(Path(source), predictor, max_bytes)
+    features, notes = _features(table, predictor)
     if features.shape[1] != predictor._first.sizes[0]:
         raise InputError(
             f"expected {predictor._first.sizes[0]} numbers in each row, as the net was trained on, but {source} has "
@@ -168,14 +212,16 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
             f"lead to NaN or infinity in the rows {rows} (counted from 0); correct or remove them"
         )
     chosen = prediction.argmax(1).tolist() if names else []
+    key = {predictor.key: table.columns[predictor.key]} if predictor.key in table.columns else {}
     try:
-        write_whole(destination, SUFFIXES[suffix](values.numpy(), names, chosen, spread))
+        write_whole(destination, SUFFIXES[suffix](values.numpy(), names, chosen, spread, key))
     except OSError as error:
         raise InputError(
             f"expected an output that can be written, but {destination} cannot ({error.strerror}); choose another"
         ) from error
-    said = [f"predictions for {len(features)} rows in {shown(relpath(destination))}"]
-    said += [f"left out {listed(left_out)}: an index, or without a name"] if left_out else []
+    said = [f"predictions for {preparation.counted(len(features), 'row')} in {shown(relpath(destination))}"]
+    said += [f"left out {listed(table.left_out)}: an index, or without a name"] if table.left_out else []
+    said += [*notes, *_key_in_words(predictor, key), *_score(table, predictor, values.numpy(), chosen)]
     odd = [name for name in names if _is_odd(name) and suffix == ".csv"]
     if odd:
         said.append(
@@ -189,17 +235,85 @@ def _is_odd(name: str) -> bool:
     return shown(name) != name or (name[:1] in ("=", "+", "-", "@") and not NUMBER(name))
 
 
-def _npz(values: np.ndarray, names: list[str], chosen: list[int], spread: np.ndarray | None) -> memoryview:
+def _read(path: Path, predictor: Predictor, max_bytes: float) -> Table:
+    """Read a file of new rows, as the table of the training was read."""
+    own = [column.name for column in predictor.columns]
+    table = Table(path, "input", max_bytes, [*own, *filter(None, (predictor.target, predictor.key))])
+    table.texts = [column.name for column in predictor.columns if column.kinds] + [predictor.key]
+    table.labels = predictor.target if predictor.class_names else None
+    table.separator, table.decimal = predictor.separator, predictor.decimal
+    return readers.read_table(table)
+
+
+def _features(table: Table, predictor: Predictor) -> tuple[np.ndarray, list[str]]:
+    """Return the rows (N, n_1) and words about them. Without names of columns, all of the file's are features."""
+    rows = max((len(values) for values in table.columns.values() if values.ndim), default=0)
+    if predictor.columns:
+        return predictor.taken(table, rows)
+    codes, columns, defects = preparation.taken(table, rows)
+    defects += [(row, "a cell is empty") for row in np.flatnonzero(np.isnan(codes).any(1)).tolist()]
+    defects += [(None, f"{listed([column.name])} is text") for column in columns if column.kinds]
+    table.refuse(defects)
+    return codes, []
+
+
+def _key_in_words(predictor: Predictor, key: dict[str, np.ndarray]) -> list[str]:
+    if predictor.key is None:
+        return []
+    if not key:
+        return [f"there is no {listed([predictor.key])}: the predictions stand in the order of the rows"]
+    values = key[predictor.key]
+    repeats = len(values) - len(labels.distinct(values)[0])
+    return [f"{listed([predictor.key])} repeats in {preparation.counted(repeats, 'row')}"] if repeats else []
+
+
+def _score(table: Table, predictor: Predictor, values: np.ndarray, chosen: Sequence[int]) -> list[str]:
+    """Return the accuracy, or in a regression the root of the mean squared error, if the rows bring their targets."""
+    if predictor.target not in table.columns:
+        return []
+    truth = table.columns[predictor.target]
+    if not predictor.class_names:
+        numbers, _ = preparation.numbers(truth, predictor.target)
+        there = np.isfinite(numbers)
+        if values.shape[1] != 1 or not there.any():
+            return []
+        error = np.sqrt(np.mean((values[there, 0] - numbers[there]) ** 2))
+        return [
+            f"rmse {error:.4g} over {preparation.counted(int(there.sum()), 'row')} with {listed([predictor.target])}"
+        ]
+    names, codes = labels.classes(truth, predictor.target)
+    there = codes >= 0
+    if not there.any():
+        return []
+    own = np.array(predictor.class_names, dtype=object)[np.asarray(chosen)[there]]
+    hits = own == np.array(names, dtype=object)[codes[there]]
+    rows = preparation.counted(int(there.sum()), "row")
+    said = [f"accuracy {100 * hits.mean():.2f} % over {rows} with {listed([predictor.target])}"]
+    new = [name for name in names if name not in predictor.class_names]
+    return said + [f"{listed(new)} among them is none of the classes, and counts as wrong"] * bool(new)
+
+
+def _npz(
+    values: np.ndarray, names: list[str], chosen: list[int], spread: np.ndarray | None, key: dict[str, np.ndarray]
+) -> memoryview:
     arrays = {"prediction": values}
     if names:
         arrays = {"class": np.array(names)[chosen], "probability": values, "class_names": np.array(names)}
     arrays |= {} if spread is None else {"sd": spread}
+    arrays |= {name: _cells(cells) for name, cells in key.items()}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
     return file.getbuffer()
 
 
-def _csv(values: np.ndarray, names: list[str], chosen: list[int], spread: np.ndarray | None) -> memoryview:
+def _cells(values: np.ndarray) -> np.ndarray:
+    """Return the cells of a key as they were read; an empty one is an empty text."""
+    return values if values.dtype.kind != "O" else np.array(["" if value is None else str(value) for value in values])
+
+
+def _csv(
+    values: np.ndarray, names: list[str], chosen: list[int], spread: np.ndarray | None, key: dict[str, np.ndarray]
+) -> memoryview:
     header = ["class", *(f"P({name})" for name in names)]
     if not names:
         header = ["prediction"] if values.shape[1] == 1 else [f"prediction[{i}]" for i in range(values.shape[1])]
@@ -209,12 +323,12 @@ def _csv(values: np.ndarray, names: list[str], chosen: list[int], spread: np.nda
     file = io.BytesIO()
     text = io.TextIOWrapper(file, "utf-8", newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
+    writer.writerow([*key, *header])
     for start in range(0, len(values), ROWS):
         rows = slice(start, start + ROWS)
         columns = [*values[rows].T.astype(str)]  # as many digits as the type has
-        labels = [[names[index] for index in chosen[rows]]] if names else []
-        writer.writerows(zip(*labels, *columns, strict=True))
+        own = [[names[index] for index in chosen[rows]]] if names else []
+        writer.writerows(zip(*(_cells(cells[rows]) for cells in key.values()), *own, *columns, strict=True))
     text.detach()
     return file.getbuffer()
 

@@ -1,4 +1,4 @@
-"""Read data files into NumPy arrays: IDX (the format of MNIST) and tables (CSV, NPZ, Parquet)."""
+"""Read data files into NumPy arrays: IDX (the format of MNIST) and tables (CSV, TSV, NPZ, Parquet)."""
 
 import csv
 import gzip
@@ -8,10 +8,10 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from itertools import compress
-from operator import not_
 from pathlib import Path
 from typing import IO, Any
 from unicodedata import normalize
@@ -82,15 +82,61 @@ class Table:
     columns: by name, in the order of the file: numbers, booleans, or text as objects, with None for an empty cell. An
         array of an NPZ file may have more axes than the rows.
     left_out: columns that nobody named, such as the index that pandas writes, unless `wanted` names them.
-    option: the key that a message names.
+    option: the key that a message names. drop: columns not to read. texts: columns of a CSV file that are text as it
+        stands. labels: the one whose cells are class labels: text, too, unless all are written as numbers.
+    separator, decimal: of a CSV file; by default a comma (a tab in .tsv) and a point.
     """
 
     path: Path
     option: str
     max_bytes: float
     wanted: Collection[str]
+    drop: Collection[str] = ()
+    texts: Collection[str] = ()
+    labels: str | None = None
+    separator: str | None = None
+    decimal: str | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def mark(self) -> str:
+        """The letter between two cells of a CSV file."""
+        return self.separator or ("\t" if ".tsv" in self.path.name.lower()[-7:] else ",")
+
+    def open(self) -> Any:
+        """Open the file, unpacked."""
+        return gzip.open(self.path) if self.path.suffix.lower() == ".gz" else self.path.open("rb")
+
+    def lines(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield the rows of a CSV file that are not blank, the header too, each with its line, counted from 1."""
+        with TextIOWrapper(self.open(), "utf-8-sig", newline="") as text:
+            rows, line = csv.reader(text, delimiter=self.mark, skipinitialspace=True), 1
+            for row in rows:
+                if len(row) > 1 or (row and row[0].strip()):
+                    yield line, row
+                line = rows.line_num + 1
+
+    def refuse(self, defects: Sequence[tuple[int | None, str]]) -> None:
+        """Raise InputError with all defects in one list, by line of the file, if there are any. None: of no one row."""
+        if not defects:
+            return
+        places: dict[str, list[int]] = {}
+        for row, words in sorted(defects, key=lambda defect: (defect[0] is None, defect[0] or 0)):
+            places.setdefault(words, []).extend([] if row is None else [row])
+        lines, kind, end = list[int](), "row", " (counted from 0)"
+        if self.path.name.lower().endswith(TEXT) and any(places.values()):
+            lines, kind, end = [line for line, _ in self.lines()][1:], "line", ""
+        said = []
+        for words, rows in places.items():
+            some = ", ".join(str(lines[row] if lines else row) for row in rows[:SHOWN])
+            more = f", … ({len(rows)} in all)" * (len(rows) > SHOWN)
+            said.append(f"{kind}{'s' * (len(rows) > 1)} {some}{more}{end}: {words}" if rows else words)
+        said = said[:SHOWN] + [f"… ({len(said)} in all)"] * (len(said) > SHOWN)
+        raise InputError(
+            f"expected a table without defects, but {self.path.name} has:\n  " + "\n  ".join(said) + "\n"
+            "correct the cells, or leave out the lines or columns"
+        )
 
     def allows(self, decoded: int) -> bool:
         """Return True, or raise InputError for too many bytes: 8 for a cell, text by its length, 10,000 a column."""
@@ -103,29 +149,40 @@ class Table:
 
     def places(self, names: Sequence[str], index: Collection[object] = ()) -> list[int]:
         """Return the places of the columns to read among all `names` of the file. index: further names to leave out."""
-        kept = [name in self.wanted or not (INDEX(name) or name in index) for name in names]
-        self.left_out = [*compress(names, map(not_, kept))]
+        if unknown := [name for name in self.drop if name not in names]:
+            raise InputError(
+                f"expected data.source.drop to name columns there are, but {self.path.name} has no {listed(unknown)}; "
+                f"its columns are {listed(names)}"
+            )
+        nameless = [name for name in names if name not in self.wanted and (INDEX(name) or name in index)]
+        self.left_out = [name for name in nameless if name not in self.drop]
+        kept = [name not in nameless and name not in self.drop for name in names]
         check_names(self.path, compress(names, kept))
         return [*compress(range(len(names)), kept)]
 
 
-def read_table(path: Path, option: str, max_bytes: float, wanted: Collection[str], labels: str | None = None) -> Table:
-    """Read a CSV, NPZ or Parquet file.
+def read_table(table: Table) -> Table:
+    """Read the CSV, TSV, NPZ or Parquet file of a table into its columns.
 
-    labels: the column of a CSV file whose cells are class labels: text as it stands, unless all are written as numbers.
     Raises: InputError if the file can't be read, decodes to more than max_bytes, or has a column twice.
     """
-    suffix, table = path.suffix.lower(), Table(path, option, max_bytes, wanted)
-    if suffix not in READERS:
+    path = table.path
+    read = next((READERS[end] for end in READERS if path.name.lower().endswith(end)), None)
+    if read is None:
         raise InputError(
             f"expected a table that ends in {', '.join(READERS)}, but got {path.name}; convert it or rename it"
         )
+    for option in ("separator", "decimal"):
+        if len(getattr(table, option) or ",") != 1:
+            raise InputError(
+                f"expected one letter in data.source.{option}, but got {getattr(table, option)!r}; correct it"
+            )
     if not path.is_file():
         what, fix = ("a folder", ", or write its parts into one file") if path.is_dir() else ("none", "")
-        raise InputError(f"expected a table file, but there is {what} at {path}; check {option}{fix}")
+        raise InputError(f"expected a table file, but there is {what} at {path}; check {table.option}{fix}")
     try:
-        with path.open("rb") as file:
-            READERS[suffix](table, file, labels)
+        with table.open() as file:
+            read(table, file)
     except (InputError, MemoryError):
         raise
     except ImportError as error:
@@ -135,52 +192,6 @@ def read_table(path: Path, option: str, max_bytes: float, wanted: Collection[str
     except Exception as error:  # any exception: a parser fails on damage wherever it meets it
         raise _unreadable(path, error) from error
     return table
-
-
-def read_features(path: Path, names: Sequence[str], max_bytes: float) -> tuple[np.ndarray, list[str]]:
-    """Read the columns `names` of a table, or without names all of them.
-
-    Returns: features (N, n) float64 in the order of `names`, and the names of columns that were left out.
-    Raises: InputError as `read_table`, for numbers that don't fit, columns that are missing or that nobody asked for.
-    """
-    table = read_table(path, "input", max_bytes, {*names})
-    there, wanted = column_names(table.columns), dict.fromkeys(names)
-    place = {name: index for index, name in enumerate(there)}
-    missing, extra = [name for name in names if name not in place], [name for name in there if name not in wanted]
-    if names and (missing or extra):
-        what = f"lacks {listed(missing)}; add" if missing else f"has {listed(extra)} as well; remove"
-        raise InputError(
-            f"expected the {len(names)} columns that the net was trained on, in any order, but {path.name} {what} "
-            f"{'it' if len(missing or extra) == 1 else 'them'}"
-        )
-    features = matrix(table, max((len(values) for values in table.columns.values() if values.ndim), default=0))
-    check_numbers("the features", features, there)
-    return features[:, [place[name] for name in names or there]], table.left_out
-
-
-def matrix(table: Table, rows: int) -> np.ndarray:
-    """Return the columns side by side, (rows, n) float64, and take them out of the table: each number is there once.
-
-    Raises: InputError for columns with other lengths, other values than numbers, or the same name.
-    """
-    columns, names = table.columns, column_names(table.columns)
-    check_names(table.path, names)
-    features, place = np.empty((rows, len(names))), 0
-    for name in list(columns):
-        values = columns.pop(name)
-        if values.shape[:1] != (rows,):
-            raise InputError(
-                f"expected {rows} rows in every column, but {quoted(name)} has the shape {values.shape}; mend it"
-            )
-        if values.dtype.kind not in "biuf":
-            raise InputError(
-                f"expected numbers in every feature column, but {quoted(name)} has other values, such as "
-                f"{example(values)}; encode it as numbers or remove it"
-            )
-        block = values.reshape(rows, -1)
-        features[:, place : place + block.shape[1]] = block
-        place += block.shape[1]
-    return features
 
 
 def column_names(columns: dict[str, np.ndarray]) -> tuple[str, ...]:
@@ -204,7 +215,7 @@ def check_names(path: Path, names: Iterable[str]) -> None:
         seen[letters] = name
 
 
-def _read_npz(table: Table, file: IO[bytes], labels: str | None) -> None:
+def _read_npz(table: Table, file: IO[bytes]) -> None:
     size = 0
     with zipfile.ZipFile(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -224,54 +235,72 @@ def _read_npz(table: Table, file: IO[bytes], labels: str | None) -> None:
                     table.columns[names[place]] = values.astype(np.float64, copy=False) if dtype.kind == "f" else values
 
 
-def _read_csv(table: Table, file: IO[bytes], labels: str | None) -> None:
+def _read_csv(table: Table, file: IO[bytes]) -> None:
     import pandas as pd  # type: ignore[import-untyped]
 
-    table.allows(table.path.stat().st_size)
-    rows, names = _count_lines(table.path, file), _header(table)
-    table.allows(table.path.stat().st_size + len(names) * (8 * rows + COLUMN))
+    size, rows = _measured(table, file)
+    names = _header(table)
+    table.allows(size + len(names) * (8 * rows + COLUMN))
     places = table.places(names)
     # pandas gets numbers as names, or it would rename columns. With index_col=None it would call the first value of
     # a row that is too long an index, and shift the others; now it warns.
     options: Any = {"names": range(len(names)), "header": 0, "index_col": False, "skipinitialspace": True}
+    options |= {"sep": table.mark, "decimal": table.decimal or "."}
     file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        frame = pd.read_csv(file, low_memory=False, **options)
-    table.columns = {names[place]: _column(frame[place]) for place in places}
-    if labels is not None and labels in table.columns:
-        file.seek(0)
-        place = names.index(labels)
-        text = pd.read_csv(file, usecols=[place], dtype=str, keep_default_na=False, na_values=[""], **options)[place]
-        words = text[frame[place].notna()].unique()
+        try:
+            frame = pd.read_csv(file, low_memory=False, **options)
+        except (pd.errors.ParserWarning, pd.errors.ParserError):
+            rest = [(row, len(cells)) for row, (_, cells) in enumerate(table.lines(), -1) if len(cells) > len(names)]
+            table.refuse([(row, f"{count} cells instead of {len(names)}") for row, count in rest])
+            raise
+    labels = {place for place in places if names[place] == table.labels}
+    texts = [place for place in places if names[place] in table.texts or frame[place].dtype.kind not in "biuf"]
+    there = {place: frame[place].notna() for place in labels}  # NA among numbers is a gap
+    kept = {names[place]: column(frame[place]) for place in places if place not in texts}
+    table.columns = dict.fromkeys([names[place] for place in places], np.empty(0)) | kept
+    del frame  # two copies of a text are too many
+    if not labels.union(texts):
+        return
+    file.seek(0)
+    read = [*labels.union(texts)]  # in text only an empty cell is a gap
+    cells = pd.read_csv(file, usecols=read, dtype=str, keep_default_na=False, na_values=[""], **options)
+    for place in read:
+        words = cells[place][there[place]].unique() if place in labels and place not in texts else [""]
         if not (len(words) and all(map(NUMBER, words))):
-            table.columns[labels] = _column(text)
+            table.columns[names[place]] = column(cells.pop(place))
 
 
-def _count_lines(path: Path, file: IO[bytes]) -> int:
-    """Return an upper bound of the lines of a CSV file. Raises InputError for text in UTF-16 and the like."""
-    start, ends = file.read(4), {b"\n": 1, b"\r": 1}
+def _measured(table: Table, file: IO[bytes]) -> tuple[int, int]:
+    """Return the unpacked bytes of a CSV file, and an upper bound of its lines.
+
+    Raises InputError for text in UTF-16 and the like.
+    """
+    start, ends, size = file.read(4), {b"\n": 1, b"\r": 1}, 0
     encoding = next((name for mark, name in BOMS.items() if start.startswith(mark)), "")
     file.seek(0)
     while not encoding and (block := file.read(1 << 20)):
+        size += len(block)
+        table.allows(size)
         encoding = "text with NUL bytes, perhaps UTF-16" if b"\0" in block else ""
         ends = {end: count + block.count(end) for end, count in ends.items()}
     if encoding:
-        raise InputError(f"expected a CSV file in UTF-8, but {path.name} is {encoding}; save it as UTF-8")
-    return max(ends.values())
+        raise InputError(f"expected a CSV file in UTF-8, but {table.path.name} is {encoding}; save it as UTF-8")
+    return size, max(ends.values())
 
 
 def _header(table: Table) -> list[str]:
     """Return the names in the first row that is not blank, as they are; a nameless one gets pandas' name."""
-    with table.path.open(encoding="utf-8-sig", newline="") as text:
-        lines = (line for line in text if table.allows(COLUMN * line.count(",")))
-        for row in csv.reader(lines, skipinitialspace=True):
+    with TextIOWrapper(table.open(), "utf-8-sig", newline="") as text:
+        lines = (line for line in text if table.allows(COLUMN * line.count(table.mark)))
+        for row in csv.reader(lines, delimiter=table.mark, skipinitialspace=True):
             if len(row) > 1 or (row and row[0].strip()):
                 return [name if name.strip() else f"Unnamed: {place}" for place, name in enumerate(row)]
     raise ValueError("No columns to parse")
 
 
-def _read_parquet(table: Table, file: IO[bytes], labels: str | None) -> None:
+def _read_parquet(table: Table, file: IO[bytes]) -> None:
     import pyarrow as pa  # type: ignore[import-untyped]
     from pyarrow import parquet
 
@@ -293,10 +322,10 @@ def _read_parquet(table: Table, file: IO[bytes], labels: str | None) -> None:
         size += parts[-1].nbytes
         table.allows(size)
     whole = pa.concat_tables(parts) if parts else schema.empty_table()
-    table.columns = {name: _column(whole.column(name).to_pandas()) for name in names}
+    table.columns = {name: column(whole.column(name).to_pandas()) for name in names}
 
 
-def _column(series: Any) -> np.ndarray:
+def column(series: Any) -> np.ndarray:
     """Return numbers and booleans, with NaN for a missing number; else objects, with None for a missing one."""
     import pandas as pd
 
@@ -306,7 +335,8 @@ def _column(series: Any) -> np.ndarray:
     return np.array([*found, None], dtype=object)[codes]
 
 
-READERS = {".csv": _read_csv, ".npz": _read_npz, ".parquet": _read_parquet}
+TEXT = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+READERS = dict.fromkeys(TEXT, _read_csv) | {".npz": _read_npz, ".parquet": _read_parquet}
 
 
 def check_numbers(name: str, values: np.ndarray, columns: Sequence[str] = ()) -> None:

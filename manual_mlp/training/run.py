@@ -83,13 +83,13 @@ def run(cfg: DictConfig) -> float | None:
     task = choose(cfg.task, {"train": _train, "test": _test, "predict": predict}, "task")
     check_places(cfg)
     quieten()
-    with _in_words(cfg):
+    with in_words(cfg):
         begin(cfg)
         return task(cfg)
 
 
 @contextmanager
-def _in_words(cfg: DictConfig) -> Iterator[None]:
+def in_words(cfg: DictConfig) -> Iterator[None]:
     """Raise InputError for errors that an option, the disk or another process causes in other programs."""
     try:
         with disk_in_words(cfg):
@@ -191,11 +191,12 @@ def _trained(
     if _part(cfg) == "val" and cfg.optimized_metric not in figures:  # no epoch was completed
         trainer.validate(module, data, verbose=False)
         figures |= _numbers(trainer)
-    with restoring(best):
-        trainer.test(module, data, ckpt_path=best, verbose=False)
-    figures |= _numbers(trainer)
+    if not in_sweep() or _part(cfg) == "test":  # of a sweep, the winner alone is tested, at its end
+        with restoring(best):
+            trainer.test(module, data, ckpt_path=best, verbose=False)
+        figures |= _numbers(trainer)
     if module.members > 1:  # the figures of the kept epochs, of which each member has its own
-        trainer.validate(module, data, verbose=False)
+        trainer.validate(module, data, ckpt_path=best, verbose=False)
         figures |= _numbers(trainer)
     if trainer.is_global_zero:
         left = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
@@ -225,6 +226,11 @@ def _trained(
 
 
 def _test(cfg: DictConfig) -> float | None:
+    return tested(cfg).get(cfg.optimized_metric)
+
+
+def tested(cfg: DictConfig) -> dict[str, float]:
+    """Test a checkpoint, and print its summary → all its figures."""
     content = read_checkpoint(given(cfg, "ckpt_path"))
     data = _data(cfg)
     check_same_rows(content, cfg.ckpt_path, data)
@@ -238,7 +244,7 @@ def _test(cfg: DictConfig) -> float | None:
         facts = run_facts(module, data, trainer, content["epoch"], None)
         print(summary(module, data, facts, figures, cfg.optimized_metric))
         print(files(Path(cfg.run_dir)))
-    return figures.get(cfg.optimized_metric)
+    return figures
 
 
 def _data(cfg: DictConfig) -> DataModule:

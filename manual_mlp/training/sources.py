@@ -1,28 +1,38 @@
 """Make samples. `conf/data/*.yaml` names one of these functions in `source`; each returns `Samples`."""
 
-import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from sklearn import datasets  # type: ignore[import-untyped]
 
 from manual_mlp.errors import InputError
-from manual_mlp.training import readers
-from manual_mlp.training.commands import install
+from manual_mlp.training import labels, preparation, readers
+from manual_mlp.training.commands import for_the_shell, install, override
+from manual_mlp.training.preparation import Column, Defects
 from manual_mlp.training.readers import MAX_BYTES, quoted, read_idx
 
 BUNDLED = ("digits", "iris", "wine", "breast_cancer", "diabetes")
+MARKS = {"\t": "tab"}  # as one may write it
 TASKS = ("classification", "regression")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DIGIT_CLASSES = tuple("0123456789")
 MNIST_TRAIN = 60000
 MOST_DRAWN = 10**9
-LARGEST_FLOAT = 2**53  # above it not every whole number has a float of its own
-MOST_CLASSES, LONGEST_NAME = 10_000, 1000
-WHOLE = re.compile("0|-?[1-9][0-9]*").fullmatch
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A table before it is prepared. repeated: True if two rows have the same key."""
+
+    columns: tuple[Column, ...]
+    target: str
+    key: str | None
+    repeated: bool
+    separator: str | None
+    decimal: str | None
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,8 @@ class Samples:
     class_names: empty for regression. test: the official test set, (features, target), if there is one.
     feature_names: of the columns of features, if they have any.
     weight: (N,) how much each row counts in training, if that differs; not beside a test set.
-    left_out: columns of a table that are no features.
+    left_out: columns of a table that nobody named. raw: of a table, whose features are numbers and codes of kinds, NaN
+        for gaps, to be prepared once the training rows are known.
     """
 
     features: np.ndarray
@@ -43,6 +54,7 @@ class Samples:
     feature_names: tuple[str, ...] = ()
     weight: np.ndarray | None = None
     left_out: tuple[str, ...] = ()
+    raw: Raw | None = None
 
 
 def bundled(name: str) -> Samples:
@@ -118,34 +130,64 @@ def fashion_mnist(folder: str) -> Samples:
 
 
 def table(
-    path: str, target: str | int, task: str, weight: str | int | None = None, max_bytes: float = MAX_BYTES
+    path: str,
+    target: str | int,
+    task: str,
+    weight: str | int | None = None,
+    drop: Sequence[str | int] = (),
+    key: str | int | None = None,
+    separator: str | None = None,
+    decimal: str | None = None,
+    max_bytes: float = MAX_BYTES,
 ) -> Samples:
-    """Read your own CSV, NPZ or Parquet file; labels may be text, numbers or booleans.
+    """Read your own CSV, TSV, NPZ or Parquet file, with text and gaps; labels may be text, numbers or booleans.
 
-    weight: the column that says how much a row counts in training; it is not a feature.
+    weight: the column that says how much a row counts in training. drop: columns to leave out. key: the column that
+        names a row; predictions bear it. None of them is a feature.
+    separator, decimal: of a CSV file; by default a comma (a tab in .tsv) and a point.
     max_bytes: the largest decoded table: 8 bytes for a cell, text by its length, 10,000 for a column.
     """
     if task not in TASKS:
         raise InputError(f"expected data.source.task to be one of {', '.join(TASKS)}, but got {task!r}; correct it")
-    wanted = [str(name) for name in (target, weight) if name is not None]  # a column may be called 3
-    labels = wanted[0] if task == "classification" else None
-    read = readers.read_table(Path(path), "data.source.path", max_bytes, wanted, labels)
-    values = _taken(read, wanted[0], "target")
-    weights = None if weight is None else _numbers(_taken(read, wanted[1], "weight"), wanted[1])
-    classes, values = _classes(values, labels) if labels is not None else ((), _numbers(values, wanted[0]))
-    names = readers.column_names(read.columns)
-    return Samples(readers.matrix(read, len(values)), values, classes, None, names, weights, tuple(read.left_out))
+    given = {"target": target, "weight": weight, "key": key}
+    own = {option: str(name) for option, name in given.items() if name is not None}  # a column may be called 3
+    if len({*own.values()} | {*map(str, drop)}) < len(own) + len({*drop}):
+        raise InputError(
+            "expected data.source.target, weight, key and drop to name different columns, but got "
+            f"{readers.listed([*own.values(), *map(str, drop)])}; correct them"
+        )
+    separator = "\t" if separator in ("tab", "\\t") else separator
+    read = readers.Table(Path(path), "data.source.path", max_bytes, [*own.values()], [*map(str, drop)])
+    read.separator, read.decimal, read.texts = separator, decimal, [own["key"]] if "key" in own else []
+    read.labels = own["target"] if task == "classification" else None
+    readers.read_table(read)
+    columns = {option: _taken(read, name, option) for option, name in own.items()}
+    rows, defects = len(columns["target"]), Defects()
+    if task == "classification":
+        classes, values = labels.classes(columns["target"], own["target"])
+        defects += [(row, f"{quoted(own['target'])} is empty") for row in np.flatnonzero(values < 0).tolist()]
+    else:
+        classes, values = (), _numbers(columns["target"], own["target"], defects)
+    weights = _numbers(columns["weight"], own["weight"], defects) if "weight" in own else None
+    codes, features, more = preparation.taken(read, rows)
+    read.refuse([*defects, *more])
+    read.allows(8 * rows * sum(len(column.names()) for column in features))
+    repeated = "key" in own and len(labels.distinct(columns["key"])[0]) < rows
+    raw = Raw(tuple(features), own["target"], own.get("key"), repeated, separator, decimal)
+    names = tuple(column.name for column in features)
+    return Samples(codes, values, classes, None, names, weights, tuple(read.left_out), raw)
 
 
 def _taken(table: readers.Table, name: str, option: str) -> np.ndarray:
     """Take a column (N,) out of the table."""
     columns = table.columns
     if name not in columns:
-        mark = next((mark for mark in ";\t|" if len(columns) == 1 and mark in next(iter(columns))), "")
+        mark = next((mark for mark in ",;\t|" if len(columns) == 1 and mark in next(iter(columns))), "")
+        fix = override("data.source.separator", MARKS.get(mark, mark))
         raise InputError(
             f"expected data.source.{option} to name a column there is, but {table.path.name} has no {quoted(name)}; "
             f"its columns are {readers.listed([*columns])}; "
-            + (f"is it separated by {mark}? separate it by commas" if mark else "name one of them")
+            + (f"is it separated by {mark}? set {for_the_shell(fix)}" if mark else "name one of them")
         )
     values = columns.pop(name)
     values = values[:, 0] if values.shape[1:] == (1,) else values
@@ -189,62 +231,16 @@ def _fetch_mnist() -> tuple[np.ndarray, np.ndarray]:
         ) from error
 
 
-def _numbers(values: np.ndarray, name: str) -> np.ndarray:
-    if values.dtype.kind not in "biuf":
+def _numbers(values: np.ndarray, name: str, defects: Defects) -> np.ndarray:
+    """Return the numbers of a target or a weight; add the cells that are none."""
+    found, wrong = preparation.numbers(values, name)
+    if 2 * len(wrong) > len(values):
         raise InputError(
             f"expected numbers in {quoted(name)}, but got such as {readers.example(values)}; "
             "for classes set data.source.task=classification"
         )
-    return np.asarray(values, dtype=np.float64)
-
-
-def _classes(values: np.ndarray, target: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the names of the classes in order, and for each row the index of its class.
-
-    Whole numbers (also 1.0) and booleans are named as in Python and ordered by size; so is text that is all whole
-    numbers. Other text stays as it is.
-    """
-    try:
-        if values.dtype.kind not in "biufOSU":
-            raise ValueError(f"values such as {readers.example(values)}")
-        if values.dtype.kind == "O":  # text keeps its hash: a long one in many rows costs no time
-            codes = {value: code for code, value in enumerate(dict.fromkeys(values.tolist()))}
-            found = np.array([*codes], dtype=object)
-            indices = np.fromiter(map(codes.__getitem__, values.tolist()), dtype=np.int64)
-        else:
-            found, indices = np.unique(values, return_inverse=True)
-        if len(found) > MOST_CLASSES:
-            raise ValueError(f"{len(found)} different ones")
-        labels = [_label(value) for value in found.tolist()]
-    except ValueError as error:
-        raise InputError(
-            f"expected class labels in the target {quoted(target)}, but got {error}; write them as whole numbers or "
-            "short text in UTF-8; for a regression set data.source.task=regression"
-        ) from error
-    missing = np.array([label is None for label in labels])[indices]
-    if missing.any():
-        raise InputError(
-            f"expected a class label in every row, but {quoted(target)} has none in row {missing.argmax()} (counted "
-            "from 0); remove the row or give it a label"
-        )
-    order: Any = int if all(not isinstance(label, str) or WHOLE(label) for label in labels) else str
-    classes = sorted({*labels}, key=order)
-    place = {label: index for index, label in enumerate(classes)}
-    return tuple(map(str, classes)), np.array([place[label] for label in labels])[indices]
-
-
-def _label(value: Any) -> bool | int | str | None:
-    """Return the label that a value stands for; None if it is missing. Raises ValueError with the kind of value."""
-    if isinstance(value, float):
-        if not np.isnan(value) and (not value.is_integer() or abs(value) >= LARGEST_FLOAT):
-            raise ValueError(f"numbers such as {value}")
-        return None if np.isnan(value) else int(value)
-    text = value.decode() if isinstance(value, bytes) else value
-    if not isinstance(text, str):
-        return text if isinstance(text, int | None) else str(text)  # a date
-    if len(text.encode()) > LONGEST_NAME or "\0" in text:
-        raise ValueError(f"text of more than {LONGEST_NAME} bytes, or with NUL in it: {quoted(text)}")
-    return text or None
+    defects += wrong
+    return found
 
 
 def _generator(samples: int, noise: float, seed: int) -> np.random.Generator:

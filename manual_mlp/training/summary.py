@@ -43,6 +43,8 @@ def run_facts(
     facts = {
         "data": f"{Path(str(data.name)).name} ({rows})",
         "left out": f"{listed(data.left_out)}: an index, or without a name" if data.left_out else "",
+        **data.said,
+        "key": _key(data),
         "classes": _imbalance(data, module) if data.class_names else "",
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "members": f"{module.members}, best epochs {module.net.best_epochs()}" if module.members > 1 else "",
@@ -54,6 +56,12 @@ def run_facts(
         "epochs": _epochs(epoch, trainer.current_epoch - 1, seconds),
     }
     return {name: shown(text) for name, text in facts.items() if text}
+
+
+def _key(data: DataModule) -> str:
+    if not data.raw or data.raw.key is None:
+        return ""
+    return f"{listed([data.raw.key])}" + ", which repeats" * data.raw.repeated
 
 
 def files(folder: Path) -> str:

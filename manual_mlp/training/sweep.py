@@ -65,8 +65,7 @@ class Comparison(Callback):
         runs = read_runs(folder, self.started)
         if len(runs) < 2:
             return
-        direction = OmegaConf.select(config, "hydra.sweeper.direction")  # Optuna's
-        order = ranked(runs, direction and getattr(direction, "name", direction) == "minimize")
+        order = ranked(runs, minimized(config))
         settings = list(dict.fromkeys(name for run in runs for name in run.settings))
         write_csv(folder / "sweep.csv", runs, settings)
         print(table(runs, order, min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
@@ -113,6 +112,12 @@ def ranked(runs: Sequence[Run], minimize: bool | None = None) -> list[Run]:
     if minimize is None:
         minimize = any(run.metric.endswith(ERRORS) for run in finite)
     return sorted(finite, key=lambda run: run.value if minimize else -run.value)
+
+
+def minimized(config: DictConfig) -> bool | None:
+    """Return what Optuna's direction says; None for another sweeper."""
+    direction = OmegaConf.select(config, "hydra.sweeper.direction")
+    return direction and getattr(direction, "name", direction) == "minimize"
 
 
 def write_csv(path: Path, runs: Sequence[Run], settings: Sequence[str]) -> None:
