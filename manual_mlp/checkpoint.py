@@ -99,12 +99,6 @@ def _numpy(value: Any) -> bool:
     return fits and len(value[1]) == 624
 
 
-def _column(value: Any) -> bool:
-    """Return True for a column of a table: its name, its kinds of text if it has any, and what fills a gap."""
-    plain = not any(_misfits(value, {"name": TEXT, "kinds": [LABEL], "fill": (NUMBER, LABEL)}, ""))
-    return plain and (value["fill"] in value["kinds"] if value["kinds"] else not isinstance(value["fill"], str))
-
-
 def _cuda(value: Any) -> bool:
     """Return True for the state of a GPU's generator: a seed, and an offset that is a multiple of 4."""
     plain = type(value) is Tensor and value.dtype is torch.uint8 and value.shape == (16,)
@@ -161,7 +155,7 @@ DATA: dict[Any, Any] = {
     "feature_mean": [NUMBER],
     "feature_scale": [POSITIVE],
     "fingerprint": COUNT,
-    "columns?": [Kind("a column of a table: name, kinds, and what fills a gap", _column)],  # training.preparation's
+    "columns?": [{"name": TEXT, "kinds": [LABEL], "fill": (NUMBER, LABEL)}],  # training.preparation's
     **dict.fromkeys(("target?", "key?", "separator?", "decimal?"), (TEXT, NOTHING)),
     str: PLAIN,
 }
@@ -347,9 +341,7 @@ def _of_sizes(content: dict[str, Any]) -> Iterator[Misfit]:
     values, data = content["hyper_parameters"], content.get("DataModule", {})
     inputs, outputs = values["input_size"], values["output_size"]
     targets = {0} if values.get("class_names") else {outputs} if data else {0, outputs}
-    inner = [kind for column in data.get("columns", ()) for kind in column["kinds"] or [column["name"]]]
     lengths = {
-        "columns": ({"columns": inner} if "columns" in data else {}, {inputs}),
         "activation": (values, {len(values["hidden"])}),
         "class_names": (values, {0, outputs}),
         "target_mean": (values, targets),

@@ -428,7 +428,7 @@ class TestCheckpoint:
             ((1, "fill"), 3.0),
             ((1, "kinds"), ["Bern", "Oslo"]), ((1, "kinds"), "Rome"),
             ((1, "kinds"), ["Bern", "Oslo", "x" * 1001]), ((1, "kinds"), []), ((0, "name"), 3),
-            ((), []), ((), None), ((), [[]]), ("target", 3), ("key", []), ("separator", ", "), ("decimal", ""),
+            ((), None), ((), [[]]), ("target", 3), ("key", []), ("separator", ", "), ("decimal", ""),
         ],
     )  # fmt: skip
     def test_refuses_others(self, tmp_path: Path, run: Path, place: tuple, value: object) -> None:

@@ -54,7 +54,7 @@ class Predictor(nn.Module):
         self.class_names: list[str] = list(values["class_names"])
         self.feature_names: list[str] = list(data["feature_names"])
         own = [{"name": name, "kinds": (), "fill": None} for name in self.feature_names]  # which fills no gaps
-        self.columns: list[Column] = preparation.from_plain(data.get("columns", own))
+        self.columns: list[Column] = preparation.from_plain(data.get("columns", own), values["input_size"])
         self.target, self.key = data.get("target"), data.get("key")
         self.separator, self.decimal = data.get("separator"), data.get("decimal")
         numbers = {

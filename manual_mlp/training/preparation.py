@@ -43,8 +43,16 @@ class Column:
         return {**asdict(self), "kinds": list(self.kinds)}
 
 
-def from_plain(values: Sequence[Mapping[str, Any]]) -> list[Column]:
-    return [Column(value["name"], tuple(value["kinds"]), value["fill"]) for value in values]
+def from_plain(values: Sequence[Mapping[str, Any]], inputs: int) -> list[Column]:
+    """Return the columns that a checkpoint keeps. Raises InputError if they don't make so many inputs."""
+    columns = [Column(value["name"], tuple(value["kinds"]), value["fill"]) for value in values]
+    fills = all(c.fill in c.kinds if c.kinds else not isinstance(c.fill, str) for c in columns)
+    if not fills or (columns and sum(len(column.names()) for column in columns) != inputs):
+        raise InputError(
+            f"expected DataModule.columns in the checkpoint of a table to be columns that make {inputs} inputs, each "
+            f"with one of its kinds, or a number, for gaps, but got {quoted(values)}; take it as train.py wrote it"
+        )
+    return columns
 
 
 def taken(table: Table, rows: int) -> tuple[np.ndarray, list[Column], Defects]:
