@@ -164,7 +164,7 @@ NETS: dict[str, tuple[Callable[[], Any], str]] = {
     "dropout": (lambda: mm.MLP([4, 3, 2], dropout=0.5, dtype=double), "draws no dropout"),
     "tied": (tied, "tied"),
     "frozen": (frozen, "frozen"),
-    "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3)), "Conv2d"),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(3, 2)), "Conv2d"),
     "no net": (lambda: torch.tanh, "expected a model"),
 }
 
