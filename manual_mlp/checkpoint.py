@@ -344,10 +344,8 @@ def _of_sizes(content: dict[str, Any]) -> Iterator[Misfit]:
     lengths = {
         "activation": (values, {len(values["hidden"])}),
         "class_names": (values, {0, outputs}),
-        "target_mean": (values, targets),
-        "target_scale": (values, targets),
-        "feature_names": (data, {0, inputs}),
-        "feature_mean": (data, {0, inputs}),
+        **dict.fromkeys(("target_mean", "target_scale"), (values, targets)),
+        **dict.fromkeys(("feature_names", "feature_mean"), (data, {0, inputs})),
         "feature_scale": (data, {len(data.get("feature_mean", ()))}),
     }
     for name, (table, sizes) in lengths.items():
