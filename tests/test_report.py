@@ -276,3 +276,19 @@ def test_the_first_stage_is_before_the_training() -> None:
         *(f"after {at} epochs" for at in (4, 8, 16, 32)),
         "kept, after 56 epochs",
     ]
+
+
+def test_classes_columns_and_no_folder(tmp_path: Path) -> None:
+    """A line for each class, the columns by importance; a reader learns nothing of this machine's folders."""
+    training.run(configured(tmp_path / "run", "data=iris", "report=true", "trainer.max_epochs=20"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    for name in ("setosa", "versicolor", "virginica"):
+        assert re.search(rf"<dt>class {name}</dt><dd>precision [\d.]+ %, recall [\d.]+ %, 10 test rows</dd>", page)
+    listed = re.search(r"<dt>importance</dt><dd>(.*?): accuracy lost on the test part", page)
+    assert listed
+    values = [float(value) for value in re.findall(r"(-?\d\.\d+)(?:,|$)", listed[1])]
+    assert len(values) == 4
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 0.1
+    assert str(tmp_path) not in page
+    assert str(tmp_path.parent) not in page

@@ -1,6 +1,7 @@
 """The pictures of a run, drawn from the kept net and the data, and the report that holds them."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,6 +14,8 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
+from sklearn.inspection import permutation_importance  # type: ignore[import-untyped]
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support, r2_score  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.func import functional_call
 from torch.optim import SGD
@@ -28,6 +31,7 @@ from manual_mlp.training.config import in_sweep
 from manual_mlp.training.data import EVALUATION_BATCH, DataModule
 from manual_mlp.training.module import MLPModule
 
+FEW = 20  # classes and columns with a line or a figure of their own
 DRAWN = 1000  # rows of the test part, at most
 STAGES = 6  # of the training, at most
 Stages = dict[str, dict[str, Tensor]]
@@ -77,7 +81,8 @@ def leave_report(
     step = "" if plain else f"by {facts['optimizer']}"
     remark = f"The formulas are those of member 0 of {module.members}. " if module.members > 1 else ""
     remark += f"Dropout, in training after each hidden layer with p = {dropout}, is left out." if dropout else ""
-    config = OmegaConf.to_yaml(cfg, resolve=True)
+    config = _shareable(OmegaConf.to_yaml(cfg, resolve=True), cfg.run_dir)
+    facts = {**facts, **answers.by_class(), **answers.importance()}
     page = report.page(title, facts, figures, pictures, trace, step, remark, origin, config)
     (Path(cfg.run_dir) / "report.html").write_text(page, encoding="utf-8")
     for logger in trainer.loggers:
@@ -85,6 +90,11 @@ def leave_report(
             for picture in pictures:
                 logger.experiment.add_figure(picture.title, picture.figure, trainer.global_step)
             logger.experiment.flush()
+
+
+def _shareable(config: str, folder: str) -> str:
+    """Return the configuration without the folders of this machine: of an absolute path its name is left."""
+    return re.sub(r"(?<![\w.:/$}])/(?:[^\s'\"/]+/)*([^\s'\"/]+)", r"…/\1", config.replace(str(folder), "."))
 
 
 def _command() -> str:
@@ -141,6 +151,36 @@ class _Answers:
             return read(functional_call(self.module.net, parameters, (features,)).float()).cpu().numpy()
 
         return {title: partial(answers, state) for title, state in self.stages.items()}
+
+    def by_class(self) -> dict[str, str]:
+        """Return precision and recall of each class on the test part, a line each, if they are few."""
+        names = self.data.class_names
+        if not 0 < len(names) <= FEW:
+            return {}
+        answer, labels = self.prediction.argmax(1).cpu().numpy(), range(len(names))
+        found = precision_recall_fscore_support(self.target.numpy(), answer, labels=labels, zero_division=0.0)
+        return {
+            f"class {shown(name)}": f"precision {100 * precision:.1f} %, recall {100 * recall:.1f} %, {rows} test rows"
+            for name, precision, recall, _, rows in zip(names, *found, strict=True)
+        }
+
+    def importance(self) -> dict[str, str]:
+        """Return how much worse the net answers the test part if a column is permuted, the most first."""
+        names, target = self.data.feature_names, self.target[:DRAWN].numpy()
+        if not 0 < len(names) <= plots.answers.MAX_NEURONS:
+            return {}
+        score, metric = (accuracy_score, "accuracy") if self.data.class_names else (r2_score, "r2")
+
+        @torch.no_grad()
+        def scored(_: object, x: np.ndarray, y: np.ndarray) -> float:
+            answer = self.module(torch.as_tensor(x).to(self.like)).float().cpu()
+            return float(score(y, answer.argmax(1) if self.data.class_names else answer))
+
+        features = self.data.splits["test"].features[:DRAWN].numpy()
+        found = permutation_importance(SimpleNamespace(fit=self.module), features, target, scoring=scored, random_state=0)
+        order = np.argsort(-found.importances_mean, kind="stable")
+        listed = ", ".join(f"{shown(names[place])} {found.importances_mean[place]:.3f}" for place in order[:FEW])
+        return {"importance": f"{listed}: {metric} lost on the test part if the column is permuted"}
 
     def to_classes(self) -> Iterator[Picture]:
         data, target, answer = self.data, self.target.numpy(), self.prediction.argmax(1).cpu().numpy()
