@@ -84,7 +84,7 @@ def animation(trace: Any, path: str | PathLike[str], sample: int = 0, seconds: f
             return []
 
         film = FuncAnimation(figure, show, frames=steps, init_func=list, cache_frame_data=False)
-        film.save(path, writer=PillowWriter(fps=1 / seconds), dpi=100)
+        film.save(path, writer=PillowWriter(fps=1 / seconds), dpi=100)  # type: ignore[arg-type] # it takes fractions
 
 
 class Step(NamedTuple):
@@ -215,7 +215,7 @@ def _lines(axes: Axes, trace: Any, layer: int, weight: np.ndarray, arrow: str = 
 def _apart(axes: Axes, ways: Sequence[np.ndarray], texts: Sequence[str]) -> Iterator[np.ndarray]:
     """Yield a place on each line for its text, where it covers none of those before, or as far from them as can be."""
     low, high = axes.get_xlim()
-    inches = np.array([axes.figure.get_figwidth() / (high - low), UNIT])
+    inches = np.array([axes.figure.get_figwidth() / (high - low), UNIT])  # type: ignore[union-attr]
     placed: list[tuple[np.ndarray, float]] = []
     for way, text in zip(ways, texts, strict=False):
         width = 0.1 + 0.06 * len(text)

@@ -177,7 +177,8 @@ class _Answers:
             return float(score(y, answer.argmax(1) if self.data.class_names else answer))
 
         features = self.data.splits["test"].features[:DRAWN].numpy()
-        found = permutation_importance(SimpleNamespace(fit=self.module), features, target, scoring=scored, random_state=0)
+        trained = SimpleNamespace(fit=self.module)
+        found = permutation_importance(trained, features, target, scoring=scored, random_state=0)
         order = np.argsort(-found.importances_mean, kind="stable")
         listed = ", ".join(f"{shown(names[place])} {found.importances_mean[place]:.3f}" for place in order[:FEW])
         return {"importance": f"{listed}: {metric} lost on the test part if the column is permuted"}
