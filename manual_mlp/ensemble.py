@@ -80,7 +80,15 @@ class EnsembleEngine:
 
     @property
     def road(self) -> str:
-        """Return the road that the last `train_epoch` took, "native" or "torch"."""
+        """Return the road that the last `train_epoch` took, "native" or "torch".
+
+        >>> import torch, manual_mlp as mm
+        >>> nets = [mm.MLP([2, 3, 1]) for _ in range(2)]
+        >>> engine = mm.EnsembleEngine(nets, [torch.optim.SGD(net.parameters(), lr=1.0) for net in nets], native=False)
+        >>> _ = engine.train_epoch(torch.zeros(4, 2), torch.zeros(4, 1), batch_size=2)
+        >>> engine.road
+        'torch'
+        """
         return self._engines[-1].road
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -101,6 +101,12 @@ class Predictor(nn.Module):
         """Return raw rows, a pandas DataFrame, as the tensor (N, n_1) that `forward` takes.
 
         Raises InputError for columns that are missing, and for cells that don't fit.
+
+        >>> import pandas, manual_mlp as mm
+        >>> predictor = mm.Predictor.from_checkpoint("best.ckpt")
+        >>> rows = pandas.DataFrame([[5.1, 3.5, 1.4, 0.2]], columns=predictor.feature_names)
+        >>> predictor.prepared(rows).shape
+        torch.Size([1, 4])
         """
         if not hasattr(rows, "columns"):
             raise InputError(
@@ -109,12 +115,12 @@ class Predictor(nn.Module):
             )
         columns = {str(name): readers.column(rows[name]) for name in rows.columns}
         table = Table(Path("the rows"), "rows", np.inf, columns, columns=columns)
-        features, said = self.taken(table, len(rows))
+        features, said = self._taken(table, len(rows))
         for sentence in said:
             log.warning(sentence)
         return torch.from_numpy(features)
 
-    def taken(self, table: Table, rows: int) -> tuple[np.ndarray, list[str]]:
+    def _taken(self, table: Table, rows: int) -> tuple[np.ndarray, list[str]]:
         """Return the prepared columns (N, n_1) of a table of raw rows, and words about what is in it besides."""
         there = readers.column_names(table.columns)
         if missing := [column.name for column in self.columns if column.name not in there]:
@@ -249,7 +255,7 @@ def _features(table: Table, predictor: Predictor) -> tuple[np.ndarray, list[str]
     """Return the rows (N, n_1) and words about them. Without names of columns, all of the file's are features."""
     rows = max((len(values) for values in table.columns.values() if values.ndim), default=0)
     if predictor.columns:
-        return predictor.taken(table, rows)
+        return predictor._taken(table, rows)
     codes, columns, defects = preparation.taken(table, rows)
     defects += [(row, "a cell is empty") for row in np.flatnonzero(np.isnan(codes).any(1)).tolist()]
     defects += [(None, f"{listed([column.name])} is text") for column in columns if column.kinds]
