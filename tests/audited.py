@@ -491,7 +491,7 @@ PLANTS = {"paths": believe_paths, "overrides": believe_overrides, "objects": bel
 COUNTED = ("taken", "refused")
 
 
-def read_curves(folder: Path) -> None:
+def read_curves(folder: Path, *kept: int) -> None:
     """Read what the program draws, and leave out the drawing, which takes longer than all else."""
     plots.course._read(folder / "metrics.csv")
 

@@ -128,7 +128,7 @@ def going_on(folder: Path, overrides: list[str]) -> list[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     strategies.MOST_BATCHES = 16  # of the engine's training step, so that an epoch has several
-    training.learning_curves = lambda path: SimpleNamespace(savefig=lambda *arguments, **options: None)
+    training.learning_curves = lambda *given: SimpleNamespace(savefig=lambda *arguments, **options: None)
     for words in sys.argv[2:]:
         one, _, moments_of_it = words.partition("=")
         main(Path(sys.argv[1]), one, moments_of_it.split(","))

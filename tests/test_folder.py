@@ -42,7 +42,7 @@ NAMES = {  # {group: {callback or logger: a choice that has it}}
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., object]]:
     """train(*words): train.py in tmp_path → what it exits with, None at its ordinary end."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "learning_curves", lambda folder: None)
+    monkeypatch.setattr(training, "learning_curves", lambda *arguments: None)
 
     def call(*words: str) -> object:
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *words, *QUIET])

@@ -31,7 +31,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path
 def run(tmp_path: Path, tmp_path_factory, monkeypatch: pytest.MonkeyPatch, kept) -> Callable[..., Trained]:
     """run(*overrides) trains in the folder r."""
     seen: list[float] = []
-    monkeypatch.setattr(training, "learning_curves", lambda folder: None)
+    monkeypatch.setattr(training, "learning_curves", lambda *arguments: None)
     monkeypatch.setattr(
         MLPModule, "on_train_epoch_start", lambda self: seen.append(self.optimizers().param_groups[0]["lr"])
     )

@@ -15,6 +15,7 @@ from manual_mlp import InputError, checkpoint
 from manual_mlp.checkpoint import read_checkpoint, write_whole
 from manual_mlp.program import read
 from manual_mlp.training import run as training
+from manual_mlp.training.commands import python
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.strategies import BACKPROP, where_it_began
 from tests.configs import ROOT, configured
@@ -150,7 +151,7 @@ class TestFaults:
         printed = capsys.readouterr().out
         assert "best 1 of 0 to 1" in printed
         assert "test accuracy" in printed
-        assert "interrupted; to go on: python train.py ckpt_path=" in printed
+        assert f"interrupted; to go on: {python()} train.py ckpt_path=" in printed
         assert read_checkpoint(tmp_path / "last.ckpt")["epoch"] == 1
 
     def test_interrupted_before_anything_was_kept(self, run, monkeypatch) -> None:

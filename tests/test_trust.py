@@ -34,7 +34,7 @@ FIXTURES = Path(__file__).with_name("fixtures")
 def _without_pictures() -> Iterator[None]:
     """To save time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "learning_curves", lambda folder: None)
+        patch.setattr(training, "learning_curves", lambda *arguments: None)
         yield
 
 
