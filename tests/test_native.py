@@ -637,6 +637,23 @@ def test_what_others_could_have_written_is_not_loaded(spoil: Any, cache: Path, m
         build.library(SEVEN)
 
 
+def test_nothing_is_written_where_others_can_enter(cache: Path) -> None:
+    elsewhere = cache.parent / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    cache.symlink_to(elsewhere)
+    with pytest.raises(build.CantBuild, match="only you can"):
+        build.library(SEVEN)
+    assert [*elsewhere.iterdir()] == []
+
+
+@pytest.mark.parametrize("words", ['cc "', "cc -D\udcff"], ids=["an open quote", "no UTF-8"])
+def test_a_cc_that_is_no_words(words: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", words)
+    by = engine(net(), native="auto")
+    by.train_epoch(*data("quadratic", double), 7)
+    assert by.road == "torch"
+
+
 def compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
     """Make CC a shell script, in words; it counts its runs in a file."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def library(source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         if place not in _libraries:
             try:
                 _libraries[place] = _loaded(source, (*FLAGS, *flags))
-            except (CantBuild, OSError) as error:
+            except (CantBuild, OSError, ValueError) as error:  # CC may have an open quote, or be no UTF-8
                 _libraries[place] = CantBuild(str(error))
         found = _libraries[place]
     if isinstance(found, CantBuild):
@@ -51,10 +51,10 @@ def _loaded(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     version = _run([*compiler, "--version"])
     key = hashlib.sha256("\0".join((source, *compiler, version, *flags, _processor())).encode()).hexdigest()
     folder = _folder()
+    _only_ours(folder, private=True)
     path = folder / f"{key}.so"
     if not os.path.lexists(path):
         _compile(source, [*compiler, *flags], path)
-    _only_ours(folder, private=True)
     _only_ours(path)
     return ctypes.CDLL(str(path))
 
