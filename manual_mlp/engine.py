@@ -523,7 +523,8 @@ class BackpropEngine:
         checks.tensors(prediction=prediction)
         if (prediction.shape, prediction.dtype, prediction.device, prediction.requires_grad) == expected:
             (n, m), (row, column) = prediction.shape, prediction.stride()
-            if m == 1 or n == 1 or (column > 0 and row > column * (m - 1)) or (row > 0 and column > row * (n - 1)):
+            one_by_one = (row > 0 or n == 1) and (column > 0 or m == 1)
+            if one_by_one and (1 in (n, m) or row > column * (m - 1) or column > row * (n - 1)):
                 return
         raise InputError(
             f"expected a prediction of shape {tuple(expected[0])} and {input.dtype} on {input.device} to fill, each "

@@ -559,6 +559,15 @@ def test_bfloat16_products_with_float32_parameters(name: str) -> None:
     assert not torch.equal(before, ours[0].weight)
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (4, 1)], ids=str)
+def test_a_prediction_with_one_place_for_many_numbers_is_refused(shape: tuple[int, int]) -> None:
+    net, (n, outputs) = mm.MLP([3, shape[1]]), shape
+    with pytest.raises(mm.InputError, match="in a place of its own"):
+        BackpropEngine(net, sgd(net.parameters())).train_batches(
+            torch.randn(n, 3), torch.rand(n, outputs), 1, torch.empty(1, 1).expand(n, outputs)
+        )
+
+
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "softplus", "leaky_relu", "relu", "tanh"])
 def test_predictions_are_kept_from_what_step_2_writes_over(name: str) -> None:
     torch.manual_seed(0)
