@@ -450,7 +450,7 @@ def one_pass(program: Program, x: Tensor, target: Tensor, loss: str, masks: Sequ
     slots = program.forward(tensors, every=True)
     kernel, (total_weight, delta_weight) = kernels.cost_kernel(cost), kernels.weights(cost, *slots[-1].shape)
     g = kernel.delta(slots[-1], target) * delta_weight
-    needs = [False, *(tensor is not None for tensor in tensors[1 : 1 + len(program.sources)])]
+    needs = [True, *(tensor is not None for tensor in tensors[1 : 1 + len(program.sources)])]
     arrived, gradients = program.backward(g, slots, tensors, needs, every=True)
     return Pass((kernels.total(cost, slots[-1], target) * total_weight).to(g.dtype), slots, arrived, gradients)
 

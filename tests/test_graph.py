@@ -519,6 +519,16 @@ def test_traced_numbers_are_autograds() -> None:
             assert torch.equal(of.z[layer], sum((of.a[read] for read in reads[1:]), of.a[reads[0]]))
 
 
+def test_trace_of_a_branch_without_weights() -> None:
+    """Its activation reads the input itself, so no parameter lies upstream of its δ."""
+    net = mm.Sum(mm.Tanh(), mm.Affine(2, 2)).double()
+    x, target = torch.randn(3, 2, dtype=double), torch.rand(3, 2, dtype=double)
+    trace = mm.trace(net, x, target)
+    layer = next(index for index, activation in trace.activation.items() if activation == "tanh")
+    expected = (net(x) - target) / 3 * (1 - x.tanh() ** 2)
+    torch.testing.assert_close(trace.delta[layer], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_pictures_draw_the_lines_of_a_sum() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(mm.Affine(2, 3), mm.Tanh(), mm.Residual(mm.Affine(3, 3), mm.Sigmoid()), mm.Affine(3, 1))
