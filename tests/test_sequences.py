@@ -23,9 +23,6 @@ from torch.nn import functional as torch_functional
 import manual_mlp as mm
 from manual_mlp.network import network_loss
 
-# Sequences that fail today, by number: each must fail. Delete what is mended.
-FAILS: set[int] = set()
-
 double = torch.float64
 Undo = Callable[[], object] | None
 Operation = Callable[["Side"], Undo]
@@ -703,32 +700,23 @@ def refused_rightly(error: mm.InputError, gentle: bool, side: Side, before: list
         torch.testing.assert_close([p.detach() for p in side.model.parameters()], before, rtol=0, atol=0)
 
 
-def numbered(numbers: Any) -> Any:
-    return [pytest.param(n, marks=[pytest.mark.xfail(strict=True)] if n in FAILS else []) for n in numbers]
-
-
-@pytest.mark.parametrize("number", numbered(range(60)))
+@pytest.mark.parametrize("number", range(60))
 def test_sequence(number: int) -> None:
     refusals(number)
 
 
 def half_are_not_refused(numbers: range) -> None:
-    trained, refused = 0, 0
-    for number in numbers:
-        try:
-            refused += refusals(number) > 0
-            trained += 1
-        except AssertionError:
-            assert number in FAILS
-    assert trained - refused >= len(numbers) / 2
+    refused = sum(refusals(number) > 0 for number in numbers)
+    assert len(numbers) - refused >= len(numbers) / 2
 
 
 def test_half_of_the_sequences_are_not_refused() -> None:
     half_are_not_refused(range(60))
 
 
+# torch says so to both sides, where an operation replaces optimizer.step below a scheduler
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")
 @pytest.mark.slow
-@pytest.mark.xfail(bool(FAILS), strict=True, reason="as long as any sequence fails")
 @pytest.mark.parametrize("block", range(10))
 def test_many_sequences(block: int) -> None:
     half_are_not_refused(range(60 + 300 * block, 360 + 300 * block))
