@@ -405,7 +405,7 @@ def read_values(path: str | PathLike[str], map_location: Any = "cpu") -> Any:
         raise
     except OSError as error:
         raise InputError(
-            f"expected a checkpoint at {path}, but it can't be read ({error.strerror or error}); correct ckpt_path"
+            f"expected a checkpoint at {path}, but it can't be read ({error.strerror or error}); correct the path"
         ) from error
     except pickle.UnpicklingError as error:
         raise InputError(

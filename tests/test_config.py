@@ -160,7 +160,7 @@ class TestSentences:
             (["data=digit"], "expected a known choice for data, but got data=digit; did you mean digits?"),
             (["optimizer=sdg"], "did you mean sgd?"),
             (["model.hidden=[3"], "an override of the form key=value, but got 'model.hidden=[3'"),
-            (["input=my data (1).csv"], """quote it, for Hydra and the shell: 'input='"'"'my data (1).csv'"'"''"""),
+            (["input=my data (1).csv"], """quote it, for Hydra and the shell: "input='my data (1).csv'\""""),
             (["lr"], "an override of the form key=value, but got 'lr'"),
             (["seed=1,2"], "expected one value, but got several in seed=1,2; write [1,2] for a list, or add -m"),
             (["+seed=1"], "An item is already at 'seed'; Either remove + prefix: 'seed=1'"),

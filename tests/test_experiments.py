@@ -274,7 +274,7 @@ def test_delta_by_layer_draws_each_run() -> None:
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
     assert [list(line.get_ydata()) for line in axes.get_lines()] == [[1e-4, 1e-2], [0.1, 0.2]]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sigmoid", "relu"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sigmoid", "relu"]
 
 
 @pytest.mark.slow

@@ -173,11 +173,22 @@ class TestAnswers:
         assert (new.get_xdata()[0], new.get_xdata()[-1]) == (x.min(), x.max())
         assert new.get_linewidth() > old.get_linewidth()
 
+    def test_the_legend_covers_no_curve(self) -> None:
+        stages = {f"after {n} epochs": (lambda x, n=n: x[:, 0] * n) for n in range(6)}
+        layers = {f"sigmoid, gain {n}": {2: 10.0**-n, 20: 10.0**n} for n in range(6)}
+        for figure in (plots.fitted_curve(stages, *RNG.normal(size=(2, 20))), plots.delta_by_layer(layers)):
+            FigureCanvasAgg(figure).draw()
+            assert figure.legends[0].get_window_extent().y0 >= figure.axes[0].get_window_extent().y1
+
     def test_predicted_against_true(self) -> None:
         target, prediction = RNG.normal(size=9), RNG.normal(size=9)
         axes = plots.predicted_against_true(target, prediction).axes[0]
         np.testing.assert_array_equal(axes.collections[0].get_offsets(), np.column_stack([prediction, target]))
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("prediction", "target")
+
+    def test_its_ticks_are_round(self) -> None:
+        axes = plots.predicted_against_true(np.array([-0.966, 3.079]), np.array([-0.9, 2.7])).axes[0]
+        assert all(abs(tick - round(tick, 1)) < 1e-9 for tick in (*axes.get_xticks(), *axes.get_yticks()))
 
 
 class TestGraph:

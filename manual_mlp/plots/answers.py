@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from manual_mlp.errors import InputError
-from manual_mlp.plots.style import COLORS, MARKERS, new_panels, short_names, styled, tiled
+from manual_mlp.plots.style import COLORS, MARKERS, legend_above, new_panels, short_names, styled, tiled
 
 IN_A_LINE = 17  # characters above an image
 MAX_NEURONS = 64  # with their weights shown as images
@@ -158,7 +158,7 @@ def decision_boundary(
     first, second = short_names(feature_names) or ("$x_1$", "$x_2$")
     figure.supxlabel(first, fontsize=9)
     figure.supylabel(second, fontsize=9)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(n, 4))
+    legend_above(figure, panels[0, 0], min(n, 4))
     return figure
 
 
@@ -176,7 +176,7 @@ def fitted_curve(
     >>> [line.get_label() for line in figure.axes[0].get_lines()]
     ['before', 'after']
     """
-    figure, panels = new_panels(1, 1, 3.2)
+    figure, panels = new_panels(1, 1, 2.8 + 0.1 * len(stages))
     axes = panels[0, 0]
     axes.scatter(x, target, s=7, color="0.6", linewidths=0, label="samples")
     line = np.linspace(x.min(), x.max(), 400)
@@ -185,7 +185,7 @@ def fitted_curve(
         axes.plot(line, predict(line[:, None]), color=color, label=label)
     axes.get_lines()[-1].set_linewidth(2.5)
     axes.set(xlabel=(short_names(feature_names) or ["$x$"])[0], ylabel="$y$")
-    axes.legend()
+    legend_above(figure, axes)
     return figure
 
 
@@ -206,4 +206,6 @@ def predicted_against_true(target: np.ndarray, prediction: np.ndarray) -> Figure
         panels[0, 0], kind="actual_vs_predicted", scatter_kwargs=look
     )
     panels[0, 0].set(xlabel="prediction", ylabel="target")
+    for axis in (panels[0, 0].xaxis, panels[0, 0].yaxis):
+        axis.set_major_locator(MaxNLocator(6))  # scikit-learn divides the range: -0.966, 0.045, …
     return figure

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from manual_mlp.errors import InputError
-from manual_mlp.plots.style import MARKERS, PARTS, array, by_layer, legend_of_layers, new_panels, styled
+from manual_mlp.plots.style import MARKERS, PARTS, array, by_layer, legend_above, legend_of_layers, new_panels, styled
 
 
 @styled
@@ -92,16 +92,16 @@ def delta_by_layer(norms: Mapping[str, Mapping[int, float]]) -> Figure:
 
     >>> import manual_mlp as mm
     >>> figure = mm.plots.delta_by_layer({"sigmoid": {2: 1e-4, 3: 1e-2}, "relu": {2: 0.1, 3: 0.2}})
-    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    >>> [text.get_text() for text in figure.legends[0].get_texts()]
     ['sigmoid', 'relu']
     """
-    figure, panels = new_panels(1, 1, 3.2)
+    figure, panels = new_panels(1, 1, 2.8 + 0.1 * len(norms))
     axes = panels[0, 0]
     for index, (label, layers) in enumerate(norms.items()):
         axes.semilogy(list(layers), list(layers.values()), label=label, marker=MARKERS[index % len(MARKERS)])
     axes.set(xlabel="layer $l$", ylabel=r"$\|\delta^l\|$ of a sample")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
+    legend_above(figure, axes)
     return figure
 
 
@@ -117,6 +117,7 @@ def histograms(stages: Mapping[str, Any]) -> Figure:
     ['$z$', '$a$', '$|\\delta|$']
     """
     figure, panels = new_panels(3, len(stages), 1.6, sharex="row")
+    figure.set_layout_engine("constrained", w_pad=0.1)  # or the labels 10⁻² and 10⁻¹⁰ of two panels touch
     for (name, stage), column in zip(stages.items(), panels.T, strict=True):
         column[0].set(title=name)
         for axes, letter in zip(column, ("z", "a", "delta"), strict=True):

@@ -23,7 +23,7 @@ MAX_NUMBERS = 12  # on the lines between two layers; more would cover each other
 POSITIVE, NEGATIVE = "#B35806", "#542788"  # the ends of PuOr
 UNIT, APART = 0.55, 0.9  # inches from one neuron to the next, from layer to layer
 SHARES = sorted(np.linspace(0.26, 0.66, 21), key=lambda share: abs(share - 0.46))  # of a line, for its number
-PAPER: Any = {"facecolor": "white", "linewidth": 0, "pad": 0.6}  # behind a number on a line
+PAPER: Any = {"facecolor": "white", "linewidth": 0, "pad": 1.5}  # behind a number on a line
 
 
 @styled

@@ -78,3 +78,8 @@ def legend_of_layers(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     shown = sorted({round(index) for index in np.linspace(len(labels) - 1, 0, min(8, len(labels)))}, reverse=True)
     figure.legend([handles[index] for index in shown], [labels[index] for index in shown], loc="outside right upper")
+
+
+def legend_above(figure: Figure, axes: Axes, columns: int = 2) -> None:
+    """Draw the legend above the panels, where it covers no curve."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)

@@ -72,7 +72,8 @@ def _found(program: Path, name: str = "") -> str:
 def for_the_shell(word: str) -> str:
     """Return one word for any POSIX shell. Its printf makes the characters that should not be printed as such."""
     if word.isprintable():
-        return shlex.quote(word)
+        plain = "'" in word and not set(word) & set('"$`\\!')  # within "…" the shell reads these; '"'"' is hard to read
+        return f'"{word}"' if plain else shlex.quote(word)
     octal = "".join(
         letter if letter.isprintable() and letter != "\\" else "".join(f"\\0{byte:03o}" for byte in _bytes(letter))
         for letter in word

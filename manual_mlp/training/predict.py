@@ -109,8 +109,9 @@ class Predictor(nn.Module):
         torch.Size([1, 4])
         """
         if not hasattr(rows, "columns"):
+            named = f" of the columns {listed(self.feature_names)}" if self.feature_names else ""
             raise InputError(
-                f"expected a tensor of the columns {listed(self.feature_names)}, or a pandas DataFrame of raw rows, "
+                f"expected a tensor{named}, or a pandas DataFrame of raw rows, "
                 f"but got {type(rows).__name__}; pass torch.tensor(rows) or pandas.DataFrame(rows)"
             )
         columns = {str(name): readers.column(rows[name]) for name in rows.columns}

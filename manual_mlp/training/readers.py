@@ -19,7 +19,7 @@ from unicodedata import normalize
 import numpy as np
 
 from manual_mlp.errors import InputError, shown
-from manual_mlp.training.commands import install
+from manual_mlp.training.commands import for_the_shell, install, override
 
 SHOWN = 20  # column names in a message
 LETTERS = 100  # letters of a file's own words in a message
@@ -152,7 +152,7 @@ class Table:
         if unknown := [name for name in self.drop if name not in names]:
             raise InputError(
                 f"expected data.source.drop to name columns there are, but {self.path.name} has no {listed(unknown)}; "
-                f"its columns are {listed(names)}"
+                f"its columns are {listed(names)}; {separated(names) or 'name some of them'}"
             )
         nameless = [name for name in names if name not in self.wanted and (INDEX(name) or name in index)]
         self.left_out = [name for name in nameless if name not in self.drop]
@@ -372,6 +372,13 @@ def example(values: np.ndarray) -> str:
 def listed(names: Sequence[str]) -> str:
     """Return names out of a file, for a message."""
     return ", ".join(map(quoted, names[:SHOWN])) + (f", … ({len(names)} in all)" if len(names) > SHOWN else "")
+
+
+def separated(names: Sequence[str]) -> str:
+    """Return the question about another separator if the one name of a file holds a mark, else nothing."""
+    mark = next((mark for mark in ",;\t|" if len(names) == 1 and mark in names[0]), "")
+    fix = override("data.source.separator", "tab" if mark == "\t" else mark)
+    return f"is it separated by {mark}? set {for_the_shell(fix)}" if mark else ""
 
 
 def quoted(name: object) -> str:

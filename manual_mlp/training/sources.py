@@ -10,12 +10,11 @@ from sklearn import datasets  # type: ignore[import-untyped]
 
 from manual_mlp.errors import InputError
 from manual_mlp.training import labels, preparation, readers
-from manual_mlp.training.commands import for_the_shell, install, override
+from manual_mlp.training.commands import install
 from manual_mlp.training.preparation import Column, Defects
 from manual_mlp.training.readers import MAX_BYTES, quoted, read_idx
 
 BUNDLED = ("digits", "iris", "wine", "breast_cancer", "diabetes")
-MARKS = {"\t": "tab"}  # as one may write it
 TASKS = ("classification", "regression")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DIGIT_CLASSES = tuple("0123456789")
@@ -182,12 +181,9 @@ def _taken(table: readers.Table, name: str, option: str) -> np.ndarray:
     """Take a column (N,) out of the table."""
     columns = table.columns
     if name not in columns:
-        mark = next((mark for mark in ",;\t|" if len(columns) == 1 and mark in next(iter(columns))), "")
-        fix = override("data.source.separator", MARKS.get(mark, mark))
         raise InputError(
             f"expected data.source.{option} to name a column there is, but {table.path.name} has no {quoted(name)}; "
-            f"its columns are {readers.listed([*columns])}; "
-            + (f"is it separated by {mark}? set {for_the_shell(fix)}" if mark else "name one of them")
+            f"its columns are {readers.listed([*columns])}; {readers.separated([*columns]) or 'name one of them'}"
         )
     values = columns.pop(name)
     values = values[:, 0] if values.shape[1:] == (1,) else values
