@@ -208,6 +208,10 @@ def predictor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 class TestExported:
+    def test_a_list_is_refused_in_a_whole_sentence(self, predictor: Predictor) -> None:
+        with pytest.raises(InputError, match=r"expected a tensor(, or| of the columns '\w).* but got list"):
+            predictor([[1.0, 2.0]])
+
     def test_export(self, predictor: Predictor) -> None:
         """As it stands: rows as in the data, P(class | x) or the target's own units."""
         x = torch.randn(7, predictor.net.sizes[0], dtype=torch.float64)
