@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from manual_mlp import checks, grid_functions
 from manual_mlp.autocast import autocasting, cast
+from manual_mlp.errors import InputError
 from manual_mlp.functions import apply
 from manual_mlp.grids import Axes, Geometry, Windows
 
@@ -142,9 +143,20 @@ def windows(a: Tensor, kernel_size: Size, stride: Any, padding: Size, dilation: 
     """Return where the windows of a pooling lie."""
     kernel = _pair("kernel_size", kernel_size)
     s = _pair("stride", stride) if stride or isinstance(stride, int) else kernel
-    return Windows(
-        kernel, s, _pair("padding", padding), _pair("dilation", dilation), ceil_mode, (a.shape[-2], a.shape[-1])
-    )
+    plane = a.shape[-2], a.shape[-1]
+    at = Windows(kernel, s, _pair("padding", padding), _pair("dilation", dilation), ceil_mode, plane)
+    if at.d != (1, 1) and any(map(_jumps, plane, kernel, s, at.q, at.d, (ceil_mode, ceil_mode))):
+        raise InputError(
+            f"expected windows that each meet a number; got dilation={at.d} and padding={at.q}, which jump over "
+            f"a plane of {at.size}: take less dilation or padding"
+        )
+    return at
+
+
+def _jumps(size: int, kernel: int, s: int, q: int, d: int, ceil: bool) -> bool:
+    """Return True if a window that begins in the padding has no place inside. torch would write beyond the plane."""
+    last = size + q - d * (kernel - 1) - 1 + (s - 1) * ceil
+    return s > 0 and d > 1 and any(start % d >= size for start in range(-q, min(0, last + 1), s))
 
 
 def batch_norm(

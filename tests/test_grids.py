@@ -655,3 +655,16 @@ def test_a_sentence_for_each_mistake(name: str) -> None:
     with pytest.raises(mm.InputError, match=sentence) as caught:
         wrong()
     assert str(caught.value).startswith("expected ")
+
+
+@pytest.mark.parametrize("height", [1, 2])
+def test_a_window_that_jumps_over_the_plane_is_refused(height: int) -> None:
+    """torch's own layer takes −∞ from nowhere, and its backward writes beyond the plane."""
+    pool, a = mm.MaxPool2d((2, 1), padding=(1, 0), dilation=(2, 1)), torch.randn(1, 1, height, 5, requires_grad=True)
+    if height == 1:
+        with pytest.raises(mm.InputError, match="each meet a number"):
+            pool(a)
+    else:
+        pool(a).sum().backward()
+        assert a.grad is not None
+        assert a.grad.sum() == pool(a).numel()
