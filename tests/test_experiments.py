@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from manual_mlp import InputError
+from manual_mlp import formulas as sheet
 from manual_mlp.plots import delta_by_layer
+from manual_mlp.training import closing, sources
 from manual_mlp.training import run as training
-from manual_mlp.training import sources
 from manual_mlp.training.module import MLPModule
+from manual_mlp.training.sweep import Run
 from tests.configs import CONF, ROOT, configured
 from tests.test_data import idx_folder
 
@@ -37,6 +39,7 @@ SEEN = {  # how the presets above end
     "nielsen_fashion": r"The net answers .*by a guess \(report=true draws it: Worst mistakes\)\.$",
 }
 OTHERS = {"linear_neuron", "perceptron", "perceptron_xor", "chain", "universal_approximator", "deep_sigmoid", "tabular"}
+OTHERS |= {"perceptron_theorem", "pretraining", "residual"}
 
 
 def run(folder: Path, name: str, *overrides: str) -> float:
@@ -125,6 +128,33 @@ class TestPerceptron:
         assert "use model=mlp" in " ".join(printed.split())
         assert "class_weight" not in printed  # the rule would refuse them
         assert re.search(r"^Even in its best epoch, \d+, .*mistakes on \d\d.* %.*never settles", ended(printed))
+
+    def test_theorem(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        made = self.mistakes(tmp_path, "experiment=perceptron_theorem", "trainer.max_epochs=20")
+        rows = (
+            r"^The rule made (\d+) mistakes and then no more, where the theorem allows \(R/γ\)² = (\d+): as the theorem"
+        )
+        told, most = map(int, re.findall(rows, ended(capsys.readouterr().out))[0])
+        assert told == pytest.approx(280 * sum(made), abs=1e-3)  # train_loss is a float32
+        assert 0 < told < most
+
+    def test_theorem_on_other_rows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for name, more, said in (
+            ("noise", "data.source.noise=0.3", r"^The rule made \d+ mistakes: no straight line separates these rows"),
+            ("part", "trainer.limit_train_batches=2", r"^The preset was changed"),
+            ("no_csv", "~logger", r"^The preset was changed"),
+        ):
+            training.run(configured(tmp_path / name, "experiment=perceptron_theorem", "trainer.max_epochs=2", more))
+            assert re.search(said, ended(capsys.readouterr().out))
+
+    def test_theorem_with_a_wrong_sign(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        right = sheet.perceptron_step
+        monkeypatch.setattr(sheet, "perceptron_step", lambda y, target, a, rate: right(target, y, a, rate))
+        easy = ["data.source.samples=30", "trainer.max_epochs=30"]
+        training.run(configured(tmp_path, "experiment=perceptron_theorem", *easy))
+        assert "which contradicts the theorem" in ended(capsys.readouterr().out)
 
     def test_is_the_rule(self, tmp_path: Path) -> None:
         """Sample by sample in the order of the batches, as `Perceptron.fit` does it."""
@@ -269,6 +299,78 @@ def test_deep_sigmoid(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
 
 
+def test_pretraining(sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    """Short: four smaller layers, and larger steps."""
+    short = ["model.hidden=${repeat:60,4}", "optimizer.lr=0.5", "callbacks.pretrained.epochs=0,6"]
+    drawn, pretrained = sweep("pretraining", *short, "trainer.max_epochs=6", "report=false")
+    assert float(drawn["val_accuracy"]) < 0.15
+    assert float(pretrained["val_accuracy"]) > 0.4
+    assert re.search(
+        r"^δ of the first layer is \de-\d+ of that of the last with 0 epochs of pretraining \(.*, and 0\.\d+ with 6 "
+        r"epochs .*: pretraining lets δ through to a first layer that it does not reach otherwise \(deltas\.png\)\.$",
+        ended(capsys.readouterr().out),
+    )
+
+
+def test_a_pretrained_run_goes_on_without_pretraining_again(tmp_path: Path) -> None:
+    short = ["experiment=pretraining", "model.hidden=[20]", "backprop=layers", "callbacks.pretrained.epochs=1"]
+    whole, first, rest = (tmp_path / name for name in ("whole", "first", "rest"))
+    training.run(configured(whole, *short, "trainer.max_epochs=2"))
+    training.run(configured(first, *short, "trainer.max_epochs=1"))
+    training.run(configured(rest, *short, "trainer.max_epochs=2", f"ckpt_path={first / 'last.ckpt'}"))
+    nets = [torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, rest)]
+    torch.testing.assert_close(*nets, rtol=0, atol=0)
+
+
+def test_several_nets_are_not_pretrained(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected one net to pretrain, but got members=2; leave members out"):
+        training.run(configured(tmp_path, "experiment=pretraining", "members=2", "trainer.max_epochs=1"))
+
+
+def test_residual(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Short: fewer layers."""
+    rows = sweep("residual", "layers=2,12", "data.batch_size=20", "trainer.max_epochs=4", "report=false")
+    accuracy = {(row["layers"], row["model.residual"]): float(row["val_accuracy"]) for row in rows}
+    assert accuracy["12", "false"] < 0.15
+    assert accuracy["12", "true"] > 0.6
+    assert (tmp_path / "deltas.png").exists()
+    assert re.search(
+        r"^δ of the first layer is \de-\d+ of that of the last in a chain of 12 layers \(.*, and [\d.]+ with residual "
+        r"connections \(.*: the connections carry δ through a net that does not learn without them \(deltas\.png\)\.$",
+        ended(capsys.readouterr().out),
+    )
+
+
+def swept(**figures: float) -> list[Run]:
+    """Return runs as `closing_of_sweep` takes them: {the settings' values, separated by _: accuracy}."""
+    names = ("layers", "model.residual") if "_" in next(iter(figures)) else ("callbacks.pretrained.epochs",)
+    settings = [dict(zip(names, key.removeprefix("e").split("_"), strict=True)) for key in figures]
+    values = figures.values()
+    return [
+        Run(str(i), s, "val_loss", {"val_accuracy": v, "val_loss": 1.0}, "")
+        for i, (s, v) in enumerate(zip(settings, values, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "said"),
+    [
+        ("residual", swept(e9_false=0.1, e9_true=0.9), "carry δ"),
+        ("residual", swept(e9_false=0.1, e9_true=0.12), "this training does not show more"),
+        ("residual", swept(e3_false=0.1, e3_true=0.9, e9_true=0.9), "One net of 9 layers is missing"),
+        ("residual", swept(e0=0.1, e10=0.9), "^$"),  # something else was swept
+        ("pretraining", swept(e10=0.9, e0=0.1), "is 1e-05 .* with 0 epochs .* 0.5 with 10 .*lets δ through"),
+        ("pretraining", swept(e0=0.9, e10=0.9), "this training does not show more"),
+    ],
+)
+def test_sentences_of_sweeps_say_what_was_seen(
+    monkeypatch: pytest.MonkeyPatch, name: str, runs: list[Run], said: str
+) -> None:
+    learned = {run.name: run.figures["val_accuracy"] > 0.5 for run in runs}
+    monkeypatch.setattr(closing, "_left", lambda folder, run: 0.5 if learned[run.name] else 1e-5)
+    assert re.search(said, closing.closing_of_sweep(name, Path(), runs))
+
+
 def test_delta_by_layer_draws_each_run() -> None:
     figure = delta_by_layer({"sigmoid": {2: 1e-4, 3: 1e-2}, "relu": {2: 0.1, 3: 0.2}})
     (axes,) = figure.axes
@@ -293,3 +395,18 @@ def test_deep_sigmoid_in_full(sweep) -> None:
     learned = {(row["model.activation"], row["model.initialisation"]): float(row["val_accuracy"]) for row in rows}
     assert learned.pop(("relu", "glorot")) > 0.5
     assert max(learned.values()) < 0.2
+
+
+@pytest.mark.slow
+def test_pretraining_in_full(sweep) -> None:
+    drawn, pretrained = (float(row["val_accuracy"]) for row in sweep("pretraining"))
+    assert drawn < 0.15
+    assert pretrained > 0.8
+
+
+@pytest.mark.slow
+def test_residual_in_full(sweep) -> None:
+    """Chains of 20 and of 100 layers stay at chance; with connections both depths learn."""
+    accuracy = {(row["layers"], row["model.residual"]): float(row["val_accuracy"]) for row in sweep("residual")}
+    assert max(accuracy["20", "false"], accuracy["100", "false"]) < 0.15
+    assert min(accuracy["20", "true"], accuracy["100", "true"]) > 0.8

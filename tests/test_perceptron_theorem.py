@@ -1,17 +1,16 @@
 """Rosenblatt's theorem (1962): on separable rows at most (R/γ)² mistakes (Novikoff's bound), which are reached."""
 
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.optimize import nnls
 from torch import Tensor
 
 import manual_mlp as mm
 from manual_mlp import formulas as sheet
+from manual_mlp.training.closing import most_mistakes as bound
 
 double = torch.float64
 Rows = tuple[Tensor, Tensor]
@@ -28,20 +27,6 @@ def separable(draw: st.DrawFn) -> Rows:
     side = x @ plane[:-1] + plane[-1]
     assume((side != 0).all())
     return x.to(double), (side > 0).to(double).unsqueeze(1)
-
-
-def bound(x: Tensor, target: Tensor) -> float:
-    """(R/γ)² of the rows (x, 1): γ from the point of the hull of ±(x, 1) that is nearest to 0.
-
-    Any w that separates them gives a valid bound. The nearest point gives the smallest.
-    """
-    signed = torch.cat([x, torch.ones(len(x), 1, dtype=double)], 1) * (2 * target - 1)
-    scale = signed.norm(dim=1).max()
-    system = torch.cat([signed.t() / scale, torch.ones(1, len(x), dtype=double)]).numpy()
-    shares = torch.from_numpy(nnls(system, [0.0] * (len(system) - 1) + [1.0])[0])
-    w = signed.t() @ shares
-    γ = (signed @ (w / w.norm())).min().item()
-    return (scale.item() / γ) ** 2 if γ > 0 else math.inf
 
 
 def mistakes(x: Tensor, target: Tensor, most: float) -> int:

@@ -98,7 +98,9 @@ def delta_by_layer(norms: Mapping[str, Mapping[int, float]]) -> Figure:
     figure, panels = new_panels(1, 1, 2.8 + 0.1 * len(norms))
     axes = panels[0, 0]
     for index, (label, layers) in enumerate(norms.items()):
-        axes.semilogy(list(layers), list(layers.values()), label=label, marker=MARKERS[index % len(MARKERS)])
+        every = -(-len(layers) // 20)  # more marks would hide the lines
+        marker = MARKERS[index % len(MARKERS)]
+        axes.semilogy(list(layers), list(layers.values()), label=label, marker=marker, markevery=every)
     axes.set(xlabel="layer $l$", ylabel=r"$\|\delta^l\|$ of a sample")
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend_above(figure, axes)

@@ -1,4 +1,4 @@
-"""Callbacks that show a net at work: δ recorded during training, a traced step, a sweep's δ drawn together."""
+"""Callbacks that show a net at work: δ recorded during training, a traced step, pretraining, δ of a whole sweep."""
 
 import copy
 import math
@@ -17,6 +17,7 @@ from manual_mlp import plots
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.network import reading_of
+from manual_mlp.pretraining import pretrain
 from manual_mlp.tracing import one_pass, trace
 from manual_mlp.training.sweep import read_runs
 
@@ -167,6 +168,26 @@ class Traced(L.Callback):
         print(f"\n{traced}\n")
 
 
+class Pretrained(L.Callback):
+    """A callback that gives the net's hidden layers their start by `mm.pretrain`, before the first step.
+
+    epochs: for each hidden layer; 0 leaves the net as it was drawn. A run that goes on from a checkpoint is left alone.
+    """
+
+    def __init__(self, epochs: int = 30, lr: float = 0.05, batch_size: int = 20) -> None:
+        self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_step > 0 or self.epochs == 0:
+            return
+        if pl_module.members > 1:
+            raise InputError(f"expected one net to pretrain, but got members={pl_module.members}; leave members out")
+        x = trainer.datamodule.splits["train"].features  # type: ignore[attr-defined]
+        first = next(pl_module.net.parameters())
+        generator = torch.Generator(first.device).manual_seed(torch.initial_seed())  # the same in each process
+        pretrain(pl_module.net, x.to(first), self.epochs, self.lr, self.batch_size, generator)
+
+
 class DeltaByLayer(Callback):
     """A callback that draws deltas.png at the end of a sweep: ‖δ^l‖ against l before the first step, for each run."""
 
@@ -175,5 +196,7 @@ class DeltaByLayer(Callback):
         for run in read_runs(folder):
             states = read_checkpoint(folder / run.name / "last.ckpt")["callbacks"]
             recorded = states[DeltaFlow.__qualname__]["norms"]
-            norms[", ".join(run.settings.values())] = {layer: values[0] for layer, values in recorded.items()}
+            norms[", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.settings.items())] = {
+                layer: values[0] for layer, values in recorded.items()
+            }
         plots.delta_by_layer(norms).savefig(folder / "deltas.png")

@@ -4,11 +4,15 @@ A preset names its sentence by `closing`, such as `closing: xor`. A new one is a
 CLOSINGS, or of the runs of a sweep and an entry in SWEEPS.
 """
 
+import csv
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.training.data import DataModule
@@ -29,6 +33,7 @@ class Run(NamedTuple):
     figures: Mapping[str, float]
     epoch: int
     traced: Any  # the callback Traced, if there is one
+    folder: Path
 
     @property
     def accuracy(self) -> float:
@@ -41,6 +46,18 @@ class Run(NamedTuple):
     @property
     def is_perceptron(self) -> bool:
         return self.module.output_activation == "threshold"
+
+    @property
+    def mistakes(self) -> int | None:
+        """Return how many mistakes a perceptron made from w = 0 on; None if metrics.csv does not tell each of them."""
+        path, trainer = self.folder / "metrics.csv", self.module.trainer
+        if not (self.is_perceptron and path.is_file() and trainer.limit_train_batches == 1):
+            return None
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("train_loss")]
+        if [row["epoch"] for row in rows] != [*map(str, range(trainer.current_epoch))]:  # some lie in another folder
+            return None
+        return sum(round(float(row["train_loss"]) * len(self.data.splits["train"])) for row in rows)
 
 
 def _percent(share: float) -> str:
@@ -101,6 +118,33 @@ def _perceptron_xor(run: Run) -> str:
     return text + ("no straight line separates XOR, so it never settles" if mistakes else "it settled, on these rows")
 
 
+def most_mistakes(x: Tensor, target: Tensor) -> float:
+    """Return (R/γ)² of the rows (x, 1), after which a perceptron makes no mistake; inf if no plane separates them.
+
+    x (N, n_1), target (N, 1) of zeros and ones. w is the point of the hull of ±(x, 1) that is nearest to 0. Any w that
+    separates the rows gives a valid bound; this one gives the smallest.
+    """
+    from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+    signed = torch.cat([x, torch.ones_like(x[:, :1])], 1).double() * (2 * target - 1)
+    R = signed.norm(dim=1).max()
+    system = torch.cat([signed.t() / R, torch.ones(1, len(x))]).numpy()
+    w = signed.t() @ torch.from_numpy(nnls(system, [0.0] * x.shape[1] + [0.0, 1.0])[0])
+    γ = (signed @ (w / w.norm())).min()
+    return (R / γ).item() ** 2 if γ > 0 else math.inf
+
+
+def _perceptron_theorem(run: Run) -> str:
+    rows = run.data.splits["train"]
+    most = most_mistakes(rows.features, rows.target[:, None])
+    text = f"The rule made {run.mistakes} mistakes"
+    if most == math.inf:
+        return f"{text}: no straight line separates these rows, so the theorem promises no end"
+    end = "and then no more" if run.figures["train_loss"] == 0 else "so far"
+    held = "as the theorem says" if (run.mistakes or 0) <= most else "which contradicts the theorem"
+    return f"{text} {end}, where the theorem allows (R/γ)² = {most:.0f}: {held}"
+
+
 def _xor(run: Run) -> str:
     hidden = "-".join(map(str, run.module.sizes[1:-1]))
     seen = "the hidden layer separates" if run.accuracy > 0.95 else "the hidden layer does not separate"
@@ -140,6 +184,7 @@ CLOSINGS = {
     "nielsen_fashion": Closing(_score, f"{IN_REPORT}Worst mistakes", lambda run: run.classifies),
     "perceptron": Closing(_perceptron, "learning_curves.png", lambda run: run.is_perceptron),
     "perceptron_xor": Closing(_perceptron_xor, "learning_curves.png", lambda run: run.is_perceptron),
+    "perceptron_theorem": Closing(_perceptron_theorem, "learning_curves.png", lambda run: run.mistakes is not None),
     "regression": Closing(_score, f"{IN_REPORT}Prediction and target", lambda run: not run.classifies),
     "xor": Closing(_xor, f"{IN_REPORT}Decision boundary", lambda run: run.classifies and not run.is_perceptron),
 }
@@ -152,26 +197,52 @@ def _approximator(folder: Path, runs: Sequence[Any]) -> str:
     return text + ("the wider, the nearer" if last.value < first.value / 2 else "no width has met the curve yet")
 
 
+def _left(folder: Path, run: Any) -> float:
+    """Return what is left of δ at the first layer, as a share of that at the last, before the first step."""
+    norms = read_checkpoint(folder / run.name / "last.ckpt")["callbacks"]["DeltaFlow"]["norms"]
+    return norms[min(norms)][0] / norms[max(norms)][0]
+
+
+def _compared(folder: Path, told: Mapping[str, Any], seen: str) -> str:
+    """Compare two runs, each by its words, and tell what was seen if the second keeps more of δ and learns more."""
+    shares = [_left(folder, run) for run in told.values()]
+    accuracies = [run.figures["val_accuracy"] for run in told.values()]
+    first, second = (
+        f"{words} (accuracy {_percent(accuracy)})" for words, accuracy in zip(told, accuracies, strict=True)
+    )
+    learned = shares[0] < shares[1] and accuracies[0] < accuracies[1] - ALIKE
+    part = f"{shares[0]:.1g}" if shares[0] else "0 (in float32)"
+    text = f"δ of the first layer is {part} of that of the last {first}, and {shares[1]:.1g} {second}: "
+    return text + (seen if learned else "this training does not show more")
+
+
 def _vanishing(folder: Path, runs: Sequence[Any]) -> str:
-    """Compare the run whose δ shrinks most with the one whose δ shrinks least, before the first step of each."""
+    """Compare the run whose δ shrinks most with the one whose δ shrinks least."""
+    ends = (end(runs, key=lambda run: _left(folder, run)) for end in (min, max))
+    told = {f"with {', '.join(run.settings.values())}": run for run in ends}
+    return _compared(folder, told, "where δ vanishes, the net does not learn")
 
-    def left(run: Any) -> float:
-        norms = read_checkpoint(folder / run.name / "last.ckpt")["callbacks"]["DeltaFlow"]["norms"]
-        return norms[min(norms)][0] / norms[max(norms)][0]
 
-    shares = {run.name: left(run) for run in runs}
-    worst, best = (end(runs, key=lambda run: shares[run.name]) for end in (min, max))
-    each = [
-        f"{shares[run.name]:.1g} of that of the last with {', '.join(run.settings.values())} "
-        f"(accuracy {_percent(run.figures['val_accuracy'])})"
-        for run in (worst, best)
-    ]
-    learned = worst.figures["val_accuracy"] < best.figures["val_accuracy"] - ALIKE
-    seen = "where δ vanishes, the net does not learn" if learned else "the training was too short to show more"
-    return f"δ of the first layer is {each[0]} and {each[1]}: {seen}"
+def _residual(folder: Path, runs: Sequence[Any]) -> str:
+    """Compare the deepest nets, without and with connections."""
+    most = max(int(run.settings["layers"]) for run in runs)
+    deepest = {run.settings["model.residual"].lower(): run for run in runs if int(run.settings["layers"]) == most}
+    if deepest.keys() != {"false", "true"}:
+        return f"One net of {most} layers is missing, so nothing can be compared"
+    told = {f"in a chain of {most} layers": deepest["false"], "with residual connections": deepest["true"]}
+    return _compared(folder, told, "the connections carry δ through a net that does not learn without them")
+
+
+def _pretraining(folder: Path, runs: Sequence[Any]) -> str:
+    """Compare the least pretraining with the most."""
+    by_epochs = {int(run.settings["callbacks.pretrained.epochs"]): run for run in runs}
+    told = {f"with {epochs} epochs of pretraining": by_epochs[epochs] for epochs in (min(by_epochs), max(by_epochs))}
+    return _compared(folder, told, "pretraining lets δ through to a first layer that it does not reach otherwise")
 
 
 SWEEPS = {
+    "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs"}),
+    "residual": (_residual, "deltas.png", {"layers", "model.residual"}),
     "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}),
     "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}),
 }

@@ -35,7 +35,9 @@ WORDS[type(None)] = "null"
 PLURALS: dict[Any, str] = {int: " of whole numbers", float: " of numbers", str: " of texts"}
 SCHEDULE = ("interval", "monitor")  # Lightning's part of `scheduler`; the rest belongs to its class
 # Values of the first level: no `_target_` declares them.
-ROOT: dict[str, Any] = {"seed": int, "report": bool, "optimized_metric": str, "closing": str | None}
+ROOT: dict[str, Any] = {"seed": int, "report": bool, "optimized_metric": str, "closing": str | None, "layers": int}
+# model.hidden=${repeat:30,8} is [30, 30, 30, 30, 30, 30, 30, 30]
+OmegaConf.register_new_resolver("repeat", lambda value, times: [value] * times, replace=True)
 
 
 @contextmanager

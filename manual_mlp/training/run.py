@@ -207,7 +207,7 @@ def _trained(
         facts = run_facts(module, data, trainer, epoch, seconds)
         print(summary(module, data, facts, figures, cfg.optimized_metric))
         traced = next((callback for callback in trainer.callbacks if isinstance(callback, Traced)), None)  # type: ignore[attr-defined]
-        seen = closing(cfg.closing, Run(module, data, figures, epoch, traced), cfg.report)
+        seen = closing(cfg.closing, Run(module, data, figures, epoch, traced, folder), cfg.report)
         if cfg.report:
             _report(cfg, module, data, trainer, epoch, curves, facts | ({"seen": seen} if seen else {}), figures)
         print(files(folder))
