@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
     @property
     def mistakes(self) -> int | None:
-        """Return how many mistakes a perceptron made from w = 0 on; None if metrics.csv does not tell each of them."""
+        """Return how many mistakes a perceptron made from w = 0 on; None if metrics.csv lacks some of them."""
         path, trainer = self.folder / "metrics.csv", self.module.trainer
         if not (self.is_perceptron and path.is_file() and trainer.limit_train_batches == 1):
             return None
@@ -204,7 +204,7 @@ def _left(folder: Path, run: Any) -> float:
 
 
 def _compared(folder: Path, told: Mapping[str, Any], seen: str) -> str:
-    """Compare two runs, each by its words, and tell what was seen if the second keeps more of δ and learns more."""
+    """Compare two runs, each by its words, and say what was seen if the second keeps more of δ and learns more."""
     shares = [_left(folder, run) for run in told.values()]
     accuracies = [run.figures["val_accuracy"] for run in told.values()]
     first, second = (
