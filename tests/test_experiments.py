@@ -301,7 +301,7 @@ def test_deep_sigmoid(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_pretraining(sweep, capsys: pytest.CaptureFixture[str]) -> None:
     """Short: four smaller layers, and larger steps."""
-    short = ["model.hidden=${repeat:60,4}", "optimizer.lr=0.5", "callbacks.pretrained.epochs=0,6"]
+    short = ["model.hidden=${repeat:60,4}", "optimizer.lr=0.5", "callbacks.pretrained.epochs_per_layer=0,6"]
     drawn, pretrained = sweep("pretraining", *short, "trainer.max_epochs=6", "report=false")
     assert float(drawn["val_accuracy"]) < 0.15
     assert float(pretrained["val_accuracy"]) > 0.4
@@ -313,7 +313,12 @@ def test_pretraining(sweep, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_pretrained_run_goes_on_without_pretraining_again(tmp_path: Path) -> None:
-    short = ["experiment=pretraining", "model.hidden=[20]", "backprop=layers", "callbacks.pretrained.epochs=1"]
+    short = [
+        "experiment=pretraining",
+        "model.hidden=[20]",
+        "backprop=layers",
+        "callbacks.pretrained.epochs_per_layer=1",
+    ]
     whole, first, rest = (tmp_path / name for name in ("whole", "first", "rest"))
     training.run(configured(whole, *short, "trainer.max_epochs=2"))
     training.run(configured(first, *short, "trainer.max_epochs=1"))
@@ -343,7 +348,7 @@ def test_residual(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def swept(**figures: float) -> list[Run]:
     """Return runs as `closing_of_sweep` takes them: {the settings' values, separated by _: accuracy}."""
-    names = ("layers", "model.residual") if "_" in next(iter(figures)) else ("callbacks.pretrained.epochs",)
+    names = ("layers", "model.residual") if "_" in next(iter(figures)) else ("callbacks.pretrained.epochs_per_layer",)
     settings = [dict(zip(names, key.removeprefix("e").split("_"), strict=True)) for key in figures]
     values = figures.values()
     return [

@@ -171,11 +171,11 @@ class Traced(L.Callback):
 class Pretrained(L.Callback):
     """A callback that gives the net's hidden layers their start by `mm.pretrain`, before the first step.
 
-    epochs: for each hidden layer; 0 leaves the net as it was drawn. A run that goes on from a checkpoint is left alone.
+    epochs_per_layer: for each hidden one; 0 leaves the net as it was drawn. A run that goes on from a checkpoint is left alone.
     """
 
-    def __init__(self, epochs: int = 30, lr: float = 0.05, batch_size: int = 20) -> None:
-        self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
+    def __init__(self, epochs_per_layer: int = 30, lr: float = 0.05, batch_size: int = 20) -> None:
+        self.epochs, self.lr, self.batch_size = epochs_per_layer, lr, batch_size
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.global_step > 0 or self.epochs == 0:

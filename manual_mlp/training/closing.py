@@ -235,13 +235,13 @@ def _residual(folder: Path, runs: Sequence[Any]) -> str:
 
 def _pretraining(folder: Path, runs: Sequence[Any]) -> str:
     """Compare the least pretraining with the most."""
-    by_epochs = {int(run.settings["callbacks.pretrained.epochs"]): run for run in runs}
+    by_epochs = {int(run.settings["callbacks.pretrained.epochs_per_layer"]): run for run in runs}
     told = {f"with {epochs} epochs of pretraining": by_epochs[epochs] for epochs in (min(by_epochs), max(by_epochs))}
     return _compared(folder, told, "pretraining lets δ through to a first layer that it does not reach otherwise")
 
 
 SWEEPS = {
-    "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs"}),
+    "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}),
     "residual": (_residual, "deltas.png", {"layers", "model.residual"}),
     "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}),
     "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}),
