@@ -30,6 +30,8 @@ NEEDED = {
     # the engine wants a trainer to begin with
     "experiment=nielsen": ["data.source.folder=images", "data.val_size=50", "backprop=layers"],
     "experiment=nielsen_fashion": ["data.source.folder=images", "data.val_size=50", "backprop=layers"],
+    "experiment=pretraining": ["backprop=layers"],
+    "experiment=residual": ["backprop=layers"],
     "experiment=tabular": ["data.source.path=table.csv", "data.source.target=y"],
     "model=perceptron": ["data=halves"],
 }

@@ -171,7 +171,8 @@ class Traced(L.Callback):
 class Pretrained(L.Callback):
     """A callback that gives the net's hidden layers their start by `mm.pretrain`, before the first step.
 
-    epochs_per_layer: for each hidden one; 0 leaves the net as it was drawn. A run that goes on from a checkpoint is left alone.
+    epochs_per_layer: of each hidden one; 0 leaves the net as it was drawn.
+    A run that goes on from a checkpoint is left alone.
     """
 
     def __init__(self, epochs_per_layer: int = 30, lr: float = 0.05, batch_size: int = 20) -> None:
