@@ -52,7 +52,8 @@ class WholeFiles(TorchCheckpointIO):
         self.folders.add(folder.resolve())
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_whole(path, buffer.getbuffer())
+        with buffer.getbuffer() as content:
+            write_whole(path, content)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return read_values(path) if Path(path).name == HANDED_BACK else read_checkpoint(path)

@@ -308,8 +308,8 @@ def _read_parquet(table: Table, file: IO[bytes]) -> None:
     schema = about.schema.to_arrow_schema()
     index = (schema.pandas_metadata or {}).get("index_columns", ())
     fields = [schema.field(place) for place in table.places(schema.names, index)]
-    names = [column.name for column in fields]
-    if nested := [column.name for column in fields if pa.types.is_nested(column.type)]:
+    names = [field.name for field in fields]
+    if nested := [field.name for field in fields if pa.types.is_nested(field.type)]:
         raise ValueError(f"{listed(nested)} has more than one value in a cell; split it into columns")
     # Each column says it, too, but pyarrow ends the process if it meets damage there.
     groups = [about.row_group(number) for number in range(about.num_row_groups)]
