@@ -242,7 +242,7 @@ class TestFiles:
     def test_decimal_comma(self, tmp_path: Path) -> None:
         path = written(tmp_path / "t.csv", people(), sep=";", decimal=",")
         with pytest.raises(
-            InputError, match=r"'age' holds numbers with a decimal comma, .*: set 'data.source.decimal=.*,"
+            InputError, match=r"'age' holds numbers with a decimal comma, .*: set \"data.source.decimal=','\""
         ):
             read(path, separator=";", drop=["id"])
         samples = read(path, separator=";", decimal=",", drop=["id"])

@@ -254,7 +254,7 @@ class TestRun:
         assert "configuration below" in pictures._command()
         HydraConfig.instance().set_config(cfg)
         try:
-            assert pictures._command() == "python train.py data=iris 'model.hidden=[3,4]' '+note='\"'\"'a b'\"'\"''"
+            assert pictures._command() == """python train.py data=iris 'model.hidden=[3,4]' "+note='a b'\""""
         finally:
             HydraConfig.instance().cfg = None
 
