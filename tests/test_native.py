@@ -679,6 +679,13 @@ def test_a_failed_build_is_remembered_and_leaves_nothing(
     assert [*cache.iterdir()] == []
 
 
+def test_a_compiler_that_writes_nothing_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "true")
+    with pytest.raises(build.CantBuild, match="true wrote no library"):
+        build.library(SEVEN)
+    assert [*cache.iterdir()] == []
+
+
 def test_cc_is_words(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = shlex.quote(str(shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")))
     compiler(cache.parent, monkeypatch, f'exec {found} "$@"')

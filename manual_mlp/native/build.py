@@ -109,6 +109,8 @@ def _compile(source: str, command: list[str], path: Path) -> None:
             written.append(Path(name))
         written[0].write_text(source, encoding="utf-8")
         _run([*command, "-o", str(written[1]), str(written[0]), "-lm"])
+        if written[1].stat().st_size == 0:  # kept, it would be refused by every later process
+            raise CantBuild(f"{command[0]} wrote no library")
         written[1].chmod(0o700)
         written[1].replace(path)
     finally:
