@@ -197,13 +197,8 @@ class BatchNorm(ManualFunction):
         x, weight, μ, r = ctx.saved_tensors
         over = _places(x)
         μ, r = _again(x, over, ctx.ε) if _recorded() else (_along(μ, x), _along(r, x))
-        return (
-            *_norm_gradients(ctx.needs_input_grad[:3], g, x, _along(weight, x), μ, r, over, over),
-            None,
-            None,
-            None,
-            None,
-        )
+        gradients = _norm_gradients(ctx.needs_input_grad[:3], g, x, _along(weight, x), μ, r, over, over)
+        return *gradients, None, None, None, None
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Any:
@@ -231,13 +226,7 @@ class RunningNorm(ManualFunction):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         x, weight, m, s = ctx.saved_tensors
-        m, r = _along(m, x), sheet.reciprocal(_along(s, x), ctx.ε)
-        return (
-            *_norm_gradients(ctx.needs_input_grad[:3], g, x, _along(weight, x), m, r, None, _places(x)),
-            None,
-            None,
-            None,
-        )
+        return *batch_norm_gradients(g, x, weight, (m, s), ctx.ε, ctx.needs_input_grad[:3]), None, None, None
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Tensor:
@@ -308,9 +297,9 @@ def _again(x: Tensor, over: Dims, ε: float) -> tuple[Tensor, Tensor]:
 
 
 def batch_norm_gradients(
-    g: Tensor, x: Tensor, weight: Any, given: Tensor | None, ε: float, needs: Sequence[bool]
+    g: Tensor | None, x: Tensor, weight: Any, given: Any, ε: float, needs: Sequence[bool]
 ) -> Gradients:
-    """∂C/∂x, ∂C/∂γ, ∂C/∂β of a batch norm, by the given statistics (2, C), None for the batch's own."""
+    """∂C/∂x, ∂C/∂γ, ∂C/∂β of a batch norm, by the given statistics m and s (C,), None for the batch's own."""
     over = _places(x)
     if given is None:
         return _norm_gradients(needs, g, x, _along(weight, x), *_again(x, over, ε), over, over)

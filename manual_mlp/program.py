@@ -392,9 +392,7 @@ class _Reader:
             self.nodes.append(node)
             self.ends.append(_GRID)
             return len(self.nodes)
-        width, *others = {self._width(slot) for slot in node.reads} - ({None} if len(node.reads) > 1 else set()) or {
-            None
-        }
+        width, *others = {self._width(slot) for slot in node.reads} - {None} or {None}
         if others:
             raise InputError(
                 f"expected branches of one width in the Sum at {_place(name)}; got {width} and {others[0]}: "
