@@ -70,6 +70,12 @@ def test_make_targets_exist() -> None:
     assert {"train", "test", "test-all"} <= named <= targets
 
 
+def test_files_of_tests_exist() -> None:
+    named = {word for command in COMMANDS for word in command.split() if word.startswith("tests/")}
+    assert len(named) > 1
+    assert not {name for name in named if not (ROOT / name).exists()}
+
+
 def test_workflow_runs_make_test_on_each_declared_python() -> None:
     job = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]["test"]
     declared = SpecifierSet(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
