@@ -404,6 +404,11 @@ def noise_scale(trace: Tensor, square: Tensor, n: int) -> Tensor:
     return trace / (square - trace / n)
 
 
+def moved_delta(first: Tensor, g: Tensor, curvature: Tensor | int, moved_z: Tensor) -> Tensor:
+    """R{δ} = R{g} ⊙ G′ + g ⊙ G″ ⊙ R{z}, from its first term; R{x} is the derivative of x along a direction of all w."""
+    return first + g * curvature * moved_z
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Penalty, dropout
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from manual_mlp import checks
 from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting
+from manual_mlp.functions import _sum_of
 from manual_mlp.network import parameters_of, reading_of
 from manual_mlp.program import Activate, Add, Affine, Drop, Program, cost_of
 
@@ -252,14 +253,11 @@ class Curvature:
             if isinstance(rule, Affine):
                 terms = [rule.forward(self._slots[reads[0]], *direction[span])] if any(self._needs[span]) else []
                 terms += [] if ins[0] is None else [rule.forward(ins[0], self._tensors[span][0], None)]
-                moved.append(sum(terms[1:], terms[0]) if terms else None)
-            elif all(part is None for part in ins):
-                moved.append(None)
-            elif isinstance(rule, Activate):
+                moved.append(_sum_of(*terms))
+            elif isinstance(rule, Activate) and ins[0] is not None:
                 moved.append(rule.backward(ins[0], self._saved(i), needs=())[0])
-            else:
-                zero = torch.zeros_like(self._slots[i + 1])
-                moved.append(rule.forward(*[zero if part is None else part for part in ins]))
+            else:  # a sum, or a dropout that draws nothing
+                moved.append(_sum_of(*ins))
         return moved
 
     def _moved_back(
@@ -281,11 +279,12 @@ class Curvature:
                     found[name] = part / self._n
             return parts[:1]
         if isinstance(rule, Activate):
-            # R{δ} = R{g} ⊙ G′ + g ⊙ G″ ⊙ R{z}
             (delta,) = rule.backward(arriving, self._saved(i), needs=wanted)
             second_derivative: Any = rule.row.curvature
             bend = second_derivative(self._saved(i), *rule.row.values)
-            return (delta if moved[slot] is None or isinstance(bend, int) else delta + g * bend * moved[slot],)
+            if moved[slot] is None or (isinstance(bend, int) and bend == 0):
+                return (delta,)
+            return (sheet.moved_delta(delta, g, bend, moved[slot]),)
         return rule.backward(arriving, None, needs=wanted)
 
     def _saved(self, i: int) -> Tensor:

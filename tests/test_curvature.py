@@ -325,6 +325,19 @@ def test_a_row_without_a_second_derivative() -> None:
         of.hvp(v)
 
 
+def test_a_whole_number_as_g_double_prime() -> None:
+    """G = z² of a row of one's own has G″ = 2, which is no tensor, and not 0 either."""
+    (net, x, target), found = small("quadratic", 5, "silu"), []
+    v = mm.curvature(net, x, target).clipped(1.0)
+    for bend in (lambda z: 2, lambda z: torch.full_like(z, 2.0), lambda z: 0):
+        for node in reading_of(net).program.nodes:
+            if hasattr(node.rule, "row"):
+                node.rule.row = replace(node.rule.row, curvature=bend)
+        found.append(mm.curvature(net, x, target).hvp(v))
+    assert_close(found[0], found[1])
+    assert not torch.allclose(found[0]["0.weight"], found[2]["0.weight"])
+
+
 def test_a_cost_without_a_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x, target = small("quadratic", 5)
     monkeypatch.setitem(COSTS, "quadratic", replace(COSTS["quadratic"], H=None, root=None))
