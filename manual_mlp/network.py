@@ -273,11 +273,8 @@ def _has_plan(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tens
     take memory, too.
     """
     program = reading.program
-    if (
-        program.has_dropout
-        or program.grids
-        or any(rule.saves == "input" and not rule.names for rule, _, _ in program.nodes)
-    ):
+    saves_z = any(rule.saves == "input" and not rule.names for rule, _, _ in program.nodes)
+    if program.has_dropout or program.grids or saves_z:
         return False
     tensors = [input, target, *(own for own in flat if own is not None)]
     if any(type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu for tensor in tensors):
