@@ -356,7 +356,7 @@ class BackpropEngine:
         try:
             net = self._covered(data)
         except CantRun as error:
-            if self.native is True:
+            if self.native != "auto":
                 raise InputError(f"expected a training that C covers; {error}: leave out native=True") from None
             if self._said != str(error):
                 log.info("torch's road, not the native one: %s", error)

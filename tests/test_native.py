@@ -476,9 +476,11 @@ def test_what_it_does_not_cover(words: str, caplog: pytest.LogCaptureFixture) ->
     assert [words in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_bfloat16_is_torch_s() -> None:
+@pytest.mark.parametrize("native", [True, 1], ids=repr)
+def test_bfloat16_is_torch_s(native: Any) -> None:
+    """A 1, which equals True as NumPy's True does, asks for as much."""
     model, (x, y) = net(dtype=torch.float32), data("quadratic", torch.float32)
-    by = mm.BackpropEngine(model, OPTIMIZERS["sgd"](model.parameters()), compute_dtype=torch.bfloat16, native=True)
+    by = mm.BackpropEngine(model, OPTIMIZERS["sgd"](model.parameters()), compute_dtype=torch.bfloat16, native=native)
     with pytest.raises(mm.InputError, match="compute_dtype"):
         by.train_epoch(x, y, 7)
 
