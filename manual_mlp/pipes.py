@@ -1,4 +1,4 @@
-"""Tell if somebody watches the output, and end quietly if nobody reads on."""
+"""Find out if somebody watches the output, and end quietly if nobody reads on."""
 
 import logging
 import os
