@@ -1,4 +1,4 @@
-"""The one case list: every Function of the package beside its torch twin, with inputs. Everything is tested from here.
+"""The one case list: every Function of functions.py beside its torch twin, with inputs; grid_cases.py has the others.
 
 Activation rows are read off the sheet, with their twins, so a new row is a new case.
 `cases_of(sizes)` is the same list in other sizes: a new case has them too.

@@ -20,7 +20,7 @@ from manual_mlp.testing.report import Report, lines
 
 
 def package_subjects() -> list[Subject]:
-    """Return every Function of the package: rows of the sheet alone and fused, the affine map, dropout, the costs."""
+    """Return the Functions that chains are made of: each row alone and fused, the affine map, dropout, the costs."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
