@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from manual_mlp import InputError
+from manual_mlp import InputError, plots
 from manual_mlp import formulas as sheet
 from manual_mlp.plots import delta_by_layer
 from manual_mlp.training import closing, sources
@@ -372,8 +372,36 @@ def test_sentences_of_sweeps_say_what_was_seen(
     monkeypatch: pytest.MonkeyPatch, name: str, runs: list[Run], said: str
 ) -> None:
     learned = {run.name: run.figures["val_accuracy"] > 0.5 for run in runs}
-    monkeypatch.setattr(closing, "_left", lambda folder, run: 0.5 if learned[run.name] else 1e-5)
+    monkeypatch.setattr(closing, "first_norms", lambda folder, run: {2: 0.5 if learned[run.name] else 1e-5, 3: 1.0})
     assert re.search(said, closing.closing_of_sweep(name, Path(), runs))
+
+
+def test_a_changed_sweep_has_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset's own would be about accuracies, about δ or about an error, of which these runs have none."""
+    runs, widths = swept(e0=0.1, e10=0.9), [{"model.hidden": "[1]"}, {"model.hidden": "[4]"}]
+    assert closing.closing_of_sweep("pretraining", Path(), runs) == ""
+    monkeypatch.setattr(closing, "first_norms", lambda folder, run: {2: 0.5, 3: 1.0})
+    assert closing.closing_of_sweep("pretraining", Path(), runs)
+    numbers = [run._replace(figures={"val_r2": 0.5, "val_loss": 1.0}) for run in runs]
+    assert closing.closing_of_sweep("pretraining", Path(), numbers) == ""
+    for metric, said in (("val_loss", True), ("val_r2", False)):
+        runs = [Run(str(i), width, metric, {metric: 1.0 + i}, "") for i, width in enumerate(widths)]
+        assert bool(closing.closing_of_sweep("universal_approximator", Path(), runs)) == said
+
+
+def test_a_sweep_without_records_or_with_a_failed_run_ends_in_words(
+    sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra would turn a KeyError of a callback into a warning, which is an error here."""
+    short = ["model.hidden=[3]", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "report=false"]
+    sweep("deep_sigmoid", *short, "model.initialisation=torch", "callbacks.delta_flow=null")
+    assert not (tmp_path / "deltas.png").exists()
+    drawn = []
+    monkeypatch.setattr(plots, "delta_by_layer", lambda norms: drawn.append([*norms]) or delta_by_layer(norms))
+    with pytest.raises(SystemExit, match="1 of the 2 runs failed"):
+        sweep("deep_sigmoid", *short, "model.initialisation=torch", "model.activation=relu,nope")
+    assert drawn == [["activation=relu"]]
+    assert (tmp_path / "deltas.png").exists()
 
 
 def test_delta_by_layer_draws_each_run() -> None:

@@ -8,18 +8,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.experimental.callback import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from manual_mlp import plots
-from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.network import reading_of
 from manual_mlp.pretraining import pretrain
 from manual_mlp.tracing import one_pass, trace
-from manual_mlp.training.sweep import read_runs
+from manual_mlp.training.closing import first_norms
+from manual_mlp.training.sweep import OfSweep
 
 Values = dict[str, dict[int, Tensor]]
 """z, a and δ of a pass, indexed by the sheet's l: {"z": {2: (N, n_2), …}, "a": {1: …}, "delta": {2: …}}."""
@@ -189,15 +188,17 @@ class Pretrained(L.Callback):
         pretrain(pl_module.net, x.to(first), self.epochs, self.lr, self.batch_size, generator)
 
 
-class DeltaByLayer(Callback):
-    """A callback that draws deltas.png at the end of a sweep: ‖δ^l‖ against l before the first step, for each run."""
+class DeltaByLayer(OfSweep):
+    """A callback that draws deltas.png at the end of a sweep: ‖δ^l‖ against l before the first step, for each run.
+
+    A run that has failed, or has recorded no δ, has no line.
+    """
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder, norms = Path(config.hydra.sweep.dir), {}
-        for run in read_runs(folder):
-            states = read_checkpoint(folder / run.name / "last.ckpt")["callbacks"]
-            recorded = states[DeltaFlow.__qualname__]["norms"]
-            norms[", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.settings.items())] = {
-                layer: values[0] for layer, values in recorded.items()
-            }
-        plots.delta_by_layer(norms).savefig(folder / "deltas.png")
+        for run in self.runs(config):
+            label = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.settings.items())
+            if not run.error and (found := first_norms(folder, run)):
+                norms[label] = found
+        if norms:
+            plots.delta_by_layer(norms).savefig(folder / "deltas.png")

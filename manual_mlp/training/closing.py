@@ -197,10 +197,17 @@ def _approximator(folder: Path, runs: Sequence[Any]) -> str:
     return text + ("the wider, the nearer" if last.value < first.value / 2 else "no width has met the curve yet")
 
 
+def first_norms(folder: Path, run: Any) -> dict[int, float]:
+    """Return {l: ‖δ^l‖} before the first step of a run of a sweep, as DeltaFlow has recorded it; {} if it has not."""
+    path = folder / run.name / "last.ckpt"
+    states = read_checkpoint(path)["callbacks"] if path.is_file() else {}
+    return {layer: values[0] for layer, values in states.get("DeltaFlow", {"norms": {}})["norms"].items()}
+
+
 def _left(folder: Path, run: Any) -> float:
     """Return what is left of δ at the first layer, as a share of that at the last, before the first step."""
-    norms = read_checkpoint(folder / run.name / "last.ckpt")["callbacks"]["DeltaFlow"]["norms"]
-    return norms[min(norms)][0] / norms[max(norms)][0]
+    norms = first_norms(folder, run)
+    return norms[min(norms)] / norms[max(norms)]
 
 
 def _compared(folder: Path, told: Mapping[str, Any], seen: str) -> str:
@@ -240,23 +247,45 @@ def _pretraining(folder: Path, runs: Sequence[Any]) -> str:
     return _compared(folder, told, "pretraining lets δ through to a first layer that it does not reach otherwise")
 
 
+class ClosingOfSweep(NamedTuple):
+    """A sentence, the picture that shows the same, the settings that the preset sweeps, and the runs that it fits."""
+
+    sentence: Callable[[Path, Sequence[Any]], str]
+    picture: str
+    swept: set[str]
+    fits: Callable[[Path, Any], bool]
+
+
+def _shows_delta(folder: Path, run: Any) -> bool:
+    return "val_accuracy" in run.figures and bool(first_norms(folder, run))
+
+
+def _is_an_error(folder: Path, run: Any) -> bool:
+    return run.metric.endswith(("loss", "rmse"))
+
+
 SWEEPS = {
-    "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}),
-    "residual": (_residual, "deltas.png", {"layers", "model.residual"}),
-    "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}),
-    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}),
+    "pretraining": ClosingOfSweep(
+        _pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}, _shows_delta
+    ),
+    "residual": ClosingOfSweep(_residual, "deltas.png", {"layers", "model.residual"}, _shows_delta),
+    "deep_sigmoid": ClosingOfSweep(
+        _vanishing, "deltas.png", {"model.activation", "model.initialisation"}, _shows_delta
+    ),
+    "universal_approximator": ClosingOfSweep(_approximator, "sweep.png", {"model.hidden"}, _is_an_error),
 }
 
 
 def closing_of_sweep(name: str | None, folder: Path, runs: Sequence[Any]) -> str:
-    """Return the sentence of a preset that sweeps; "" for none, or if other settings than the preset's were swept.
+    """Return the sentence of a preset that sweeps; "" for none, or if the preset was changed so that it doesn't fit.
 
     runs: those with a figure, in their order, each with `name`, `settings`, `metric`, `value` and `figures`.
     """
     if name not in SWEEPS or len(runs) < 2:
         return ""
-    sentence, picture, swept = SWEEPS[name]
-    return f"{sentence(folder, runs)} ({picture})." if runs[0].settings.keys() == swept else ""
+    chosen = SWEEPS[name]
+    fits = runs[0].settings.keys() == chosen.swept and all(chosen.fits(folder, run) for run in runs)
+    return f"{chosen.sentence(folder, runs)} ({chosen.picture})." if fits else ""
 
 
 def closing(name: str | None, run: Run, report: bool) -> str:

@@ -41,15 +41,22 @@ class Run(NamedTuple):
         return self.figures.get(self.metric, nan)
 
 
-class Comparison(Callback):
+class OfSweep(Callback):
+    """A callback that finds the runs of its sweep at the end."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.started = time.time() - 1  # older results in the same folder are another sweep's
+
+    def runs(self, config: DictConfig) -> list[Run]:
+        return read_runs(Path(config.hydra.sweep.dir), self.started)
+
+
+class Comparison(OfSweep):
     """A callback that compares the runs of a sweep at its end: a table, and sweep.csv and sweep.png in its folder.
 
     A run's figures are read from its folder, because launchers may run it in another process or on another machine.
     A run that fails on a user error prints its message and is marked failed; the sweep continues.
     """
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        self.started = time.time() - 1  # older results in the same folder are another sweep's
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
@@ -62,7 +69,7 @@ class Comparison(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        runs = read_runs(folder, self.started)
+        runs = self.runs(config)
         if len(runs) < 2:
             return
         order = ranked(runs, minimized(config))

@@ -2,29 +2,24 @@
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any, cast
 
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.sweep import FIGURES, minimized, ranked, read_runs
+from manual_mlp.training.sweep import FIGURES, OfSweep, minimized, ranked
 
 
-class Winner(Callback):
+class Winner(OfSweep):
     """A callback that tests the best run by `optimized_metric` at the end of a sweep, and adds to its figures.
 
     If that is itself a figure of the test, each run has been tested.
     """
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        self.started = time.time() - 1  # older results in the same folder are another sweep's
-
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        best = next(iter(ranked(read_runs(folder, self.started), minimized(config))), None)
+        best = next(iter(ranked(self.runs(config), minimized(config))), None)
         if best is None or best.metric.startswith("test_"):
             return
         print(f"\nThe best run, {best.name}, is tested; the others are not:")
