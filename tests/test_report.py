@@ -278,6 +278,15 @@ def test_the_first_stage_is_before_the_training() -> None:
     ]
 
 
+def test_a_run_of_a_sweep_looks_at_no_test_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "in_sweep", lambda: True)
+    text = run(tmp_path, "data=iris").text()
+    assert re.search(r"precision [\d.]+ %, recall [\d.]+ %, 5 validation rows", text)
+    assert "accuracy lost on the validation part" in text
+    assert "rows of the test part" not in text
+    assert "test rows" not in text
+
+
 def test_classes_columns_and_no_folder(tmp_path: Path) -> None:
     """A line for each class, the columns by importance; a reader learns nothing of this machine's folders."""
     training.run(configured(tmp_path / "run", "data=iris", "report=true", "trainer.max_epochs=20"))

@@ -136,9 +136,9 @@ class _Answers:
         self.module, self.data, self.stages, self.like = module, data, stages, next(module.parameters())
         self.mean, self.scale = np.asarray(data.feature_mean or 0.0), np.asarray(data.feature_scale or 1.0)
         part, self.part = ("val", "validation") if in_sweep() else ("test", "test")  # a sweep tests its winner alone
-        features, self.target = data.splits[part].features, data.splits[part].target
-        self.x = features.numpy() * self.scale + self.mean  # as they came, before they were standardised
-        parts = features.split(EVALUATION_BATCH)
+        self.features, self.target = data.splits[part].features, data.splits[part].target
+        self.x = self.features.numpy() * self.scale + self.mean  # as they came, before they were standardised
+        parts = self.features.split(EVALUATION_BATCH)
         self.prediction = torch.cat([module(part.to(self.like)) for part in parts]).float()
 
     def by_stage(self, read: Callable[[Tensor], Tensor]) -> dict[str, plots.answers.Predict]:
@@ -153,19 +153,20 @@ class _Answers:
         return {title: partial(answers, state) for title, state in self.stages.items()}
 
     def by_class(self) -> dict[str, str]:
-        """Return precision and recall of each class on the test part, a line each, if they are few."""
+        """Return precision and recall of each class, a line each, if they are few."""
         names = self.data.class_names
         if not 0 < len(names) <= FEW:
             return {}
         answer, labels = self.prediction.argmax(1).cpu().numpy(), range(len(names))
         found = precision_recall_fscore_support(self.target.numpy(), answer, labels=labels, zero_division=0.0)
+        text = "precision {:.1f} %, recall {:.1f} %, {} {} rows"
         return {
-            f"class {shown(name)}": f"precision {100 * precision:.1f} %, recall {100 * recall:.1f} %, {rows} test rows"
+            f"class {shown(name)}": text.format(100 * precision, 100 * recall, rows, self.part)
             for name, precision, recall, _, rows in zip(names, *found, strict=True)
         }
 
     def importance(self) -> dict[str, str]:
-        """Return how much worse the net answers the test part if a column is permuted, the most first."""
+        """Return how much worse the net answers if a column is permuted, the most first."""
         names, target = self.data.feature_names, self.target[:DRAWN].numpy()
         if not 0 < len(names) <= plots.answers.MAX_NEURONS:
             return {}
@@ -176,12 +177,11 @@ class _Answers:
             answer = self.module(torch.as_tensor(x).to(self.like)).float().cpu()
             return float(score(y, answer.argmax(1) if self.data.class_names else answer))
 
-        features = self.data.splits["test"].features[:DRAWN].numpy()
-        trained = SimpleNamespace(fit=self.module)
+        features, trained = self.features[:DRAWN].numpy(), SimpleNamespace(fit=self.module)
         found = permutation_importance(trained, features, target, scoring=scored, random_state=0)
         order = np.argsort(-found.importances_mean, kind="stable")
         listed = ", ".join(f"{shown(names[place])} {found.importances_mean[place]:.3f}" for place in order[:FEW])
-        return {"importance": f"{listed}: {metric} lost on the test part if the column is permuted"}
+        return {"importance": f"{listed}: {metric} lost on the {self.part} part if the column is permuted"}
 
     def to_classes(self) -> Iterator[Picture]:
         data, target, answer = self.data, self.target.numpy(), self.prediction.argmax(1).cpu().numpy()
