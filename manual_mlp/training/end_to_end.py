@@ -15,14 +15,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from manual_mlp import functional
-from manual_mlp.errors import InputError
 from manual_mlp.modules import MLP
 from manual_mlp.training.config import build
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.run import FIGURES, quieten, run
+from manual_mlp.training.shipped import CONF
 from manual_mlp.training.strategies import BACKPROP
 
-CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENT = ("experiment=nielsen_fashion", "trainer.max_epochs=5")
 PLAIN, LIGHTNING = "eager torch", "Lightning alone"
 
@@ -32,10 +31,6 @@ def trainings(*overrides: str) -> tuple[int, dict[str, Callable[[], float]]]:
 
     overrides: for train.py's config, with sigmoids, the quadratic cost and plain SGD.
     """
-    if not CONF.is_dir():
-        raise InputError(
-            f"expected the configuration of train.py in {CONF}, but there is none; run from the repository"
-        )
     cfg = _config(*overrides)
     data: DataModule = build(cfg.data)
     data.setup()
