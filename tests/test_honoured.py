@@ -5,7 +5,6 @@ Then both train on. Ours must have the other's parameters, or refuse in a senten
 """
 
 import copy
-import fnmatch
 import functools
 import io
 import pickle
@@ -29,25 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manual_mlp as mm
 from manual_mlp.network import network_loss
 
-# Tests that fail today, by name, with wildcards: each that matches must fail. Delete what is mended.
-FAILS = """
-"""
-
 double = torch.float64
 # A few dozen steps of a few roundings each, in another order.
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def cases(names: Any, *more: Any) -> Any:
-    """One parameter a name, as pytest prints it; those in FAILS are expected to fail."""
-    fails = [line.strip() for line in FAILS.strip().splitlines()]
-
-    def case(*values: str) -> Any:
-        name = "-".join(values)
-        expected = any(fnmatch.fnmatchcase(name, pattern) for pattern in fails)
-        return pytest.param(*values, id=name, marks=[pytest.mark.xfail(strict=True)] if expected else [])
-
-    return [case(name, *rest) for name in names for rest in (more or [()])]
+    """Return a parameter for each name, under the name that pytest prints."""
+    return [pytest.param(name, *rest, id="-".join([name, *rest])) for name in names for rest in (more or [()])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
