@@ -271,9 +271,7 @@ def test_functionalize_takes_no_custom_function(how: str) -> None:
     for f in (Twice.apply, net, converted, mm.Sigmoid(), lambda x: F.mse_loss(x, torch.zeros_like(x))):
         with pytest.raises(RuntimeError, match=limit):
             run(f, x.clone())
-    for cure in (net.to_torch(), mm.revert(converted), torch.compile(net, backend="eager")):
-        if not isinstance(cure, nn.Sequential):
-            continue
+    for cure in (net.to_torch(), mm.revert(converted)):
         torch.testing.assert_close(run(cure, x.clone()), run(net.to_torch(), x.clone()))
 
 
