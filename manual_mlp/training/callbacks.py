@@ -198,7 +198,6 @@ class DeltaByLayer(OfSweep):
         folder, norms = Path(config.hydra.sweep.dir), {}
         for run in self.runs(config):
             label = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.settings.items())
-            if not run.error and (found := first_norms(folder, run)):
-                norms[label] = found
+            norms |= {label: found} if not run.error and (found := first_norms(folder, run)) else {}
         if norms:
             plots.delta_by_layer(norms).savefig(folder / "deltas.png")

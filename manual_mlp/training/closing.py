@@ -247,15 +247,6 @@ def _pretraining(folder: Path, runs: Sequence[Any]) -> str:
     return _compared(folder, told, "pretraining lets δ through to a first layer that it does not reach otherwise")
 
 
-class ClosingOfSweep(NamedTuple):
-    """A sentence, the picture that shows the same, the settings that the preset sweeps, and the runs that it fits."""
-
-    sentence: Callable[[Path, Sequence[Any]], str]
-    picture: str
-    swept: set[str]
-    fits: Callable[[Path, Any], bool]
-
-
 def _shows_delta(folder: Path, run: Any) -> bool:
     return "val_accuracy" in run.figures and bool(first_norms(folder, run))
 
@@ -264,15 +255,12 @@ def _is_an_error(folder: Path, run: Any) -> bool:
     return run.metric.endswith(("loss", "rmse"))
 
 
-SWEEPS = {
-    "pretraining": ClosingOfSweep(
-        _pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}, _shows_delta
-    ),
-    "residual": ClosingOfSweep(_residual, "deltas.png", {"layers", "model.residual"}, _shows_delta),
-    "deep_sigmoid": ClosingOfSweep(
-        _vanishing, "deltas.png", {"model.activation", "model.initialisation"}, _shows_delta
-    ),
-    "universal_approximator": ClosingOfSweep(_approximator, "sweep.png", {"model.hidden"}, _is_an_error),
+# the sentence, the picture that shows the same, what the preset sweeps, and the runs that the sentence fits
+SWEEPS: dict[str, tuple[Callable[[Path, Sequence[Any]], str], str, set[str], Callable[[Path, Any], bool]]] = {
+    "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}, _shows_delta),
+    "residual": (_residual, "deltas.png", {"layers", "model.residual"}, _shows_delta),
+    "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}, _shows_delta),
+    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}, _is_an_error),
 }
 
 
@@ -283,9 +271,9 @@ def closing_of_sweep(name: str | None, folder: Path, runs: Sequence[Any]) -> str
     """
     if name not in SWEEPS or len(runs) < 2:
         return ""
-    chosen = SWEEPS[name]
-    fits = runs[0].settings.keys() == chosen.swept and all(chosen.fits(folder, run) for run in runs)
-    return f"{chosen.sentence(folder, runs)} ({chosen.picture})." if fits else ""
+    sentence, picture, swept, fits = SWEEPS[name]
+    told = runs[0].settings.keys() == swept and all(fits(folder, run) for run in runs)
+    return f"{sentence(folder, runs)} ({picture})." if told else ""
 
 
 def closing(name: str | None, run: Run, report: bool) -> str:
