@@ -195,7 +195,8 @@ class DeltaByLayer(OfSweep):
     """
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        folder, norms = Path(config.hydra.sweep.dir), {}
+        folder = Path(config.hydra.sweep.dir)
+        norms: dict[str, dict[int, float]] = {}
         for run in self.runs(config):
             label = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.settings.items())
             norms |= {label: found} if not run.error and (found := first_norms(folder, run)) else {}
