@@ -19,6 +19,7 @@ from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.strategies import choose
 
+ERRORS = ("loss", "rmse")  # less is better, as in sweep.py
 CLOSE = 0.1  # of the spread around a line: two lines nearer than that are one
 ALIKE = 0.05  # accuracies that differ by less are as good as each other
 NIELSEN = 0.9542  # chapter 1, 784-30-10 at its best
@@ -251,16 +252,12 @@ def _shows_delta(folder: Path, run: Any) -> bool:
     return "val_accuracy" in run.figures and bool(first_norms(folder, run))
 
 
-def _is_an_error(folder: Path, run: Any) -> bool:
-    return run.metric.endswith(("loss", "rmse"))
-
-
 # the sentence, the picture that shows the same, what the preset sweeps, and the runs that the sentence fits
 SWEEPS: dict[str, tuple[Callable[[Path, Sequence[Any]], str], str, set[str], Callable[[Path, Any], bool]]] = {
     "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}, _shows_delta),
     "residual": (_residual, "deltas.png", {"layers", "model.residual"}, _shows_delta),
     "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}, _shows_delta),
-    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}, _is_an_error),
+    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}, lambda _, run: run.metric[-4:] in ERRORS),
 }
 
 
