@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 Rows = Iterable[Sequence[str]]
 LONGEST = 8  # characters of a figure
+ERRORS = ("loss", "rmse")  # ends of names of figures of which less is better
 
 
 def text(rows: Rows, align: str = "", indent: str = "  ", gap: str = "  ") -> str:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from manual_mlp.checkpoint import read_checkpoint
+from manual_mlp.tables import ERRORS
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.strategies import choose
 
-ERRORS = ("loss", "rmse")  # less is better, as in sweep.py
 CLOSE = 0.1  # of the spread around a line: two lines nearer than that are one
 ALIKE = 0.05  # accuracies that differ by less are as good as each other
 NIELSEN = 0.9542  # chapter 1, 784-30-10 at its best
@@ -257,7 +257,7 @@ SWEEPS: dict[str, tuple[Callable[[Path, Sequence[Any]], str], str, set[str], Cal
     "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}, _shows_delta),
     "residual": (_residual, "deltas.png", {"layers", "model.residual"}, _shows_delta),
     "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}, _shows_delta),
-    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}, lambda _, run: run.metric[-4:] in ERRORS),
+    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}, lambda _, run: run.metric.endswith(ERRORS)),
 }
 
 

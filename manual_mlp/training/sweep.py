@@ -24,7 +24,6 @@ FIGURES = "figures.json"  # what a run leaves in its folder for programs: {"metr
 WIDTH = 80
 SHOWN = 30  # rows of a printed table
 NARROWEST = 15  # columns in which settings are worth wrapping
-ERRORS = ("loss", "rmse")  # less is better
 
 
 class Run(NamedTuple):
@@ -117,7 +116,7 @@ def ranked(runs: Sequence[Run], minimize: bool | None = None) -> list[Run]:
     """Return the runs that have a figure, the best first. minimize: by default, as the metric's name says."""
     finite = [run for run in runs if isfinite(run.value)]
     if minimize is None:
-        minimize = any(run.metric.endswith(ERRORS) for run in finite)
+        minimize = any(run.metric.endswith(tables.ERRORS) for run in finite)
     return sorted(finite, key=lambda run: run.value if minimize else -run.value)
 
 
