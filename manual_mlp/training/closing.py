@@ -257,7 +257,7 @@ SWEEPS: dict[str, tuple[Callable[[Path, Sequence[Any]], str], str, set[str], Cal
     "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}, _shows_delta),
     "residual": (_residual, "deltas.png", {"layers", "model.residual"}, _shows_delta),
     "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}, _shows_delta),
-    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}, lambda _, run: run.metric.endswith(ERRORS)),
+    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}, lambda _, r: r.metric.endswith(ERRORS)),
 }
 
 
