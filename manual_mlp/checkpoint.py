@@ -191,18 +191,18 @@ RANDOM = {
     "numpy": Kind("a state of NumPy's generator", _numpy),
     "python": _states("a state of Python's generator", lambda state: random.Random().setstate(state)),
 }
-SCHEMA = {
+SCHEMA: dict[Any, Any] = {
     "format?": COUNT,
     "hyper_parameters": HYPER_PARAMETERS,
     "state_dict": {str: TENSOR},
-    "epoch": COUNT,
-    "global_step": COUNT,
+    **dict.fromkeys(("epoch", "global_step"), COUNT),
     "pytorch-lightning_version": Kind(
         "a version from 2.0 on", lambda value: type(value) is str and bool(re.fullmatch(r"[2-9]\.\d+[\w.+]*", value))
     ),
     "DataModule?": DATA,
     "figures": {str: ANY_NUMBER},
     "optimizer": NAME,
+    "road?": Kind("native or torch", lambda value: value in ("native", "torch", None)),
     "sums": {"loss": SCORES, "hits": SCORES, "rows": COUNT},
     "callbacks?": {str: STATE},
     "optimizer_states?": [{"state": {int: STATE}, "param_groups": [{"params": [COUNT], str: ANYTHING}]}],

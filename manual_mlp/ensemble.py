@@ -78,6 +78,11 @@ class EnsembleEngine:
     def native(self) -> bool | str:
         return self._engines[0].native
 
+    @native.setter
+    def native(self, native: bool | str) -> None:
+        for engine in self._engines:
+            engine.native = native
+
     @property
     def road(self) -> str:
         """Return the road that the last `train_epoch` took, "native" or "torch".
@@ -334,3 +339,19 @@ def _form(engine: BackpropEngine) -> tuple[Any, ...]:
         [p is not None and p.requires_grad for p in flat],
         type(engine.optimizer),
     )
+
+
+def why_torch(engine: BackpropEngine | EnsembleEngine, rows: int, batch_size: int) -> str:
+    """Return why calls of so many rows take torch's road; nothing if they run in C, which is compiled now.
+
+    Raises InputError if native=True can't be.
+    """
+    if not engine.native:
+        return "native is false"
+    for each in engine._engines if isinstance(engine, EnsembleEngine) else [engine]:
+        with each._turn:
+            each._ask()
+            each._said = ""
+            if each._natively(torch.empty(1).expand(rows), batch_size=batch_size) is None:
+                return each._said or "native=auto takes C only from four mini-batches a call on, for small nets"
+    return ""

@@ -56,7 +56,7 @@ CHANGED = {  # what is configured otherwise where the run goes on
     "engine": ["scheduler=cosine", "scheduler.interval=step"],
     "perceptron": ["callbacks.best.monitor=val_loss"],
 }
-SHARED = ["data.batch_size=150", "threads=1"]
+SHARED = ["data.batch_size=150", "threads=1", "native=false"]
 SECONDS = 30  # that one input may take
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,6 +281,7 @@ def words(folder: Path) -> list[str]:
         "data=wine", "data=nowhere", "data=/etc/passwd", "data=table", "data.source.path=http://[::1]/",
         "data.source._target_=builtins.eval", f"data.source.path={beside}/kept.csv", "data.batch_size=7", "seed=-1",
         "data.seed=[1]", "model.hidden=[7]", "model.hidden=[999999999]", "model._target_=os.system", "seed=1",
+        "native=true", "model.native=auto",
         "backprop=engine", "model.activation=${oc.decode:'[relu]'}", "optimizer=adam",
         "optimizer._target_=torch.optim.Rprop", "threads=2", "+optimizer.more=1", "optimizer.lr=1,2",
         "+callbacks.e._target_=sympy.sympify", "experiment=xor", "report=true",

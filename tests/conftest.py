@@ -1,5 +1,7 @@
 """What every test shares: one thread and fixed seeds, so that a failure can be seen again."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -15,11 +17,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _torch_s_road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave `native="auto"` on torch's road, which most tests are about; test_native is about the other one."""
-    if not request.module.__name__.endswith("test_native"):
-        monkeypatch.setattr(engine, "gains", lambda *_: False)
+@pytest.fixture(autouse=True, scope="module")
+def _torch_s_road(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave `native="auto"` on torch's road, which most tests are about; test_native… are about the other one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "test_native" not in request.module.__name__:
+            patch.setattr(engine, "gains", lambda *_: False)
+        yield
 
 
 @pytest.fixture(params=[*CASES, *GRIDS], ids=str)

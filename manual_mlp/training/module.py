@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -34,6 +34,7 @@ class MLPModule(L.LightningModule):
         "threshold" makes a perceptron of two classes, without hidden layers, that learns by Rosenblatt's rule.
     target_mean, target_scale: lead from standardised regression targets back to their units.
     members: nets that are trained at once under backprop=engine, each from a seed of its own.
+    native: under backprop=engine, the road through C, as in `BackpropEngine`; chosen once, where a training begins.
     l1: λ of a penalty λ Σ |W| over all weights, whose gradient joins the cost's; the logged loss is without it.
     optimizer: a functools.partial that makes the optimizer from the parameters; only training needs it.
     scheduler: what Lightning calls an lr_scheduler_config, its "scheduler" a partial that takes the optimizer.
@@ -69,6 +70,7 @@ class MLPModule(L.LightningModule):
         l1: float = 0.0,
         backprop: str = "layers",
         members: int = 1,
+        native: bool | Literal["auto"] = "auto",
         optimizer: partial[Optimizer] | None = None,
         scheduler: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Metric] | None = None,
@@ -83,13 +85,17 @@ class MLPModule(L.LightningModule):
         if loss == "auto":
             loss = "cross_entropy" if class_names else "quadratic"
         self.members = members  # kept among the hyper-parameters only if there are several, as in older checkpoints
-        self.save_hyperparameters(ignore=["optimizer", "scheduler", "metrics", *["members"] * (members == 1)])
+        self.save_hyperparameters(ignore=["optimizer", "scheduler", "metrics", "native", *["members"] * (members == 1)])
         self.hparams["loss"] = loss  # the one that was meant
         self.optimizer: Any = optimizer
         self.scheduler, self.class_names, self.loss, self.l1 = scheduler, class_names, loss, l1
         self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))
         self.hparams["output_activation"] = self.output_activation  # a reader of the checkpoint need not resolve it
         self.backprop = strategy(self.hparams)
+        if native is True and self.hparams["backprop"] != "engine":
+            given = self.hparams["backprop"]
+            raise InputError(f"expected backprop=engine for native=true, but got {given}; leave out native")
+        self.backprop.native = native
         self.sizes, self.net = self.backprop.sizes, self.backprop.make_net()
         self.register_buffer("classes", torch.arange(output_size), persistent=False)
         self.register_buffer("target_mean", torch.tensor(target_mean), persistent=False)
@@ -141,6 +147,9 @@ class MLPModule(L.LightningModule):
     def teardown(self, stage: str) -> None:
         self.backprop.end()
 
+    def on_train_start(self) -> None:
+        self.backprop.choose_road()
+
     def on_train_epoch_end(self) -> None:
         self._log_figures("train")
 
@@ -176,6 +185,7 @@ class MLPModule(L.LightningModule):
         measured = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         checkpoint["figures"] = self.figures_before | measured
         checkpoint["optimizer"] = self.optimizer_in_words()
+        checkpoint["road"] = self.backprop.road
         checkpoint["sums"] = self.sums["train"]  # not empty in the middle of an epoch
 
     @classmethod
@@ -197,6 +207,7 @@ class MLPModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.figures_before = checkpoint["figures"]
         self.sums["train"] = {**_nothing(), **checkpoint["sums"]}
+        self.backprop.began = checkpoint.get("road", "torch")  # before this word there was no other
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for parameter in self.net.parameters():

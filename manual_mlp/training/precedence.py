@@ -95,9 +95,11 @@ class Precedence(Callback):
         if self.old is not None:
             _reschedule(trainer, pl_module, self.old)
             self.old = None
+        pl_module.backprop.choose_road()  # may refuse
         if trainer.is_global_zero:  # nothing can be refused any more
             accepted()
-            keep_configuration(self.cfg)
+            road = {"native": pl_module.backprop.road == "native"} if pl_module.backprop.road else {}  # the one taken
+            keep_configuration(OmegaConf.merge(self.cfg, road))  # type: ignore[arg-type]
 
     def _names(self, kind: type[Callback]) -> list[str]:
         """Return the names of the callbacks of this kind."""

@@ -191,6 +191,8 @@ def _is_plain(word: Override) -> bool:
         return False
     if keys[key]:
         return value is None
+    if key.endswith("native") and value not in (False, "auto"):  # true asks for a build that auto would not
+        return False
     items = value if isinstance(value, list) else [value]
     return all(item is None or isinstance(item, int | float) or _is_word(item) for item in items)
 

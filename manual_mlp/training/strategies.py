@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from manual_mlp import functional
 from manual_mlp.engine import BackpropEngine
-from manual_mlp.ensemble import EnsembleEngine
+from manual_mlp.ensemble import EnsembleEngine, why_torch
 from manual_mlp.errors import InputError
 from manual_mlp.modules import MLP
 from manual_mlp.network import cost_and_prediction
@@ -87,6 +87,9 @@ class ByLayers:
 
     costs: ClassVar[Mapping[str, Callable[..., Tensor]]] = functional.COSTS
     trainer: Any = None
+    native: bool | str = "auto"  # as BackpropEngine's
+    began: str | None = None  # the road in the checkpoint that the training goes on from
+    road: str | None = None  # the one of this training, "native" or "torch"; only the engine has two
     weighted: ClassVar[Sequence[str]] = ("quadratic", "bce")  # costs that take weights: (1/N) Σ w_n C_n
 
     def __init__(self, options: MutableMapping[str, Any]) -> None:
@@ -118,6 +121,9 @@ class ByLayers:
         """Check once more, for callers that have not; keep what `train` needs. The module has set `trainer` before."""
         if self.trainer is not None:  # without one, `configure_optimizers` was called by itself
             self.check(self.trainer)
+
+    def choose_road(self) -> None:
+        """Choose the road of the training that begins now, once: its bits follow from it."""
 
     def end(self) -> None:
         """Drop what can't be copied with the module."""
@@ -192,9 +198,32 @@ class ByEngine(ByLayers):
         super().begin(net, optimizer)
         clip, compute_dtype = self.trainer.gradient_clip_val or None, PRECISIONS[self.trainer.precision]
         try:
-            self.engine = BackpropEngine(net, optimizer, self.loss, clip, compute_dtype, native=False)
+            self.engine = BackpropEngine(net, optimizer, self.loss, clip, compute_dtype, self.native)
         except InputError as error:
             raise InputError(f"{error}; or take backprop=network") from None
+
+    def choose_road(self) -> None:
+        """Take C where the options say so and it can be; from a checkpoint the road that it began on, or none.
+
+        A checkpoint that says native asks for no build which the options alone would not.
+        """
+        data, self.engine.native = self.trainer.datamodule, self.native
+        size, rows = (data.batch_size, len(data.splits["train"])) if isinstance(data, DataModule) else (1, 1)
+        count = size if self._schedules() else min(self.several * size, rows)
+        on_torch = self.began == "torch" and self.native is not True
+        reason = "the training began there" if on_torch else why_torch(self.engine, count, size)
+        self.road = "torch" if reason else "native"
+        if self.road != (self.began or self.road):
+            fix = "start a new run without ckpt_path, or take backprop=network"
+            fix = fix if self.native == "auto" else "leave out native"
+            raise InputError(
+                f"expected the {self.began} road, on which the run began, but {reason or 'native is true'}; {fix}"
+            )
+        self.engine.native = not reason
+
+    def _schedules(self) -> list[Any]:
+        """Return what lowers LR after each mini-batch."""
+        return [c for c in self.trainer.lr_scheduler_configs if c.interval == "step" and not c.reduce_on_plateau]
 
     def end(self) -> None:
         self.engine = self.trainer = None
@@ -216,7 +245,7 @@ class ByEngine(ByLayers):
         self.check(self.trainer)  # a callback may change an option at any time
         data = self.trainer.datamodule
         self.size = size = data.batch_size if isinstance(data, DataModule) else len(features)
-        configs = [c for c in self.trainer.lr_scheduler_configs if c.interval == "step" and not c.reduce_on_plateau]
+        configs = self._schedules()
         prediction = features.new_empty(*self.nets, len(features), self.sizes[-1])
         rows = size if configs else len(features)
         parts = [features.split(rows), target.split(rows), prediction.split(rows, -2)]
@@ -279,7 +308,7 @@ class ByEnsemble(ByEngine):
         kind: Any = type(optimizer)
         own = [kind([{**whole, "params": list(member.parameters())}]) for member in net]
         try:
-            self.engine = EnsembleEngine(list(net), own, self.loss, native=False)
+            self.engine = EnsembleEngine(list(net), own, self.loss, self.native)
         except InputError as error:
             raise InputError(f"{error}; or take members=1") from None
 

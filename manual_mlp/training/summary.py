@@ -52,7 +52,7 @@ def run_facts(
         "cost": "share of mistakes" if threshold else module.loss,
         "optimizer": f"none, LR {lr}" if threshold else module.optimizer_in_words() if module.optimizer else "",
         "scheduler": module.scheduler["scheduler"].func.__name__ if module.scheduler else "",
-        "backprop": str(module.hparams["backprop"]),
+        "backprop": str(module.hparams["backprop"]) + (f" ({road})" if (road := module.backprop.road) else ""),
         "epochs": _epochs(epoch, trainer.current_epoch - 1, seconds),
     }
     return {name: shown(text) for name, text in facts.items() if text}

@@ -1,0 +1,180 @@
+"""train.py on the native road: what a run says of its road, how it goes on, and what asks for no build."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from manual_mlp import InputError
+from manual_mlp.checkpoint import read_checkpoint, write_whole
+from manual_mlp.native import road
+from manual_mlp.training import precedence, resume
+from manual_mlp.training import run as training
+from tests.configs import configured
+from tests.test_native import HAS_COMPILER
+
+pytestmark = pytest.mark.skipif(not HAS_COMPILER or not hasattr(os, "getuid"), reason="no C compiler is installed")
+ENGINE = ("data=iris", "data.batch_size=4", "trainer.precision=64-true", "backprop=engine")
+WAYS = {
+    "sgd": ["optimizer.lr=1.0"],
+    "momentum": ["optimizer.lr=0.1", "optimizer.momentum=0.9"],
+    "adam": ["optimizer=adam", "scheduler=step"],
+    "adamw": ["optimizer=adamw", "model.loss=cross_entropy", "model.activation=gelu"],
+    "members": ["members=3", "optimizer=adam"],
+}
+TORCH = ("trainer.max_steps=40", "trainer.max_epochs=-1")  # a training step takes one mini-batch
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
+    """The configurations that runs leave, which only train.py itself has a folder for. No run draws its curves."""
+    configurations: list[DictConfig] = []
+    monkeypatch.setattr(precedence, "keep_configuration", configurations.append)
+    monkeypatch.setattr(training, "learning_curves", lambda *_: None)
+    return configurations
+
+
+def run(folder: Path, *words: str, epochs: int = 1) -> dict[str, Any]:
+    """Train, and return the last checkpoint."""
+    training.run(configured(folder, *ENGINE, f"trainer.max_epochs={epochs}", *words))
+    return read_checkpoint(folder / "last.ckpt")
+
+
+def going_on(folder: Path) -> str:
+    return f"ckpt_path='{folder / 'last.ckpt'}'"
+
+
+def changed(folder: Path, **values: Any) -> None:
+    """Put values at the first level of last.ckpt; None leaves one out."""
+    content = torch.load(folder / "last.ckpt", weights_only=True) | values
+    torch.save({name: value for name, value in content.items() if value is not None}, folder / "new")
+    write_whole(folder / "last.ckpt", (folder / "new").read_bytes())
+
+
+def no_build(monkeypatch: pytest.MonkeyPatch, reason: str = "") -> None:
+    def library(*_: object) -> None:
+        if reason:
+            raise road.build.CantBuild(reason)
+        pytest.fail("the compiler was asked for")
+
+    monkeypatch.setattr(road.build, "library", library)
+
+
+@pytest.mark.parametrize("way", [way if way == "adamw" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+def test_same_training_by_both_roads(tmp_path: Path, way: str, kept: list[DictConfig]) -> None:
+    native, torchs = (run(tmp_path / word, f"native={word}", *WAYS[way]) for word in ("auto", "false"))
+    assert [native["road"], torchs["road"]] == ["native", "torch"]
+    assert [cfg.native for cfg in kept] == [True, False]
+    for key in ("state_dict", "optimizer_states"):  # GELU's and the sums' rounding, grown by 54 steps
+        torch.testing.assert_close(native[key], torchs[key], rtol=1e-9, atol=1e-10, check_dtype=False)
+    assert native["figures"] == pytest.approx(torchs["figures"], rel=1e-6)  # they are summed in float32
+
+
+@pytest.mark.parametrize("way", ["momentum", "members", pytest.param("adam", marks=pytest.mark.slow)])
+def test_goes_on_to_the_same_bits(tmp_path: Path, way: str) -> None:
+    whole = run(tmp_path / "whole", *WAYS[way], epochs=2)
+    run(tmp_path / "halves", *WAYS[way])
+    halves = run(tmp_path / "halves", *WAYS[way], going_on(tmp_path / "halves"), epochs=2)
+    assert [whole["road"], halves["road"]] == ["native", "native"]
+    for key in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(halves[key], whole[key], rtol=0, atol=0)
+
+
+def test_the_cut_changes_no_bit_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block of an epoch, too small for auto by itself, is on the run's road as well."""
+    whole = run(tmp_path / "whole", *WAYS["momentum"])
+    monkeypatch.setattr("manual_mlp.training.strategies.MOST_BATCHES", 5)
+    cut = run(tmp_path / "cut", *WAYS["momentum"])
+    torch.testing.assert_close(cut["state_dict"], whole["state_dict"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("words", [["native=false"], list(TORCH)], ids=["false", "auto declines"])
+def test_no_build_because_a_checkpoint_says_native(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    run(tmp_path, "native=false")
+    changed(tmp_path, road="native")
+    before = (tmp_path / "last.ckpt").read_bytes()
+    no_build(monkeypatch)
+    with pytest.raises(InputError, match="expected the native road, on which the run began, but native"):
+        run(tmp_path, going_on(tmp_path), *words, epochs=2)
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+def test_refused_where_its_road_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path)
+    no_build(monkeypatch, "no C compiler is installed")
+    with pytest.raises(InputError, match="native road, on which the run began, but no C compiler is installed; start"):
+        run(tmp_path, going_on(tmp_path), epochs=2)
+    with pytest.raises(InputError, match="expected a training that C covers; no C compiler"):
+        run(tmp_path / "new", "native=true")
+    assert run(tmp_path / "other")["road"] == "torch"
+    layers = [*ENGINE, "backprop=layers", "trainer.max_epochs=2", going_on(tmp_path)]
+    training.run(configured(tmp_path, *layers))  # another backprop is free to choose, as it was
+
+
+@pytest.mark.parametrize("road_then", ["torch", None], ids=["torch", "of 0.1"])
+def test_a_run_of_torch_s_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, road_then: str | None) -> None:
+    whole = run(tmp_path / "whole", "native=false", epochs=2)["state_dict"]
+    run(tmp_path, "native=false")
+    changed(tmp_path, road=road_then)
+    shutil.copy(tmp_path / "last.ckpt", tmp_path / "copy.ckpt")
+    with pytest.raises(InputError, match=r"expected the torch road, .* but native is true; leave out native"):
+        run(tmp_path, "native=true", going_on(tmp_path), epochs=2)
+    no_build(monkeypatch)
+    now = run(tmp_path, f"ckpt_path='{tmp_path / 'copy.ckpt'}'", epochs=2)
+    assert now["road"] == "torch"
+    torch.testing.assert_close(now["state_dict"], whole, rtol=0, atol=0)
+
+
+def test_a_run_by_layers_may_go_on_natively(tmp_path: Path) -> None:
+    assert run(tmp_path, "backprop=layers")["road"] is None
+    assert run(tmp_path, going_on(tmp_path), epochs=2)["road"] == "native"
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["backprop=layers"], "expected backprop=engine for native=true"),
+        (["data=halves", "model=perceptron", "callbacks.best.monitor=train_loss"], "expected backprop=engine"),
+        (["trainer.gradient_clip_val=1"], "max_grad_norm clips the gradients: leave out native"),
+        (["model.dropout=0.1"], "dropout draws"),
+    ],
+)
+def test_true_says_why_it_can_t(tmp_path: Path, words: list[str], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        run(tmp_path, "native=true", *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [TORCH, ["model.hidden=[300]"], ["trainer.gradient_clip_val=1"], ["scheduler=step", "scheduler.interval=step"]],
+    ids=["steps counted", "wide", "clipped", "schedule by step"],
+)
+def test_auto_leaves_it_to_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert run(tmp_path, *words)["road"] == "torch"
+    assert "engine (torch)" in capsys.readouterr().out
+
+
+def test_the_summary_says_native(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "callbacks=lr_finder")["road"] == "native"  # the search, which counts steps, was torch's
+    assert "engine (native)" in capsys.readouterr().out
+
+
+def test_a_road_is_a_word(tmp_path: Path) -> None:
+    run(tmp_path, "native=false")
+    changed(tmp_path, road="/bin/sh")
+    with pytest.raises(InputError, match=r"expected road in the checkpoint .* to be native or torch"):
+        run(tmp_path, going_on(tmp_path), epochs=2)
+
+
+def test_a_folder_can_t_ask_for_a_build() -> None:
+    for word in ("native=false", "native=auto", "model.native=false"):
+        assert resume.read_overrides(f"- {word}")[0].plain
+    for word in ("native=true", "model.native=true", "native='true'", "native=1", "native=[true]", "native=null"):
+        (read,) = resume.read_overrides(f'- "{word}"')
+        assert not read.plain
