@@ -248,24 +248,29 @@ class AffineSigmoid(ManualFunction):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _define(name: str, doc: str, *rules: Callable[..., Any]) -> type[ManualFunction]:
+def define(name: str, doc: str, forward: Callable[..., Any], *rules: Callable[..., Any]) -> type[ManualFunction]:
     """Return a Function made of its rules, by the metaclass, which names the graph's node after the class."""
     members: dict[str, Any] = {rule.__name__: staticmethod(rule) for rule in rules}
-    return FunctionMeta(name, (ManualFunction,), members | {"__doc__": doc, "__module__": __name__})  # type: ignore
+    members |= {"forward": staticmethod(forward), "__doc__": doc, "__module__": __name__}
+    return FunctionMeta(name, (ManualFunction,), members)  # type: ignore
 
 
-def _activation_function(row: Row, inplace: bool = False) -> type[ManualFunction]:
-    """a = G(z), componentwise; in place z := G(z), for a row in a, outside transforms."""
-    G, delta_of, keeps_z = kernels.G(row), kernels.delta(row), row.saves == "z"
+def symmetric(
+    name: str, doc: str, G: Callable[..., Tensor], delta_of: Callable[..., Tensor], saves: str, inplace: bool = False
+) -> type[ManualFunction]:
+    """Return the Function z, *values ↦ a = G(z) with δ = G′(z) g, whose tangent is the same line: G′ is symmetric.
 
-    def forward(z: Tensor, *values: float) -> Tensor:
+    inplace: z := G(z), for a G that saves "a", outside transforms.
+    """
+
+    def forward(z: Tensor, *values: Any) -> Tensor:
         return z.copy_(G(z, *values)) if inplace else G(z, *values)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         z, *ctx.values = inputs
         if inplace:
             ctx.mark_dirty(z)
-        saved = z if keeps_z else output
+        saved = z if saves == "z" else output
         _save_all(ctx, saved)
 
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
@@ -277,8 +282,12 @@ def _activation_function(row: Row, inplace: bool = False) -> type[ManualFunction
         (saved,) = _primals(ctx)
         return delta_of(z_t, saved, *ctx.values)
 
+    return define(name, doc, forward, setup_context, backward, tangent)
+
+
+def _activation_function(row: Row, inplace: bool = False) -> type[ManualFunction]:
     doc = f"a = G(z) of the row {row.name!r}, componentwise.  Saves {row.saves}."
-    return _define(_title(row) + "_" * inplace, doc, forward, setup_context, backward, tangent)
+    return symmetric(_title(row) + "_" * inplace, doc, kernels.G(row), kernels.delta(row), row.saves, inplace)
 
 
 def _affine_activation_function(row: Row) -> type[ManualFunction]:
@@ -313,7 +322,7 @@ def _affine_activation_function(row: Row) -> type[ManualFunction]:
         return (activation_t, z_t) if keeps_z else activation_t
 
     doc = f"a^{{l+1}} = G(a Wᵀ + b) of the row {row.name!r}.  Saves a, W and {'z' if keeps_z else 'a^{l+1}'}."
-    return _define(f"Affine{_title(row)}", doc, forward, setup_context, backward, tangent)
+    return define(f"Affine{_title(row)}", doc, forward, setup_context, backward, tangent)
 
 
 def _title(row: Row) -> str:
@@ -419,7 +428,7 @@ def _cost_function(title: str, cost: Cost, C: Callable[..., Tensor]) -> type[Man
         return sheet.reduce(_weighted(elements_t, weight), ctx.reduction)
 
     doc = f"C of the cost {cost.name!r}, reduced.  Saves prediction, target and weights."
-    return _define(title, doc, forward, setup_context, backward, tangent)
+    return define(title, doc, forward, setup_context, backward, tangent)
 
 
 def _weighted(elements: Tensor, weight: Tensor | None) -> Tensor:

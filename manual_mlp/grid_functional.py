@@ -186,7 +186,8 @@ def batch_norm(
     checks.batch_norm(input, running_mean, running_var, weight, bias, training, eps)
     if not training:
         return apply(grid_functions.RunningNorm, input, weight, bias, running_mean, running_var, eps)
-    y, _, _, *running = apply(grid_functions.BatchNorm, input, weight, bias, running_mean, running_var, momentum, eps)
+    of_batches = running_mean, running_var, momentum
+    y, _, _, *running = apply(grid_functions.BatchNorm, input, weight, bias, 0, eps, *of_batches)
     if running and input.numel():
         with torch.no_grad():
             running_mean.copy_(running[0])  # type: ignore[union-attr]

@@ -5,7 +5,7 @@ in each tensor that they read, so their backwards apply the same Function in ano
 is torch's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manual_mlp import checks, kernels
 from manual_mlp import grids as sheet
-from manual_mlp.functions import Gradients, ManualFunction, _primals, _save_all, _sum_of, apply
+from manual_mlp.functions import Gradients, ManualFunction, _primals, _save_all, _sum_of, apply, define, symmetric
 from manual_mlp.grids import Dims, Geometry, Windows
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,45 +168,60 @@ _spread = kernels.rounded_once(sheet.spread)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class BatchNorm(ManualFunction):
+def _norm_function(name: str, doc: str, forward: Callable[..., Any]) -> type[ManualFunction]:
+    """Return the Function x, γ, β, last, ε, … ↦ y, μ, r, and perhaps running statistics.  Saves x, γ, μ, r.
+
+    last   how many dimensions of a row are a set, the last ones; 0 if each channel is a set
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, ctx.last, ctx.ε, *_ = inputs
+        _, μ, r, *_ = output
+        ctx.statistics = len(output) - 1
+        _save_all(ctx, x, weight, μ, r)
+
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> Gradients:
+        x, weight, *saved = ctx.saved_tensors
+        # If this may be differentiated, μ and r are computed again: as they were saved, they have no history.
+        own = None if torch.is_grad_enabled() or kernels.transforming() else saved
+        gradients = norm_gradients(g, x, weight, ctx.last, ctx.ε, ctx.needs_input_grad[:3], own=own)
+        return *gradients, *(None for _ in ctx.needs_input_grad[3:])
+
+    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Any:
+        x, weight, μ, _ = _primals(ctx)
+        y_t = _norm_tangent(x, weight, ctx.last, ctx.ε, None, (x_t, weight_t, bias_t))
+        # Nobody differentiates the statistics. Marked as such, they break jvp of vmap.
+        return y_t, *[torch.zeros_like(μ)] * ctx.statistics
+
+    return define(name, doc, forward, setup_context, backward, tangent)
+
+
+def _batch_norm(
+    x: Tensor, weight: Any, bias: Any, last: int, ε: float, m: Tensor | None, s: Tensor | None, κ: float
+) -> tuple[Tensor, ...]:
+    m, s = None if m is None else m.clone(), None if s is None else s.clone()
+    if x.numel() == 0:  # which the kernel refuses
+        y, μ, r = x.clone(), x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    else:
+        y, μ, r = torch.native_batch_norm(x, weight, bias, m, s, True, κ, ε)
+    return (y, μ, r) if m is None or s is None else (y, μ, r, m, s)
+
+
+def _layer_norm(x: Tensor, weight: Any, bias: Any, last: int, ε: float) -> tuple[Tensor, ...]:
+    return torch.native_layer_norm(x, x.shape[x.dim() - last :], weight, bias, ε)
+
+
+BatchNorm = _norm_function(
+    "BatchNorm",
     """y = γ x̂ + β over the set of each channel, μ, r, and the running statistics m and s after this batch.
 
     x (N, C, …), γ, β, m, s (C,) or None.  Saves x, γ, μ, r.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, m: Tensor | None, s: Tensor | None, κ: float, ε: float
-    ) -> tuple[Tensor, ...]:
-        m, s = None if m is None else m.clone(), None if s is None else s.clone()
-        if x.numel() == 0:  # which the kernel refuses
-            y, μ, r = x.clone(), x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
-        else:
-            y, μ, r = torch.native_batch_norm(x, weight, bias, m, s, True, κ, ε)
-        return (y, μ, r) if m is None or s is None else (y, μ, r, m, s)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, *_, ctx.ε = inputs
-        _, μ, r, *running = output
-        ctx.others = 2 + len(running)
-        _save_all(ctx, x, weight, μ, r)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: None) -> Gradients:
-        x, weight, μ, r = ctx.saved_tensors
-        over = _places(x)
-        μ, r = _again(x, over, ctx.ε) if _recorded() else (_along(μ, x), _along(r, x))
-        gradients = _norm_gradients(ctx.needs_input_grad[:3], g, x, _along(weight, x), μ, r, over, over)
-        return *gradients, None, None, None, None
-
-    @staticmethod
-    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Any:
-        x, weight, saved, _ = _primals(ctx)
-        over = _places(x)
-        μ, r = _again(x, over, ctx.ε)
-        moving = x_t, _along(weight_t, x), _along(bias_t, x)
-        return _norm_tangent(x, _along(weight, x), μ, r, over, *moving), *_still(saved, ctx.others)
+    """,
+    _batch_norm,
+)
+LayerNorm = _norm_function(
+    "LayerNorm", "y = γ x̂ + β over the set of each row, and μ, r.  Saves x, γ, μ, r.", _layer_norm
+)
 
 
 class RunningNorm(ManualFunction):
@@ -225,117 +240,79 @@ class RunningNorm(ManualFunction):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        x, weight, m, s = ctx.saved_tensors
-        return *batch_norm_gradients(g, x, weight, (m, s), ctx.ε, ctx.needs_input_grad[:3]), None, None, None
+        x, weight, *given = ctx.saved_tensors
+        return *norm_gradients(g, x, weight, 0, ctx.ε, ctx.needs_input_grad[:3], given), None, None, None
 
     @staticmethod
     def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Tensor:
-        x, weight, m, s = _primals(ctx)
-        m, r = _along(m, x), sheet.reciprocal(_along(s, x), ctx.ε)
-        return _norm_tangent(x, _along(weight, x), m, r, None, x_t, _along(weight_t, x), _along(bias_t, x))
+        x, weight, *given = _primals(ctx)
+        return _norm_tangent(x, weight, 0, ctx.ε, given, (x_t, weight_t, bias_t))
 
 
-class LayerNorm(ManualFunction):
-    """y = γ x̂ + β over the set of each row, the last dimensions, and μ, r.  Saves x, γ, μ, r."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, last: int, ε: float) -> tuple[Tensor, ...]:
-        return torch.native_layer_norm(x, x.shape[x.dim() - last :], weight, bias, ε)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, ctx.last, ctx.ε = inputs
-        _, μ, r = output
-        _save_all(ctx, x, weight, μ, r)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: None) -> Gradients:
-        x, weight, μ, r = ctx.saved_tensors
-        rows, over = _split(x, ctx.last)
-        μ, r = _again(x, over, ctx.ε) if _recorded() else (μ, r)
-        return *_norm_gradients(ctx.needs_input_grad[:3], g, x, weight, μ, r, over, rows), None, None
-
-    @staticmethod
-    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Any:
-        x, weight, saved, _ = _primals(ctx)
-        _, over = _split(x, ctx.last)
-        y_t = _norm_tangent(x, weight, *_again(x, over, ctx.ε), over, x_t, weight_t, bias_t)
-        return y_t, *_still(saved, 2)
-
-
-def _recorded() -> bool:
-    """Return True if the backward may be differentiated: μ and r, as they were saved, have no history."""
-    return torch.is_grad_enabled() or kernels.transforming()
-
-
-def _still(like: Tensor, count: int) -> list[Tensor]:
-    """Return no tangents of the statistics, which nobody differentiates. Marked as such, they break jvp of vmap."""
-    return [torch.zeros_like(like)] * count
-
-
-def _split(x: Tensor, last: int) -> tuple[Dims, Dims]:
+def _sets(x: Tensor, last: int) -> tuple[Dims, Dims]:
+    """Return the dimensions of the rows, over which ∂C/∂γ sums, and those of a set, over which μ and v are means."""
     dims = tuple(range(x.dim()))
-    return dims[: len(dims) - last], dims[len(dims) - last :]
+    if last > 0:
+        return dims[:-last], dims[-last:]
+    of_channel = dims[:1] + dims[2:]
+    return of_channel, of_channel
 
 
-def _places(x: Tensor) -> Dims:
-    """Return all dimensions but that of the channels."""
-    return (0, *range(2, x.dim()))
-
-
-def _along(values: Tensor | None, x: Tensor) -> Any:
-    """Return values (C,) so that they broadcast along the channels of x."""
-    return values if values is None or x.dim() == 2 else values.view(-1, *(1,) * (x.dim() - 2))
+def _along(values: Tensor | None, x: Tensor, last: int) -> Any:
+    """Return values (C,) so that they broadcast along the channels of x, if these are the sets."""
+    return values if values is None or last > 0 or x.dim() == 2 else values.view(-1, *(1,) * (x.dim() - 2))
 
 
 def _float(x: Tensor | None) -> Any:
     return x.float() if x is not None and x.dtype in kernels.ROUNDED else x
 
 
-def _again(x: Tensor, over: Dims, ε: float) -> tuple[Tensor, Tensor]:
-    return sheet.moments(_float(x), over, ε)
+def _normalised(x: Tensor, last: int, ε: float, given: Any, own: Any = None) -> tuple[Tensor, Tensor, Dims | None]:
+    """Return x̂, r and the dimensions of a set, None if μ and r are given numbers; as `norm_gradients`."""
+    over = None if given is not None else _sets(x, last)[1]
+    if over is None:
+        μ, s = (_along(of, x, last) for of in given)
+        r = sheet.reciprocal(s, ε)
+    elif own is not None:
+        μ, r = (_along(of, x, last) for of in own)
+    else:
+        μ, r = sheet.moments(_float(x), over, ε)
+    return sheet.normalised(_float(x), _float(μ), _float(r)), _float(r), over
 
 
-def batch_norm_gradients(
-    g: Tensor | None, x: Tensor, weight: Any, given: Any, ε: float, needs: Sequence[bool]
+def norm_gradients(
+    g: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    last: int,
+    ε: float,
+    needs: Sequence[bool],
+    given: Any = None,
+    own: Any = None,
 ) -> Gradients:
-    """∂C/∂x, ∂C/∂γ, ∂C/∂β of a batch norm, by the given statistics m and s (C,), None for the batch's own."""
-    over = _places(x)
-    if given is None:
-        return _norm_gradients(needs, g, x, _along(weight, x), *_again(x, over, ε), over, over)
-    m, s = (_along(of, x) for of in given)
-    return _norm_gradients(needs, g, x, _along(weight, x), m, sheet.reciprocal(s, ε), None, over)
+    """∂C/∂x, ∂C/∂γ, ∂C/∂β; evaluated in float32 for half precision, and rounded once.
 
-
-def layer_norm_gradients(g: Tensor, x: Tensor, weight: Any, last: int, ε: float, needs: Sequence[bool]) -> Gradients:
-    """∂C/∂x, ∂C/∂γ, ∂C/∂β of a layer norm."""
-    rows, over = _split(x, last)
-    return _norm_gradients(needs, g, x, weight, *_again(x, over, ε), over, rows)
-
-
-def _norm_gradients(
-    needs: Sequence[bool], g: Tensor | None, x: Tensor, weight: Any, μ: Tensor, r: Tensor, over: Dims | None, rows: Dims
-) -> Gradients:
-    """∂C/∂x, ∂C/∂γ, ∂C/∂β; evaluated in float32 for half precision, and rounded once."""
+    given: the statistics m and s; else own: μ and r of the sets, which are computed again if they are None.
+    """
     if g is None:
         return None, None, None
     needs_x, needs_weight, needs_bias = needs
-    dtype, g, γ = x.dtype, _float(g), _float(weight)
-    x̂ = sheet.normalised(_float(x), _float(μ), _float(r))
+    (x̂, r, over), (rows, _) = _normalised(x, last, ε, given, own), _sets(x, last)
+    dtype, g, γ = x.dtype, _float(g), _float(_along(weight, x, last))
     return (
-        sheet.norm_input(g, x̂, _float(r), γ, over).to(dtype) if needs_x else None,
-        sheet.norm_weight(g, x̂, rows).to(weight.dtype) if needs_weight else None,
+        sheet.norm_input(g, x̂, r, γ, over).to(dtype) if needs_x else None,
+        sheet.norm_weight(g, x̂, rows).to(weight.dtype) if needs_weight else None,  # type: ignore[union-attr]
         sheet.norm_bias(g, rows) if needs_bias else None,
     )
 
 
-def _norm_tangent(
-    x: Tensor, weight: Any, μ: Tensor, r: Tensor, over: Dims | None, x_t: Any, weight_t: Any, bias_t: Any
-) -> Tensor:
+def _norm_tangent(x: Tensor, weight: Tensor | None, last: int, ε: float, given: Any, tangents: Sequence[Any]) -> Tensor:
     """ẏ = γ r P ẋ + γ̇ x̂ + β̇, the terms that are there."""
-    x̂ = sheet.normalised(_float(x), _float(μ), _float(r))
+    x_t, *of_channels = tangents
+    x̂, r, over = _normalised(x, last, ε, given)
+    γ, weight_t, bias_t = (_along(of, x, last) for of in (weight, *of_channels))
     return _sum_of(
-        None if x_t is None else sheet.scaled(sheet.norm_input(_float(x_t), x̂, _float(r), None, over), weight, None),
+        None if x_t is None else sheet.scaled(sheet.norm_input(_float(x_t), x̂, r, None, over), γ, None),
         None if weight_t is None else sheet.scaled(x̂, weight_t, None),
         None if bias_t is None else bias_t.expand_as(x),
     ).to(x.dtype)
@@ -348,24 +325,4 @@ def _norm_tangent(
 softmax_delta = kernels.rounded_once(sheet.softmax_delta)
 
 
-class Softmax(ManualFunction):
-    """a = softmax z along one dimension.  Saves a."""
-
-    @staticmethod
-    def forward(z: Tensor, dim: int) -> Tensor:
-        return sheet.softmax(z, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        _, ctx.dim = inputs
-        _save_all(ctx, output)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        (a,) = ctx.saved_tensors
-        return None if g is None else softmax_delta(g, a, ctx.dim), None
-
-    @staticmethod
-    def tangent(ctx: Any, z_t: Tensor, _: None) -> Tensor:
-        (a,) = _primals(ctx)
-        return softmax_delta(z_t, a, ctx.dim)
+Softmax = symmetric("Softmax", "a = softmax z along one dimension.  Saves a.", sheet.softmax, softmax_delta, "a")

@@ -150,12 +150,5 @@ class Softmax(nn.Softmax):
         return grid_functional.softmax(input, self.dim, _stacklevel=5)
 
 
-OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: Conv2d,
-    nn.MaxPool2d: MaxPool2d,
-    nn.AvgPool2d: AvgPool2d,
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.LayerNorm: LayerNorm,
-    nn.Softmax: Softmax,
-}
+_KINDS = (Conv2d, MaxPool2d, AvgPool2d, BatchNorm1d, BatchNorm2d, LayerNorm, Softmax)
+OURS: dict[type[nn.Module], type[nn.Module]] = {kind.__bases__[-1]: kind for kind in _KINDS}  # torch's class to ours

@@ -88,19 +88,26 @@ class Flatten(GridRule):
 
 
 class Normalise(GridRule):
-    """y = γ x̂ + β. Beside γ and β it reads what `draw` returns."""
+    """y = γ x̂ + β. Beside γ and β it reads what `draw` returns.
+
+    last   how many dimensions of a row a layer norm takes; 0 for a batch norm
+    """
 
     names, keeps_width = ("weight", "bias"), True
+
+    @property
+    def last(self) -> int:
+        return len(getattr(self.module, "normalized_shape", ()))
 
     def draw(self, *_: Any) -> tuple[Tensor | None, float]:
         """Return a copy of the running statistics (2, C) if this run reads them, and ε."""
         of = self.module
-        if isinstance(of, nn.LayerNorm) or of.training or of.running_mean is None:
+        if self.last or of.training or of.running_mean is None:
             return None, of.eps
         return torch.stack([of.running_mean, of.running_var]), of.eps
 
     def forward(self, x: Tensor, weight: Any, bias: Any, given: Tensor | None, ε: float) -> Tensor:
-        if isinstance(self.module, nn.LayerNorm):
+        if self.last:
             return grid_functional.layer_norm(x, self.module.normalized_shape, weight, bias, ε)
         m, s = (None, None) if given is None else given
         return grid_functional.batch_norm(x, m, s, weight, bias, given is None, 0.0, ε)
@@ -108,13 +115,11 @@ class Normalise(GridRule):
     def backward(
         self, g: Tensor, x: Tensor, weight: Any, bias: Any, given: Tensor | None, ε: float, needs: Sequence[bool]
     ) -> Gradients:
-        if isinstance(self.module, nn.LayerNorm):
-            return grid_functions.layer_norm_gradients(g, x, weight, len(self.module.normalized_shape), ε, needs)
-        return grid_functions.batch_norm_gradients(g, x, weight, given, ε, needs)
+        return grid_functions.norm_gradients(g, x, weight, self.last, ε, needs, given)
 
     def observe(self, x: Tensor) -> None:
         """Update the running statistics as a call of the module in training does."""
-        if not isinstance(self.module, nn.LayerNorm) and self.module.training and self.module.track_running_stats:
+        if not self.last and self.module.training and self.module.track_running_stats:
             grid_modules.track(self.module, x)
 
 
