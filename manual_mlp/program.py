@@ -7,7 +7,7 @@ read twice adds up what comes back. Everything here is made of ordinary tensor o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -161,8 +161,8 @@ class Program:
     """The nodes of a net, and what follows from how they read their slots.
 
     sources   for each parameter the dict that holds it, and its name there
-    spans     for each node, the slice of a run's tensors that its rule reads beside its slots
-    given     for each norm the slice of what it has drawn, which it reads after its parameters
+    spans     for each node, the slice of a run's tensors that holds its parameters
+    drawn     for each node, the slice that holds what it has drawn for the run, two values or none
     grids     the rules of `grid_rules.py` among the nodes: only this file and `network_loss` know them
     saved     for each node, the slots that its backward reads
     kept      the slots that forward stores; backward computes any other slot that it reads again
@@ -174,15 +174,8 @@ class Program:
         self.sources = [(node.owner._parameters, name) for node in nodes for name in node.rule.names]
         self.has_dropout = any(isinstance(node.rule, Drop) for node in nodes)
         self.grids = [node.rule for node in nodes if isinstance(node.rule, GridRule)]
-        own, drawn, self.spans = 1, 1 + len(self.sources), []
-        self.given: list[slice | None] = []
-        for rule, _, _ in nodes:
-            start, length = (drawn, 2) if isinstance(rule, Drop) else (own, len(rule.names))
-            self.spans.append(slice(start, start + length))
-            own, drawn = (own, drawn + 2) if isinstance(rule, Drop) else (own + length, drawn)
-            draws = isinstance(rule, Normalise)
-            self.given.append(slice(drawn, drawn + 2) if draws else None)
-            drawn += 2 * draws
+        self.spans = _slices(1, [len(node.rule.names) for node in nodes])
+        self.drawn = _slices(1 + len(self.sources), [2 * isinstance(node.rule, Drop | Normalise) for node in nodes])
         of = [{"input": node.reads, "output": (i,), "nothing": ()}[node.rule.saves] for i, node in enumerate(nodes, 1)]
         self.saved: list[tuple[int, ...]] = of
         self.kept = self._kept()
@@ -248,8 +241,7 @@ class Program:
 
     def _beside(self, i: int, tensors: Tensors) -> Sequence[Any]:
         """Return what the rule of a node reads beside its slots."""
-        given = self.given[i]
-        return tensors[self.spans[i]] if given is None else [*tensors[self.spans[i]], *tensors[given]]
+        return *tensors[self.spans[i]], *tensors[self.drawn[i]]
 
     def observe(self, slots: Sequence[Any], tensors: Tensors) -> None:
         """Update the running statistics of the batch norms, as a call of the model does."""
@@ -315,6 +307,11 @@ class Program:
             return slots[slot]
         rule, reads, _ = self.nodes[slot - 1]
         return rule.forward(*[self._value(read, slots, tensors) for read in reads], *self._beside(slot - 1, tensors))
+
+
+def _slices(start: int, lengths: Sequence[int]) -> list[slice]:
+    """Return slices of these lengths, one after the other."""
+    return [slice(*ends) for ends in pairwise(accumulate(lengths, initial=start))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,16 +438,8 @@ def _check_call(module: nn.Module, name: str) -> None:
         )
 
 
-_KINDS: tuple[Any, ...] = (
-    *_AFFINE,
-    *_DROPOUT,
-    nn.Sequential,
-    modules.Sum,
-    modules.AffineActivation,
-    *modules.ACTIVATION_MODULES,
-    *RULES,
-)
-_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _KINDS}
+_LAYERS: tuple[Any, ...] = (*_AFFINE, *_DROPOUT, modules.AffineActivation, *modules.ACTIVATION_MODULES, *RULES)
+_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (*_LAYERS, nn.Sequential, modules.Sum)}
 _CALL = nn.Module.__call__
 
 
