@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from manual_mlp import checks, grid_functional
-from manual_mlp.grid_functional import Size
 
 
 class Conv2d(nn.Conv2d):
@@ -22,23 +21,17 @@ class Conv2d(nn.Conv2d):
     (torch.Size([8, 6, 28, 28]), ['weight', 'bias'])
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Size | str = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        checks.padding_mode(padding_mode)
-        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        super().__init__(*sizes, bias, padding_mode, device, dtype)  # type: ignore[arg-type]
+    def reset_parameters(self) -> None:
+        """Draw the parameters as nn.Conv2d does, in whose __init__ it comes last.
+
+        >>> import torch, manual_mlp as mm
+        >>> layer = mm.Conv2d(4, 8, kernel_size=5)
+        >>> layer.reset_parameters()
+        >>> bool(layer.weight.abs().max() <= 1 / (4 * 5 * 5) ** 0.5)  # uniform within 1/√(what a neuron reads)
+        True
+        """
+        checks.padding_mode(self.padding_mode)
+        super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
         checks.padding_mode(self.padding_mode)
