@@ -269,6 +269,14 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
     target_of(outputs, input, target, loss)
 
 
+def full_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
+    """Refuse what `batch` refuses, a batch without rows, and labels out of range: on a GPU it waits for these."""
+    batch(weight, outputs, input, target, loss)
+    if len(input) == 0:
+        raise InputError("expected a batch with at least one row; got none, whose mean cost is NaN")
+    batch_labels(outputs, target, loss)
+
+
 def rows_of(prediction: Tensor, target: Tensor, loss: str) -> None:
     """Refuse a prediction that is no row of numbers for each sample, and a target that does not fit it."""
     if prediction.dim() != 2:

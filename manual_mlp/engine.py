@@ -534,10 +534,7 @@ class BackpropEngine:
 
     def _check(self, input: Tensor, target: Tensor) -> None:
         """Raise InputError for a batch that does not fit, or is empty, or has labels out of range."""
-        checks.batch(self._owned[0], self._outputs, input, target, self.loss)
-        if len(input) == 0:
-            raise InputError("expected a batch with at least one row; got none, whose mean cost is NaN")
-        checks.batch_labels(self._outputs, target, self.loss)
+        checks.full_batch(self._owned[0], self._outputs, input, target, self.loss)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Step 5

@@ -17,12 +17,7 @@ from manual_mlp.autocast import autocasting, cast
 from manual_mlp.errors import InputError
 from manual_mlp.formulas import ACTIVATIONS, Row
 from manual_mlp.functions import ManualFunction, apply
-from manual_mlp.grid_functional import avg_pool2d as avg_pool2d
-from manual_mlp.grid_functional import batch_norm as batch_norm
-from manual_mlp.grid_functional import conv2d as conv2d
-from manual_mlp.grid_functional import layer_norm as layer_norm
-from manual_mlp.grid_functional import max_pool2d as max_pool2d
-from manual_mlp.grid_functional import softmax as softmax
+from manual_mlp.grid_functional import *  # noqa: F403
 
 if TYPE_CHECKING:  # the arguments of what `_of_row` makes
     from torch.nn.functional import gelu, leaky_relu, relu, sigmoid, silu, softplus, tanh  # noqa: F401

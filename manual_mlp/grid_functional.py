@@ -13,6 +13,8 @@ from manual_mlp.errors import InputError
 from manual_mlp.functions import apply
 from manual_mlp.grids import Axes, Geometry, Windows
 
+__all__ = ["avg_pool2d", "batch_norm", "conv2d", "layer_norm", "max_pool2d", "softmax"]  # for functional.py
+
 Size = int | Sequence[int]
 
 

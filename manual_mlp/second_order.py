@@ -330,10 +330,7 @@ def curvature(model: nn.Module, x: Tensor, target: Tensor, loss: str = "quadrati
     if autocasting(x):
         raise InputError("curvature ignores autocast: leave its context")
     first, *_, last = *program.affine, program.affine[-1]
-    checks.batch(first.weight, len(last.weight), x, target, loss)
-    if len(x) == 0:
-        raise InputError("expected at least one sample; got none")
-    checks.batch_labels(len(last.weight), target, loss)
+    checks.full_batch(first.weight, len(last.weight), x, target, loss)
     own = [None if parameter is None else parameter.detach().clone() for parameter in flat]
     return Curvature(program, names, [x.detach().clone(), *own], target.detach(), loss)
 

@@ -400,9 +400,7 @@ def trace(
     if len(set(map(id, weights))) < len(weights):
         raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
     x, target = _batch(x, target, weights[0], loss)
-    checks.batch(weights[0], len(weights[-1]), x, target, loss)
-    if len(x) == 0:
-        raise InputError("expected at least one sample to trace; got none")
+    checks.full_batch(weights[0], len(weights[-1]), x, target, loss)
     one = one_pass(program, x, target, loss, program.draw(x))
 
     layers = program.layers

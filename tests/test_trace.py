@@ -292,7 +292,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a layer twice": (lambda: mm.trace(nn.Sequential(*[nn.Linear(1, 1)] * 2), [[1.0]], [[1.0]]), "uses a layer twice"),
     "a loss": (lambda: mm.trace(nn.Linear(1, 1), [[1.0]], [[1.0]], "hinge"), "expected a loss, one of"),
     "logits": (lambda: mm.trace(mm.MLP([1, 1]), [[1.0]], [[1.0]], "bce"), "gives logits"),
-    "no sample": (lambda: mm.trace(mm.MLP([1, 1]), torch.zeros(0, 1), torch.zeros(0, 1)), "at least one sample"),
+    "no sample": (lambda: mm.trace(mm.MLP([1, 1]), torch.zeros(0, 1), torch.zeros(0, 1)), "at least one row"),
     "a shape": (lambda: mm.trace(mm.MLP([1, 1]), [[1.0, 2.0]], [[1.0]]), r"an input of shape \(N, 1\)"),
     "a dtype": (lambda: mm.trace(mm.MLP([1, 1]), tensor([1.0]), tensor([1.0])), "an input of torch.float32"),
 }
