@@ -436,12 +436,7 @@ def _add_rounded(sink: Sink, product: Call, rounded: Tensor, of: Tensor) -> None
 def run(code: list[Instruction], tensors: Sequence[Any], gradients: list[Any]) -> None:
     """Execute instructions on the tensors of one run."""
     for call, feeds, place in code:
-        if not feeds:
-            result = call()
-        elif len(feeds) == 1:
-            result = call(tensors[feeds[0]])
-        else:
-            result = call(*[tensors[feed] for feed in feeds])
+        result = call(*[tensors[feed] for feed in feeds])
         if place is not None:
             gradients[place] = result
 
