@@ -53,6 +53,7 @@ class BoundPlan(Plan):
         self.engine, self.batches = engine, []  # type: ignore[var-annotated]
         self.bound_for: object = None
         graphed, dtype = engine._graphed, engine.compute_dtype
+        self.rates_lie_in_tensors = graphed or nets != ()  # a graph would keep numbers; K nets have K rates
         with torch.inference_mode():
             super().__init__(engine._program, engine._cost, input, dtype, nets, engine.max_sample_norm)
             self.input = self.like.new_empty(*nets, *input.shape) if graphed or dtype is not None else None
@@ -60,11 +61,7 @@ class BoundPlan(Plan):
             self.rates = [(self.cost.new_empty(of), self.cost.new_empty(of)) for of in engine._shapes_of_rates]
         _, self.total_weight, _ = weigh(engine._cost, self.n, self.widths[-1], input.dtype)
         self.delta_weight = kernels.weights(engine._cost, self.n, self.widths[-1])[1]
-
-    @property
-    def rates_lie_in_tensors(self) -> bool:
-        """Return True for a graph, which would keep numbers, and for K nets, which have K rates."""
-        return self.engine._graphed or self.nets != ()
+        self.rounds_to = None if self.cost.dtype == input.dtype else input.dtype
 
     def gathered(self, input: Tensor, target: Tensor, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rows of `order`, which are whole batches, batch by batch."""
@@ -321,7 +318,7 @@ class BackpropEngine:
         if not rates:
             self._give_gradients()
         cost = torch.mul(plan.cost, plan.total_weight)
-        return cost if cost.dtype == input.dtype else cost.to(input.dtype)
+        return cost if plan.rounds_to is None else cost.to(plan.rounds_to)
 
     def _train_rows(
         self, input: Tensor, target: Tensor, batch_size: int, order: Tensor | None, prediction: Tensor | None

@@ -88,11 +88,10 @@ class Snapshot:
 
     def _state(self, model: nn.Module) -> list[Any]:
         return [
-            *map(len, self.parents),
-            *chain.from_iterable(map(dict.values, self.parents)),
             type(model),
             vars(model).get("forward"),
             *map(type, self.below),
+            *map(tuple, map(dict.values, self.parents)),
             *map(_CALLS, self.kinds),
             *map(dict.get, self.dicts, repeat("forward")),
             *map(_ACTIVATION, self.fused),
@@ -112,8 +111,8 @@ class Training:
         # The strides of a contiguous tensor follow from its shape.
         self.strides: Any = Tensor.is_contiguous if all(map(Tensor.is_contiguous, self.owned)) else Tensor.stride
         self.traits = self._traits()
-        params = [group["params"] for group in optimizer.param_groups]
-        self.members, self.sizes = list(chain.from_iterable(params)), list(map(len, params))
+        self.members = [list(group["params"]) for group in optimizer.param_groups]  # so that no id is given anew
+        self.ids = [[*map(id, group)] for group in self.members]
         own = vars(optimizer)
         self.steps = own.get("step"), type(optimizer).step
         of_optimizer = own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"]
@@ -122,13 +121,11 @@ class Training:
 
     def changed(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return True if a parameter, a group's members or the optimizer's step is another one, or lies elsewhere."""
-        params = [group["params"] for group in optimizer.param_groups]
         return not (
-            (vars(optimizer).get("step"), type(optimizer).step) == self.steps
-            and all(map(is_, map(dict.get, self.owners, self.names), self.owned))
+            all(map(is_, map(dict.get, self.owners, self.names), self.owned))
             and self._traits() == self.traits
-            and all(map(is_, chain.from_iterable(params), self.members))
-            and [*map(len, params)] == self.sizes
+            and [[*map(id, group["params"])] for group in optimizer.param_groups] == self.ids
+            and (vars(optimizer).get("step"), type(optimizer).step) == self.steps
         )
 
     def _traits(self) -> list[Any]:

@@ -196,9 +196,9 @@ def test_the_tape_bakes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the rates as numbers the proofs above would fail."""
 
     def number(self: Any, *arguments: Any) -> Any:
-        self.engine._graphed = False
+        self.rates_lie_in_tensors = False
         sink = original(self, *arguments)
-        self.engine._graphed = True
+        self.rates_lie_in_tensors = True
         return sink
 
     original = engine_module.BoundPlan._sink
