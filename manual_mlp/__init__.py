@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from manual_mlp.ensemble import EnsembleEngine as EnsembleEngine
     from manual_mlp.errors import InputError as InputError
     from manual_mlp.grid_modules import *  # noqa: F403
+    from manual_mlp.lenet import LeNet as LeNet
     from manual_mlp.modules import *  # noqa: F403
     from manual_mlp.perceptron import Perceptron as Perceptron
     from manual_mlp.pretraining import pretrain as pretrain
@@ -35,6 +36,7 @@ _HOME = {
     **dict.fromkeys(("convert", "left_alone", "revert"), "conversion"),
     **dict.fromkeys(("Trace", "trace"), "tracing"),
     **{"BackpropEngine": "engine", "EnsembleEngine": "ensemble", "InputError": "errors", "Perceptron": "perceptron"},
+    **{"LeNet": "lenet"},
     **{"Predictor": "training.predict", "curvature": "second_order", "pretrain": "pretraining"},
 }
 _SUBMODULES = ("functional", "network", "plots", "testing")

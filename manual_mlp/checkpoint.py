@@ -15,7 +15,7 @@ import stat
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
+from manual_mlp.shapes import COUNTER, Shapes, declared
 
 FORMAT = 2  # of what is written; 1, which names no format, is that of version 0.1
 STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
@@ -138,7 +139,11 @@ HYPER_PARAMETERS = {
     "output_activation": NAME,
     "bias": FLAG,
     "dropout": SHARE,
-    "residual?": FLAG,  # version 0.1 wrote none
+    "residual?": FLAG,  # version 0.1 wrote none of these
+    "batch_norm?": FLAG,
+    "channels?": [SIZE],
+    "kernel?": SIZE,
+    "image_shape?": [SIZE],
     "class_names": [LABEL],
     "target_mean": [NUMBER],
     "target_scale": [POSITIVE],
@@ -352,43 +357,31 @@ def _of_sizes(content: dict[str, Any]) -> Iterator[Misfit]:
         value = table.get(name)
         if isinstance(value, list | tuple) and len(value) not in sizes:
             yield name, f"a list of {' or '.join(map(str, sorted(sizes)))}", value
+    if values.get("members", 1) > 1 and (values.get("channels") or values.get("batch_norm")):
+        yield "members", "left out for a net with norms or convolutions", values["members"]
+    if values.get("channels"):
+        sides, kernel = values.get("image_shape", ()), values.get("kernel", 0)
+        if len(sides) != 2 or math.prod(sides) != inputs or not kernel:
+            yield "image_shape", f"height and width of {inputs} numbers, beside a kernel", sides
+            return
     net = {name: tensor for name, tensor in content["state_dict"].items() if not name.startswith("scores.")}
-    yield from _of_shapes(net, declared := _shapes(values), "state_dict")
+    yield from _of_shapes(net, shapes := declared(values), "state_dict")
     flow = content.get("callbacks", {}).get("DeltaFlow", {})
     for passed, state in flow.get("snapshots", {}).items():
         named = {f"net.{name}": tensor for name, tensor in state.items()}
-        yield from _of_shapes(named, declared, f"callbacks.DeltaFlow.snapshots.{passed}")
+        yield from _of_shapes(named, shapes, f"callbacks.DeltaFlow.snapshots.{passed}")
 
 
-def _of_shapes(net: dict[str, Tensor], declared: dict[str, tuple[int, ...]], where: str) -> Iterator[Misfit]:
-    for name in sorted(declared.keys() | net.keys()):
-        shape, tensor = declared.get(name), net.get(name)
-        if shape is None or tensor is None or tensor.shape != shape or not tensor.is_floating_point():
-            words = f"parameters of shape {shape}" if shape else "left out"
+def _of_shapes(net: dict[str, Tensor], shapes: Shapes, where: str) -> Iterator[Misfit]:
+    for name in sorted(shapes.keys() | net.keys()):
+        shape, tensor, counts = shapes.get(name), net.get(name), name.endswith(COUNTER)
+        fits = tensor is not None and (tensor.dtype is torch.int64 if counts else tensor.is_floating_point())
+        if shape is None or tensor is None or tensor.shape != shape or not fits:
+            words = "left out" if shape is None else "a whole number" if counts else f"parameters of shape {shape}"
             yield join(where, name), words, tensor
-    types = sorted({str(tensor.dtype) for tensor in net.values()})
+    types = sorted({str(tensor.dtype) for name, tensor in net.items() if not name.endswith(COUNTER)})
     if len(types) != 1:
         yield where, "parameters of one dtype", types
-
-
-def _shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the parameters that a net of these hyper-parameters has."""
-    sizes = [values["input_size"], *values["hidden"], values["output_size"]]
-    if values["output_activation"] == "threshold":  # a perceptron
-        return {"net.affine.weight": (1, sizes[0]), "net.affine.bias": (1,)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index, (n_in, n_out) in enumerate(pairwise(sizes)):
-        block = ".1.0" * (values.get("residual", False) and 0 < index < len(sizes) - 2)
-        shapes[f"net.{2 * index}{block}.weight"] = n_out, n_in
-        shapes |= {f"net.{2 * index}{block}.bias": (n_out,)} if values["bias"] else {}
-    return shapes if (members := values.get("members", 1)) == 1 else _of_members(shapes, members)
-
-
-def _of_members(shapes: dict[str, tuple[int, ...]], members: int) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of several nets, and of what each keeps of its best epoch."""
-    each = {f"net.{k}{name.removeprefix('net')}": shape for k in range(members) for name, shape in shapes.items()}
-    parameters = sum(map(math.prod, shapes.values()))
-    return each | {"net.kept": (members, parameters), "net.kept_cost": (members,), "net.kept_epoch": (members,)}
 
 
 def read_values(path: str | PathLike[str], map_location: Any = "cpu") -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from manual_mlp.errors import InputError
+from manual_mlp.shapes import size_after
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers and words
@@ -53,6 +54,21 @@ def one_width(hidden: Sequence[int]) -> None:
         raise InputError(
             f"expected two or more hidden layers of one width for residual=True; got {list(hidden)}: "
             "a layer can only be added to one as wide, so make them equal, or leave residual out"
+        )
+
+
+def images(image_shape: Sequence[int], channels: Sequence[int], kernel: int) -> None:
+    """Refuse rows that are no images, and images too small for the convolutions over them."""
+    if len(image_shape) != 2 or not channels or min(*channels, kernel, *image_shape) < 1:
+        given = f"{tuple(image_shape)}, {list(channels)} and {kernel}"
+        raise InputError(
+            "expected images of (H, W) for convolutions of one or more channels with a kernel of 1 or more; "
+            f"got {given}: take images, such as data=digits, or no channels"
+        )
+    if min(size_after(image_shape, len(channels), kernel)) < 1:
+        raise InputError(
+            f"expected an image that {len(channels)} convolutions of {kernel}×{kernel}, each with a pool of 2, leave "
+            f"something of; got {image_shape[0]}×{image_shape[1]}: take a smaller kernel or fewer channels"
         )
 
 
@@ -272,6 +288,12 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
 def full_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
     """Refuse what `batch` refuses, a batch without rows, and labels out of range: on a GPU it waits for these."""
     batch(weight, outputs, input, target, loss)
+    some_rows(outputs, input, target, loss)
+
+
+def some_rows(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
+    """Refuse a batch without rows, and labels out of range."""
+    tensors(input=input, target=target)
     if len(input) == 0:
         raise InputError("expected a batch with at least one row; got none, whose mean cost is NaN")
     batch_labels(outputs, target, loss)

@@ -20,11 +20,13 @@ Gradients = tuple[Tensor | None, ...]
 class GridRule:
     """A rule of one input, whose arguments are its module's at the time of the call.
 
+    title         what a trace calls it
     keeps_width   whether as many numbers of a row go out as come in
     """
 
     names: tuple[str, ...] = ()
     saves = "input"
+    title = ""
     keeps_width = False
 
     def __init__(self, module: Any) -> None:
@@ -34,7 +36,7 @@ class GridRule:
 class Convolve(GridRule):
     """z = a ∗ W + b."""
 
-    names = ("weight", "bias")
+    names, title = ("weight", "bias"), "convolution"
 
     def _at(self, a: Tensor, weight: Tensor) -> sheet.Geometry:
         of = self.module
@@ -55,6 +57,11 @@ class Convolve(GridRule):
 
 class Pool(GridRule):
     """The largest number or the mean of each window."""
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """Return max pool or mean pool."""
+        return "max pool" if isinstance(self.module, nn.MaxPool2d) else "mean pool"
 
     def _at(self, a: Tensor) -> sheet.Windows:
         of = self.module
@@ -77,11 +84,13 @@ class Pool(GridRule):
         return (self._function(g, at, True),)
 
 
-class Flatten(GridRule):
-    """The same numbers in other dimensions."""
+class Reshape(GridRule):
+    """The same numbers in other dimensions, as nn.Flatten and nn.Unflatten give them."""
+
+    title = "reshape"
 
     def forward(self, a: Tensor) -> Tensor:
-        return a.flatten(self.module.start_dim, self.module.end_dim)
+        return self.module(a)
 
     def backward(self, g: Tensor, a: Tensor, needs: Sequence[bool]) -> Gradients:
         return (g.reshape(a.shape),)
@@ -98,6 +107,13 @@ class Normalise(GridRule):
     @property
     def last(self) -> int:
         return len(getattr(self.module, "normalized_shape", ()))
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """Return which numbers it normalises by."""
+        if isinstance(self.module, nn.LayerNorm):
+            return "layer norm"
+        return "batch norm" if self.draw()[0] is None else "running norm"
 
     def draw(self, *_: Any) -> tuple[Tensor | None, float]:
         """Return a copy of the running statistics (2, C) if this run reads them, and ε."""
@@ -126,7 +142,7 @@ class Normalise(GridRule):
 class Softmax(GridRule):
     """a = softmax z along one dimension."""
 
-    saves, keeps_width = "output", True
+    saves, keeps_width, title = "output", True, "softmax"
 
     def forward(self, z: Tensor) -> Tensor:
         return grid_functional.softmax(z, self.module.dim)
@@ -136,7 +152,8 @@ class Softmax(GridRule):
 
 
 RULES: dict[type[nn.Module], type[GridRule]] = {
-    **{nn.Conv2d: Convolve, nn.MaxPool2d: Pool, nn.AvgPool2d: Pool, nn.Flatten: Flatten},
+    **{nn.Conv2d: Convolve, nn.MaxPool2d: Pool, nn.AvgPool2d: Pool},
+    **{nn.Flatten: Reshape, nn.Unflatten: Reshape},
     **{nn.BatchNorm1d: Normalise, nn.BatchNorm2d: Normalise, nn.LayerNorm: Normalise, nn.Softmax: Softmax},
 }
 RULES |= {ours: RULES[plain] for plain, ours in grid_modules.OURS.items()}

@@ -6,7 +6,7 @@ initialisation and state_dict are torch's own.
 
 import operator
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -18,6 +18,7 @@ from manual_mlp import checks, functional, functions
 from manual_mlp import formulas as sheet
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
+from manual_mlp.grid_modules import BatchNorm1d
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -236,6 +237,13 @@ def activation_row(activation: Any) -> sheet.Row:
     return functional.bound_row(*name_and_values(activation))
 
 
+def activation_module(activation: Any) -> nn.Module:
+    """Return a new module of ours for an activation, from what `name_and_values` takes."""
+    module = activation_row(activation).twin()
+    module.__class__ = OURS[type(module)]
+    return module
+
+
 def name_and_values(activation: Any) -> tuple[str, tuple[float, ...]]:
     """Return a row's name and values, from its name, or from a module of torch's or ours with its arguments.
 
@@ -410,6 +418,8 @@ class MLP(nn.Sequential):
     sits under the odd key after its layer and shifts none.
     residual: each hidden layer but the first is added to what it reads, a^{l+1} = a^l + G(a^l Wᵀ + b), as `Residual`
     does; its keys are then those of a Residual, such as 2.1.0.weight.
+    batch_norm: each hidden layer is G(BatchNorm1d(a Wᵀ)); β of the norm takes the place of b, and the keys are those of
+    an nn.Sequential in the place of the layer, such as 2.0.weight and 2.1.running_mean.
     Raises InputError for fewer than two sizes, a size below 1, an unknown activation, or a list of the wrong length,
     and with residual for hidden layers of several widths, or fewer than two.
 
@@ -429,6 +439,7 @@ class MLP(nn.Sequential):
         device: Any = None,
         dtype: Any = None,
         residual: bool = False,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.sizes = _checked_sizes(sizes)
@@ -437,13 +448,16 @@ class MLP(nn.Sequential):
         if residual:
             checks.one_width(self.sizes[1:-1])
         for index, (n_in, n_out, G) in enumerate(zip(self.sizes, self.sizes[1:], activations, strict=False)):
-            layer = AffineActivation(n_in, n_out, G, bias, device, dtype)
             hidden = index < len(activations) - 1
             drops = [Dropout(dropout)] if dropout > 0 and hidden else []
+            layers: list[nn.Module] = [AffineActivation(n_in, n_out, G, bias, device, dtype)]
+            if batch_norm and hidden:
+                layers = [Affine(n_in, n_out, False, device, dtype), BatchNorm1d(n_out, device=device, dtype=dtype)]
+                layers.append(activation_module(G))
             if residual and hidden and index > 0:
-                self.add_module(str(2 * index), Residual(layer, *drops))
+                self.add_module(str(2 * index), Residual(*layers, *drops))
                 continue
-            self.add_module(str(2 * index), layer)
+            self.add_module(str(2 * index), nn.Sequential(*layers) if len(layers) > 1 else layers[0])
             for drop in drops:
                 self.add_module(str(2 * index + 1), drop)
 
@@ -467,32 +481,7 @@ class MLP(nn.Sequential):
         >>> net.sizes, net.training
         ([4, 4, 3], False)
         """
-        content = read_checkpoint(path, map_location)
-        values: dict[str, Any] = content["hyper_parameters"]
-        members = values.get("members", 1)
-        if member not in (range(members) if members > 1 else (None, 0)):
-            which = f"a member from 0 to {members - 1}" if members > 1 else "no member, or 0, because there is one net"
-            raise InputError(f"expected {which} in {path}; got member={member}: mm.Predictor takes all together")
-        prefix = f"net.{member}." if members > 1 else "net."
-        parameters = {
-            key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
-        }
-        try:
-            dtype, device = next((tensor.dtype, tensor.device) for tensor in parameters.values())
-            mlp = cls(
-                [values["input_size"], *values["hidden"], values["output_size"]],
-                **{key: values[key] for key in ("activation", "output_activation", "bias", "dropout")},
-                residual=values.get("residual", False),
-                device=device,
-                dtype=dtype,
-            )
-            mlp.load_state_dict(parameters)
-            if members > 1 and content["state_dict"]["net.kept_cost"][member].isfinite():
-                fill(mlp, content["state_dict"]["net.kept"][member])
-        except (StopIteration, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "it has no parameters"
-            raise InputError(f"expected the parameters of an MLP in {path}, but {reason}; take another one") from error
-        return mlp.eval()
+        return restored(mlp_of, path, map_location, member, convolutions=False)
 
     def to_torch(self) -> nn.Sequential:
         """Return the net in torch's own layers, nn.Linear, nn.Sigmoid, …: same keys, the same tensors as parameters.
@@ -508,13 +497,62 @@ class MLP(nn.Sequential):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for key, layer in self.named_children():
             if isinstance(layer, Residual):
-                affine, *drops = layer[1]
-                layers[key] = _sum_in_torch(*_in_torch(affine), *(nn.Dropout(drop.p) for drop in drops))
+                layers[key] = _sum_in_torch(*in_torch(layer[1]))
             elif isinstance(layer, AffineActivation):
-                layers[key], layers[str(int(key) + 1)] = _in_torch(layer)
-            elif isinstance(layer, Dropout):  # under the key of its activation, so that later keys don't shift
-                layers[key] = nn.Sequential(layers[key], nn.Dropout(layer.p))
+                layers[key], layers[str(int(key) + 1)] = in_torch([layer])
+            elif isinstance(layer, nn.Sequential):
+                layers[key] = nn.Sequential(*in_torch(layer))
+            else:  # a dropout under the key of its activation, if it has one, so that later keys don't shift
+                layers[key] = nn.Sequential(*filter(None, [layers.get(key)]), *in_torch([layer]))
         return nn.Sequential(layers).train(self.training)
+
+
+def mlp_of(values: Mapping[str, Any], **places: Any) -> MLP:
+    """Make the MLP that these hyper-parameters of a training describe. places: device, dtype."""
+    return MLP([values["input_size"], *values["hidden"], values["output_size"]], **of_layers(values), **places)
+
+
+def of_layers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `MLP` beside its sizes, from the hyper-parameters of a training."""
+    own = {name: values[name] for name in ("activation", "output_activation", "bias", "dropout")}
+    return own | {name: values.get(name, False) for name in ("residual", "batch_norm")}
+
+
+def restored(
+    make: Callable[..., Any],
+    path: str | PathLike[str],
+    map_location: Any = "cpu",
+    member: int | None = None,
+    convolutions: bool | None = None,
+) -> Any:
+    """Return the net of a checkpoint in evaluation mode. make(hyper-parameters, device=, dtype=) builds it.
+
+    convolutions: with or without them; None for both. Raises InputError as `read_checkpoint`, for the other kind of
+    net, and for a member that the training did not have.
+    """
+    content = read_checkpoint(path, map_location)
+    values: dict[str, Any] = content["hyper_parameters"]
+    if convolutions not in (None, bool(values.get("channels"))):
+        wanted, found = ("LeNet", "MLP") if convolutions else ("MLP", "LeNet")
+        raise InputError(f"expected an mm.{wanted} in {path}; got an mm.{found}: take mm.{found}.from_checkpoint")
+    members = values.get("members", 1)
+    if member not in (range(members) if members > 1 else (None, 0)):
+        which = f"a member from 0 to {members - 1}" if members > 1 else "no member, or 0, because there is one net"
+        raise InputError(f"expected {which} in {path}; got member={member}: mm.Predictor takes all together")
+    prefix = f"net.{member}." if members > 1 else "net."
+    tensors = {
+        key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
+    }
+    try:
+        like = next(iter(tensors.values()))
+        net = make(values, device=like.device, dtype=like.dtype)
+        net.load_state_dict(tensors)
+        if members > 1 and content["state_dict"]["net.kept_cost"][member].isfinite():
+            fill(net, content["state_dict"]["net.kept"][member])
+    except (StopIteration, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it has no parameters"
+        raise InputError(f"expected the parameters of this net in {path}, but {reason}; take another one") from error
+    return net.eval()
 
 
 @torch.no_grad()
@@ -525,10 +563,21 @@ def fill(net: nn.Module, flat: Tensor) -> None:
         parameter.copy_(part.view_as(parameter))
 
 
-def _in_torch(layer: AffineActivation) -> tuple[nn.Linear, nn.Module]:
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
-    return linear, layer.row.twin()
+def in_torch(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield each layer in torch's own class, with the same tensors; of a fused one two, an nn.Linear before its G."""
+    for layer in layers:
+        if isinstance(layer, AffineActivation):
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
+            yield from (linear, layer.row.twin())
+            continue
+        kind: Any = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch."))
+        theirs = kind.__new__(kind)
+        nn.Module.__init__(theirs)
+        vars(theirs).update({name: value for name, value in vars(layer).items() if name not in vars(theirs)})
+        theirs._parameters.update(layer._parameters)
+        theirs._buffers.update(layer._buffers)
+        yield theirs
 
 
 def _sum_in_torch(*layers: nn.Module) -> nn.Module:

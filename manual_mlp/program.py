@@ -52,7 +52,7 @@ class Node(NamedTuple):
 class Affine:
     """z = a Wᵀ + b."""
 
-    names, saves = ("weight", "bias"), "input"
+    names, saves, title = ("weight", "bias"), "input", "affine"
 
     def forward(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return sheet.affine(a, weight, bias)
@@ -87,7 +87,7 @@ class Activate:
 class Add:
     """z = Σ_k a^k."""
 
-    names, saves = (), "nothing"
+    names, saves, title = (), "nothing", "sum"
 
     def forward(self, *terms: Tensor) -> Tensor:
         return sheet.add(*terms)
@@ -128,11 +128,12 @@ class Drop:
 class Layer:
     """One layer of the lecture: z^{l+1} = a^l W^lᵀ + b^l, a^{l+1} = G(z^{l+1}), and the dropout after it, if any.
 
-    A sum of branches is a layer without weights, z^l = Σ_k a^k.
+    A sum of branches is a layer without weights, z^l = Σ_k a^k; so is a pool. A norm's weights are γ and β.
 
     z, a, out  the slots of z^l, of G(z^l), and of what the next layers read
     reads      the layers whose a it reads, 1 for the input
-    affine     the module that owns W and b; None for a sum
+    rule       the name of what gives z: affine, sum, convolution, …
+    affine     the module that owns W and b; None for a layer without weights
     row        G with its parameters' values
     """
 
@@ -140,17 +141,18 @@ class Layer:
     a: int
     out: int
     reads: tuple[int, ...]
+    rule: str
     affine: Any = None
     row: Row = ACTIVATIONS["identity"]
     dropout: Drop | None = None
 
     @property
-    def weight(self) -> Tensor:
-        return self.affine.weight
+    def weight(self) -> Tensor | None:
+        return None if self.affine is None else self.affine.weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.affine.bias
+        return None if self.affine is None else self.affine.bias
 
     @property
     def drops(self) -> bool:
@@ -202,9 +204,9 @@ class Program:
         layers: dict[int, Layer] = {}
         of = {0: 1}  # the layer of each slot
         for i, (rule, reads, owner) in enumerate(self.nodes, start=1):
-            if isinstance(rule, Affine | Add):
-                of[i] = len(layers) + 2
-                layers[of[i]] = Layer(i, i, i, tuple(of[slot] for slot in reads), owner)
+            if isinstance(rule, Affine | Add | GridRule):
+                of[i], own = len(layers) + 2, owner if rule.names else None
+                layers[of[i]] = Layer(i, i, i, tuple(of[slot] for slot in reads), rule.title, own)
                 continue
             layer = layers[of.setdefault(i, of[reads[0]])]
             if isinstance(rule, Activate):
@@ -231,13 +233,17 @@ class Program:
             widths.append(len(parameters[span][0]) if gives else widths[reads[0]])
         return widths
 
-    def draw(self, x: Tensor) -> list[Any]:
-        """Return what the dropouts draw for such a batch, in order."""
+    def draw(self, x: Tensor, drops: bool = True) -> list[Any]:
+        """Return what the dropouts draw for such a batch, and the norms read, in order. drops=False: no dropout."""
         if not self.has_dropout and not self.grids:
             return []
         widths = self.widths(x)
-        drawn = [(rule, widths[reads[0]]) for rule, reads, _ in self.nodes if isinstance(rule, Drop | Normalise)]
-        return [*chain.from_iterable(rule.draw(len(x), width, x.device) for rule, width in drawn)]
+        drawn = [
+            rule.draw(len(x), widths[reads[0]], x.device) if drops or isinstance(rule, Normalise) else (None, 1.0)
+            for rule, reads, _ in self.nodes
+            if isinstance(rule, Drop | Normalise)
+        ]
+        return [*chain.from_iterable(drawn)]
 
     def _beside(self, i: int, tensors: Tensors) -> Sequence[Any]:
         """Return what the rule of a node reads beside its slots."""
@@ -328,7 +334,7 @@ def read(model: nn.Module, grids: bool = False) -> Program:
     Inside are affine maps, activations and dropouts. Each activation follows an affine map or a Sum, or begins a
     branch; each dropout may follow an activation, too. Raises InputError for anything else in it, for what a call
     of the model would honour and a program does not (hooks, a replaced forward), and for layers that do not fit.
-    grids: convolutions, pools, norms, softmax and nn.Flatten may be inside, too.
+    grids: convolutions, pools, norms, softmax, nn.Flatten and nn.Unflatten may be inside, too.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a model, an mm.MLP or an nn.Sequential; got {type(model).__name__}")
@@ -459,9 +465,11 @@ def _rules(before: Any, name: str, module: Any, grids: bool) -> list[tuple[Any, 
         return [(Activate(modules.activation_row(module)), None)]
     if kind in _DROPOUT and isinstance(before, Affine | Activate | Add | Normalise):
         return [(Drop(module), None)]
+    taken = kind in RULES and not grids
+    hint = "take mm.network.network_loss (backprop=network)" if taken else "train it with backprop=layers"
     raise InputError(
         "expected affine maps, each with at most one activation and one dropout after it; "
-        f"got {kind.__name__} at {_place(name)}: train it with backprop={'network' if kind in RULES else 'layers'}"
+        f"got {kind.__name__} at {_place(name)}: {hint}"
     )
 
 

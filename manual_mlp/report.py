@@ -129,6 +129,6 @@ def _formula(symbol: str, formula: str) -> Markup:
 def _shape(symbol: str, value: Tensor) -> str:
     """Return the shape in parentheses, with N for the rows of a batch."""
     sizes = [str(size) for size in value.shape]
-    if sizes and symbol[0] not in "Wwb∂n":
+    if sizes and symbol[0] not in "Wwbγβ∂n":
         sizes[0] = "N"
     return f"({', '.join(sizes)})" if sizes else "a number"

@@ -21,9 +21,35 @@ TITLES = ("given", "1. forward pass", "2. output error", "3. right to left", "4.
 SMALL = 6  # rows and neurons of a layer up to which the numbers themselves are printed
 SATURATED = 0.01  # of the largest |G′|
 SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+
+
+class Written(NamedTuple):
+    """z^l of a rule, what it sends back for δ^l, and its gradients; {W} and {b} are its own, if it has them."""
+
+    z: str
+    back: str
+    weight: str = ""
+    bias: str = "Σ {δ}"
+
+
+SCALAR = Written("{W} · {a}", "{W} · {δ}", "{δ} · {a}", "{δ}")
+_NORM = Written("{W} ⊙ norm({a})", "r P({W} ⊙ {δ})", "Σ {δ} ⊙ norm({a})")
+WRITTEN = {  # by Layer.rule
+    "affine": Written("{a} ({W})ᵀ", "{δ} {W}", "({δ})ᵀ {a}"),
+    "sum": Written("{a}", "{δ}"),
+    "convolution": Written("{a} ∗ {W}", "{δ} ∗ᵀ {W}", "{δ} ∗ {a}"),
+    "max pool": Written("max({a})", "maxᵀ({δ})"),
+    "mean pool": Written("mean({a})", "meanᵀ({δ})"),
+    "reshape": Written("reshape({a})", "reshape({δ})"),
+    "batch norm": _NORM,
+    "layer norm": _NORM,
+    "running norm": _NORM._replace(back="r {W} ⊙ {δ}"),
+    "softmax": Written("softmax({a})", "{z} ⊙ ({δ} − Σ {δ} ⊙ {z})"),
+}
 LATEX: dict[Any, Any] = {
     **{"δ": r"\delta ", "∂": r"\partial ", "σ": r"\sigma ", "Σ": r"\sum ", "ŷ": r"\hat{y}", "½": r"\tfrac{1}{2} "},
     **{"⊙": r"\odot ", "·": r"\cdot ", "ᵀ": r"^{\top}", "−": "-", "′": "'", "‖": r"\|"},
+    **{"γ": r"\gamma ", "β": r"\beta ", "∗": r"\ast "},
 }
 
 
@@ -53,10 +79,11 @@ class Trace:
     saturation           the share of the N n_l values of |G′(z^l)| below 1 % of its maximum over all z
     activation, drops    G's name, and whether dropout drew a mask, l = 2 … L
     reads                the layers whose a a layer reads, l = 2 … L: (l − 1,) in a chain
+    rule                 the name of what gives z^l: affine, sum, convolution, max pool, batch norm, …, l = 2 … L
     cost                 C, a scalar tensor; target: ŷ, class indices as rows of 0 and 1
 
-    A sum of branches is a layer z^l = Σ_k a^k without weights. In a graph W^l and b^l lead to layer l+1 from the layer
-    that it reads.
+    A sum of branches is a layer z^l = Σ_k a^k without weights, and so is a pool. In a graph W^l and b^l lead to layer
+    l+1 from the layer that it reads. W^l of a convolution are its kernels; W^l and b^l of a norm are its γ and β.
 
     `print` gives two tables, and if no layer and no batch is larger than 6, the numbers step by step.
 
@@ -79,6 +106,7 @@ class Trace:
     activation: dict[int, str]
     drops: dict[int, bool]
     reads: dict[int, tuple[int, ...]]
+    rule: dict[int, str]
     z: dict[int, Tensor] = field(default_factory=dict)
     a: dict[int, Tensor] = field(default_factory=dict)
     slope: dict[int, Tensor] = field(default_factory=dict)
@@ -182,13 +210,14 @@ class Trace:
 
     def _tables(self) -> list[list[list[str]]]:
         is_chain = all(reads == (layer - 1,) for layer, reads in self.reads.items())
-        neurons = [["l", *["from"] * (not is_chain), "a^l", "G", "‖z^l‖", "‖a^l‖", "‖δ^l‖", "saturated"]]
+        own = ["from"] * (not is_chain) + ["rule"] * (not self._is_dense)
+        neurons = [["l", *own, "a^l", "G", "‖z^l‖", "‖a^l‖", "‖δ^l‖", "saturated"]]
         for layer, a in self.a.items():
-            of = [] if is_chain else [" + ".join(map(str, self.reads.get(layer, ())))]
+            told = {"from": " + ".join(map(str, self.reads.get(layer, ()))), "rule": self.rule.get(layer, "")}
             G = self.activation.get(layer, "") + " + dropout" * self.drops.get(layer, False)
             saturated = f"{100 * self.saturation[layer]:.3g} %" if layer > 1 else ""
             norms = [_norm(values.get(layer)) for values in (self.z, self.a, self.delta)]
-            neurons.append([str(layer), *of, str(tuple(a.shape)), G, *norms, saturated])
+            neurons.append([str(layer), *(told[column] for column in own), str(tuple(a.shape)), G, *norms, saturated])
         weights = [["l", "W^l", "‖W^l‖", "‖b^l‖", "‖∂C/∂W^l‖", "‖∂C/∂b^l‖"]]
         for layer, weight in self.weight.items():
             values = (weight, self.bias[layer], self.grad_weight[layer], self.grad_bias[layer])
@@ -196,8 +225,8 @@ class Trace:
         return [neurons, weights]
 
     def _steps(self) -> list[tuple[str, list[Line]]]:
-        """Return the five steps with their numbers; none if the net or batch is too large."""
-        if max(len(self.a[1]), *self.sizes) > SMALL:
+        """Return the five steps with their numbers; none if the net or batch is too large, or there are grids."""
+        if max(len(self.a[1]), *self.sizes) > SMALL or any(a.dim() > 2 for a in self.a.values()):
             return []
         known: dict[str, Tensor] = {"LR": torch.tensor(self.lr, dtype=torch.float64)}
         steps: list[tuple[str, list[Line]]] = []
@@ -213,29 +242,31 @@ class Trace:
     @property
     def _is_scalar(self) -> bool:
         """Return True for one sample through one neuron a layer: numbers, as the lecture first writes the formulas."""
-        return len(self.a[1]) == 1 and set(self.sizes) == {1} and not any(self.drops.values())
+        return len(self.a[1]) == 1 and {*self.sizes} == {1} and self._is_dense and not any(self.drops.values())
+
+    @property
+    def _is_dense(self) -> bool:
+        """Return True for a net of affine maps and sums alone."""
+        return {*self.rule.values()} <= {"affine", "sum"}
 
     def _formulas(self) -> Iterator[list[tuple[str, str, Any]]]:
         """Yield the parts of `formulas`, without their titles."""
         scalar, last = self._is_scalar, len(self.sizes)
-        W = "w" if scalar else "W"
         biases = {layer: bias for layer, bias in self.bias.items() if bias is not None}
         given = [("x", "", self.a[1]), ("ŷ", "", self.target)]
         for layer, weight in self.weight.items():
-            given.append((f"{W}{up(layer)}", "", weight))
-            given += [(f"b{up(layer)}", "", biases[layer])] if layer in biases else []
+            w, b = self._own(layer + 1)
+            given += [(w, "", weight)] + ([(b, "", biases[layer])] if layer in biases else [])
         yield given
 
         forward = [("a¹", "x", self.a[1])]
         for layer, reads in self.reads.items():
-            terms = [f"a{up(read)}" for read in reads]
-            if layer - 1 in self.weight:
-                w, bias = f"{W}{up(layer - 1)}", f" + b{up(layer - 1)}" if layer - 1 in biases else ""
-                terms = [(f"{w} · {terms[0]}" if scalar else f"{terms[0]} ({w})ᵀ") + bias]
+            terms = " + ".join(self._written(layer, "z", a=f"a{up(read)}") for read in reads)
+            terms += f" + {self._own(layer)[1]}" if layer - 1 in biases else ""
             if self._error(layer) == "g":
-                forward.append((f"a{up(layer)}", " + ".join(terms), self.a[layer]))
+                forward.append((f"a{up(layer)}", terms, self.a[layer]))
                 continue
-            forward.append((f"z{up(layer)}", " + ".join(terms), self.z[layer]))
+            forward.append((f"z{up(layer)}", terms, self.z[layer]))
             forward.append((f"a{up(layer)}", self._G(layer) + self._mask(layer), self.a[layer]))
         cost = sheet.COSTS[self.loss]
         share = "" if scalar else f"1/{cost.per if cost.per == 'N' else '(N m)'} "
@@ -243,37 +274,42 @@ class Trace:
         yield [*forward, ("C", (f"{share}Σ " if share else "") + text, self.cost)]
 
         yield self._delta_lines(last, share + delta_text)
-        yield [line for layer in range(last - 1, 1, -1) for line in self._delta_lines(layer, self._arriving(layer, W))]
+        yield [line for layer in range(last - 1, 1, -1) for line in self._delta_lines(layer, self._arriving(layer))]
 
         gradients: list[Any] = []
         updates: list[Any] = []
         for layer in reversed(self.weight):
-            delta, a = f"δ{up(layer + 1)}", f"a{up(self.reads[layer + 1][0])}"
-            to_weight, to_bias = f"∂C/∂{W}{up(layer)}", f"∂C/∂b{up(layer)}"
-            gradients.append((to_weight, f"{delta} · {a}" if scalar else f"({delta})ᵀ {a}", self.grad_weight[layer]))
-            w, b = f"{W}{up(layer)}", f"b{up(layer)}"
-            updates.append((f"new {w}", f"{w} − LR · {to_weight}", self.new_weight[layer]))
+            w, b = self._own(layer + 1)
+            a = f"a{up(self.reads[layer + 1][0])}"
+            gradients.append((f"∂C/∂{w}", self._written(layer + 1, "weight", a=a), self.grad_weight[layer]))
+            updates.append((f"new {w}", f"{w} − LR · ∂C/∂{w}", self.new_weight[layer]))
             if layer in biases:
-                gradients.append((to_bias, delta if scalar else f"Σ {delta}", self.grad_bias[layer]))
-                updates.append((f"new {b}", f"{b} − LR · {to_bias}", self.new_bias[layer]))
+                gradients.append((f"∂C/∂{b}", self._written(layer + 1, "bias"), self.grad_bias[layer]))
+                updates.append((f"new {b}", f"{b} − LR · ∂C/∂{b}", self.new_bias[layer]))
         yield gradients
         yield updates
 
-    def _arriving(self, layer: int, W: str) -> str:
+    def _own(self, layer: int) -> tuple[str, str]:
+        """Return the symbols of the weight and the bias that give z^l."""
+        w, b = ("γ", "β") if "norm" in self.rule[layer] else ("w" if self._is_scalar else "W", "b")
+        return w + up(layer - 1), b + up(layer - 1)
+
+    def _written(self, layer: int, part: str, a: str = "") -> str:
+        """Return a formula of the rule that gives z^l. part: of `Written`."""
+        is_scalar = self._is_scalar and self.rule[layer] == "affine"
+        formula = getattr(SCALAR if is_scalar else WRITTEN[self.rule[layer]], part)
+        formula = formula if layer - 1 in self.weight else formula.replace("{W} ⊙ ", "")
+        return formula.format(a=a, W=self._own(layer)[0], z=f"z{up(layer)}", δ=f"{self._error(layer)}{up(layer)}")
+
+    def _arriving(self, layer: int) -> str:
         """Return ∂C/∂a^l: a term for each time that a layer reads a^l."""
-        terms = []
-        for reader, reads in self.reads.items():
-            term = error = f"{self._error(reader)}{up(reader)}"
-            if reader - 1 in self.weight:
-                w = f"{W}{up(reader - 1)}"
-                term = f"{w} · {error}" if self._is_scalar else f"{error} {w}"
-            terms += [term] * reads.count(layer)
-        text = " + ".join(terms)
-        return text if len(terms) == 1 and (self._is_scalar or " " not in text) else f"({text})"
+        readers = [reader for reader, reads in self.reads.items() for read in reads if read == layer]
+        text = " + ".join(self._written(reader, "back") for reader in readers)
+        return text if len(readers) == 1 and (self._is_scalar or " " not in text) else f"({text})"
 
     def _error(self, layer: int) -> str:
         """Return the letter of ∂C/∂z^l: δ; g for a sum that nothing follows, whose z^l is a^l itself."""
-        plain = layer - 1 not in self.weight and self.activation[layer] == "identity" and not self.drops[layer]
+        plain = self.rule[layer] == "sum" and self.activation[layer] == "identity" and not self.drops[layer]
         return "g" if plain else "δ"
 
     def _delta_lines(self, layer: int, incoming: str) -> list[tuple[str, str, Any]]:
@@ -362,9 +398,8 @@ def _latex_sides(line: Line) -> list[str]:
 def _latex_cells(table: list[list[str]]) -> Iterator[list[str]]:
     """Yield the header as formulas, then rows in which words are text."""
     header, *rows = table
-    yield [
-        rf"\text{{{cell}}}" if cell in ("saturated", "from") else _latex(cell).replace("^l", "^{l}") for cell in header
-    ]
+    words = ("saturated", "from", "rule")
+    yield [rf"\text{{{cell}}}" if cell in words else _latex(cell).replace("^l", "^{l}") for cell in header]
     for row in rows:
         yield [rf"\text{{{cell}}}" if cell[:1].isalpha() else cell.replace("%", r"\%") for cell in row]
 
@@ -380,8 +415,9 @@ def trace(
 ) -> Trace:
     """Return z, a, δ and the gradients of every layer of one pass, by the recursion; the model stays as it is.
 
-    model   what `program.read` takes: an mm.MLP, or nn.Sequentials and mm.Sums of affine maps, activations, dropouts
-    x       (N, n_1), or one sample (n_1,); a list becomes a tensor of the model's dtype
+    model   what `program.read` takes: an mm.MLP, or nn.Sequentials and mm.Sums of affine maps, activations, dropouts,
+            convolutions, pools, norms and softmax; a batch norm in training takes the statistics of x
+    x       (N, n_1), or what the first layer takes, (N, C, H, W); one sample may be (n_1,); a list becomes a tensor
     target  (N, n_L), or class indices (N,) for "cross_entropy"; for one sample (n_L,) or ()
     loss    "quadratic", "mse", "bce" or "cross_entropy"; lr: the LR of the step that `new_weight` shows
 
@@ -395,15 +431,18 @@ def trace(
     >>> print(mm.trace(net, [2.0], [1.0]).steps()["2. output error"])  # z² = 0.5 · 2 + 0.5
        δ² = (a² − ŷ) = (1.5 − 1) = 0.5
     """
-    program = reading_of(model).program
-    weights = [affine.weight for affine in program.affine]
+    program = reading_of(model, grids=True).program
+    layers = program.layers
+    weights = [layer.weight for layer in layers.values() if layer.weight is not None]
     if len(set(map(id, weights))) < len(weights):
         raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
     x, target = _batch(x, target, weights[0], loss)
-    checks.full_batch(weights[0], len(weights[-1]), x, target, loss)
+    if program.grids:  # which look at x themselves
+        checks.some_rows(len(weights[-1]), x, target, loss)
+    else:
+        checks.full_batch(weights[0], len(weights[-1]), x, target, loss)
     one = one_pass(program, x, target, loss, program.draw(x))
 
-    layers = program.layers
     result = Trace(
         sizes=[x.shape[1], *(one.slots[layer.z].shape[1] for layer in layers.values())],
         loss=loss,
@@ -413,6 +452,7 @@ def trace(
         activation={index: layer.row.name for index, layer in layers.items()},
         drops={index: layer.drops for index, layer in layers.items()},
         reads={index: layer.reads for index, layer in layers.items()},
+        rule={index: layer.rule for index, layer in layers.items()},
     )
     result.a[1] = x.clone()
     for index, layer in layers.items():
@@ -422,7 +462,7 @@ def trace(
         result.slope[index] = kernels.delta(row)(torch.ones_like(z), a if row.saves == "a" else z, *row.values)
         flat = result.slope[index].abs() < SATURATED * steepest(row)
         result.saturation[index] = flat.double().mean().item()
-        if layer.affine is None:
+        if layer.weight is None:
             continue
         result.weight[index - 1] = layer.weight.clone()
         result.bias[index - 1] = None if layer.bias is None else layer.bias.clone()
@@ -443,9 +483,19 @@ class Pass(NamedTuple):
 
 
 def one_pass(program: Program, x: Tensor, target: Tensor, loss: str, masks: Sequence[Any] = ()) -> Pass:
-    """Steps 1 to 4 of one batch, every slot kept. Raises InputError as `program.cost_of`."""
+    """Steps 1 to 4 of one batch, every slot kept.
+
+    masks: what `program.draw` returned. Raises InputError as `program.cost_of`, and for an x that the layers refuse.
+    """
     cost, tensors = cost_of(loss, program), [x, *program.parameters(), *masks]
-    slots = program.forward(tensors, every=True)
+    try:
+        slots = program.forward(tensors, every=True)
+    except InputError:
+        raise
+    except RuntimeError as error:
+        reason = f"{tuple(x.shape)} of {x.dtype}: {str(error).splitlines()[0]}"
+        raise InputError(f"expected an input that fits the layers; got {reason}") from error
+    checks.rows_of(slots[-1], target, loss)
     kernel, (total_weight, delta_weight) = kernels.cost_kernel(cost), kernels.weights(cost, *slots[-1].shape)
     g = kernel.delta(slots[-1], target) * delta_weight
     needs = [True, *(tensor is not None for tensor in tensors[1 : 1 + len(program.sources)])]

@@ -49,12 +49,15 @@ RUNS = {  # real ones, small
     "engine": ["data=iris", "backprop=engine", "optimizer=adamw", "scheduler=step", "scheduler.interval=step",
                "model.hidden=[5,4]", "model.activation=[relu,tanh]", "model.dropout=0.1", "model.loss=cross_entropy"],
     "perceptron": ["data=halves", "model=perceptron", "optimizer=sgd", "callbacks.best.monitor=train_loss"],
+    "lenet": ["data=digits", "data.standardise=true", "model.channels=[2,3]", "model.kernel=3",
+              "model.batch_norm=true", "model.hidden=[5]"],
 }  # fmt: skip
 CHANGED = {  # what is configured otherwise where the run goes on
     "adam": ["scheduler.patience=7", "callbacks.early_stopping.patience=9"],
     "network": ["scheduler=plateau"],
     "engine": ["scheduler=cosine", "scheduler.interval=step"],
     "perceptron": ["callbacks.best.monitor=val_loss"],
+    "lenet": ["callbacks.best.monitor=train_loss"],
 }
 SHARED = ["data.batch_size=150", "threads=1", "native=false"]
 SECONDS = 30  # that one input may take
@@ -398,7 +401,8 @@ class Base:
         path = self.folder / "last.ckpt"
         training.run(OmegaConf.create(self.tasks[task]))
         if task == "predict":
-            mm.MLP.from_checkpoint(path)
+            kind: Any = mm.LeNet if "model.kernel=3" in self.words else mm.MLP
+            kind.from_checkpoint(path)
             Predictor.from_checkpoint(path)
             MLPModule.load_from_checkpoint(path)
 

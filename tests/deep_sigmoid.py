@@ -1,4 +1,4 @@
-"""The seven-layer sigmoid net on digits: what each start of its weights comes to after the same training."""
+"""Deep sigmoid nets on digits: what each start of the weights, and each kind of net, comes to in the same training."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -72,3 +72,24 @@ def accuracy(
     for _ in range(epochs):
         engine.train_epoch(x, y, 20, generator)
     return 100 * (net(test_x).argmax(1) == test_y).float().mean().item()
+
+
+def learned(seed: int, hidden: list[int], epochs: int, adam: bool = False, **options: bool) -> float:
+    """Return the test accuracy in % of a net with residual=True or batch_norm=True, or of a plain one.
+
+    It is trained as one Function, by Adam with LR 0.003 or SGD with 0.1, which falls as a cosine, in batches of 20,
+    under the cross-entropy.
+    """
+    x, y, test_x, test_y, generator = split(seed)
+    torch.manual_seed(seed)
+    net = mm.MLP([64, *hidden, 10], output_activation="identity", **options)
+    parameters = list(net.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=0.003) if adam else torch.optim.SGD(parameters, lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(20):
+            optimizer.zero_grad()
+            mm.network.network_loss(net, x[rows], y[rows], "cross_entropy").backward()
+            optimizer.step()
+        schedule.step()
+    return 100 * (net.eval()(test_x).argmax(1) == test_y).float().mean().item()

@@ -19,6 +19,7 @@ from manual_mlp.training import closing, sources
 from manual_mlp.training import run as training
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.sweep import Run
+from tests import deep_sigmoid
 from tests.configs import CONF, ROOT, configured
 from tests.test_data import idx_folder
 
@@ -29,6 +30,7 @@ SHORT = {  # overrides, and the least that the returned figure must reach; the o
     "regression": (["trainer.max_epochs=10", "optimized_metric=val_r2"], 0.1),
     "nielsen": (["data.source.folder=images", "data.val_size=50", "trainer.max_epochs=1"], 0.0),
     "nielsen_fashion": (["data.source.folder=images", "data.val_size=50", "trainer.max_epochs=1"], 0.0),
+    "lenet": (["trainer.max_epochs=3", "optimized_metric=test_accuracy"], 0.6),
 }
 SEEN = {  # how the presets above end
     "logistic_neuron": r"A straight boundary answers \d+\.?\d* % .* regression \d.*: .*line \(report=true draws it: D",
@@ -37,9 +39,11 @@ SEEN = {  # how the presets above end
     "regression": r"Of the variance of the test part the net explains \d.* %, better than always guessing the mean",
     "nielsen": r"The net answers \d.* %.* rightly, Nielsen's at its best 95\.42 %: not there yet \(report=true .*Worst",
     "nielsen_fashion": r"The net answers .*by a guess \(report=true draws it: Worst mistakes\)\.$",
+    "lenet": r"guess\. The 2 convolutions have 918 weights, dense layers would have 30,720; δ of the first is \d\S* "
+    r"of that of the last layer: so few learn to see \(report=true draws it: Flow of δ\)\.$",
 }
 OTHERS = {"linear_neuron", "perceptron", "perceptron_xor", "chain", "universal_approximator", "deep_sigmoid", "tabular"}
-OTHERS |= {"perceptron_theorem", "pretraining", "residual"}
+OTHERS |= {"perceptron_theorem", "pretraining", "residual", "batch_norm"}
 
 
 def run(folder: Path, name: str, *overrides: str) -> float:
@@ -346,9 +350,32 @@ def test_residual(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
+def test_lenet_that_does_not_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "a", "lenet", "trainer.max_epochs=1", "optimizer.lr=0.0", "callbacks.delta_flow=null")
+    assert re.search(r"dense layers would have 30,720: this training does not show", ended(capsys.readouterr().out))
+    run(tmp_path / "b", "lenet", "trainer.max_epochs=1", "model.channels=[]", "trainer.limit_train_batches=1")
+    assert ended(capsys.readouterr().out).startswith("The preset was changed.")
+
+
+def test_batch_norm(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Short: fewer epochs."""
+    plain, normalised = (
+        float(row["val_accuracy"]) for row in sweep("batch_norm", "trainer.max_epochs=3", "report=false")
+    )
+    assert plain < 0.15 < 0.3 < normalised
+    assert (tmp_path / "deltas.png").exists()
+    assert re.search(
+        r"^δ of the first layer is \de-\d+ of that of the last without batch norm \(.*, and [\d.]+ with it \(.*: the "
+        r"norms carry δ through a net that does not learn without them \(deltas\.png\)\.$",
+        ended(capsys.readouterr().out),
+    )
+
+
 def swept(**figures: float) -> list[Run]:
     """Return runs as `closing_of_sweep` takes them: {the settings' values, separated by _: accuracy}."""
-    names = ("layers", "model.residual") if "_" in next(iter(figures)) else ("callbacks.pretrained.epochs_per_layer",)
+    known = {"true": "model.batch_norm", "false": "model.batch_norm"}
+    names = [known.get(next(iter(figures)).removeprefix("e"), "callbacks.pretrained.epochs_per_layer")]
+    names = ["layers", "model.residual"] if "_" in next(iter(figures)) else names
     settings = [dict(zip(names, key.removeprefix("e").split("_"), strict=True)) for key in figures]
     values = figures.values()
     return [
@@ -364,6 +391,10 @@ def swept(**figures: float) -> list[Run]:
         ("residual", swept(e9_false=0.1, e9_true=0.12), "this training does not show more"),
         ("residual", swept(e3_false=0.1, e3_true=0.9, e9_true=0.9), "One net of 9 layers is missing"),
         ("residual", swept(e0=0.1, e10=0.9), "^$"),  # something else was swept
+        ("batch_norm", swept(efalse=0.1, etrue=0.9), "is 1e-05 .* without batch norm .* 0.5 with it .*carry δ"),
+        ("batch_norm", swept(efalse=0.9, etrue=0.1), "this training does not show more"),
+        ("batch_norm", swept(etrue=0.9, efalse=0.1), "carry δ"),
+        ("batch_norm", swept(e0=0.9, e10=0.1), "^$"),
         ("pretraining", swept(e10=0.9, e0=0.1), "is 1e-05 .* with 0 epochs .* 0.5 with 10 .*lets δ through"),
         ("pretraining", swept(e0=0.9, e10=0.9), "this training does not show more"),
     ],
@@ -435,6 +466,36 @@ def test_pretraining_in_full(sweep) -> None:
     drawn, pretrained = (float(row["val_accuracy"]) for row in sweep("pretraining"))
     assert drawn < 0.15
     assert pretrained > 0.8
+
+
+@pytest.mark.slow
+def test_batch_norm_in_full(sweep) -> None:
+    plain, normalised = (float(row["val_accuracy"]) for row in sweep("batch_norm"))
+    assert plain < 0.15
+    assert normalised > 0.93
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_seven_layers_learn_by_batch_norm(seed: int) -> None:
+    plain, normalised = (deep_sigmoid.learned(seed, [100] * 7, 30, batch_norm=there) for there in (False, True))
+    print(f"seed {seed}: {plain:.1f} % without batch norm, {normalised:.1f} % with it")
+    assert plain <= 15
+    assert normalised >= 95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_a_hundred_layers_learn_by_residual_connections(seed: int) -> None:
+    plain, residual = (deep_sigmoid.learned(seed, [30] * 100, 20, adam=True, residual=there) for there in (False, True))
+    print(f"seed {seed}: {plain:.1f} % in a chain, {residual:.1f} % with residual connections")
+    assert plain <= 15
+    assert residual >= 90
+
+
+@pytest.mark.slow
+def test_lenet_in_full(tmp_path: Path) -> None:
+    assert run(tmp_path, "lenet", "optimized_metric=test_accuracy") > 0.93
 
 
 @pytest.mark.slow

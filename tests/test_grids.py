@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import sys
 import types
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import manual_mlp as mm
 from manual_mlp import functional as F
+from manual_mlp import grids as sheet
+from manual_mlp.grid_rules import RULES
 from tests.cases import Case
 from tests.grid_cases import GRIDS
 from tests.test_guest_memory import bytes_kept
@@ -594,13 +597,116 @@ def test_evaluation_between_the_passes_changes_nothing() -> None:
     same(torch.autograd.grad(cost, [*model.parameters()]), expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["lenet", "ours", "rows", "residual"])
+def test_trace(name: str, training: bool) -> None:
+    """z and δ of each layer as autograd's, its gradients and new weights; the model stays as it is."""
+    model, x = nets()[name]
+    model.train(training)
+    twin, target, outputs = copy.deepcopy(model), randn(4, 5), []
+    kinds = (nn.Linear, mm.AffineActivation, *RULES)
+    for layer in (layer for layer in twin.modules() if isinstance(layer, kinds)):
+        layer.register_forward_hook(lambda layer, _, output: outputs.append((layer, output)) or output.retain_grad())
+    torch.manual_seed(1)
+    F.quadratic_loss(twin(x), target).backward()
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    traced = mm.trace(model, x, target, lr=0.5)
+    same(before.values(), model.state_dict().values())
+    of_modules = [layer for layer, rule in traced.rule.items() if rule != "sum"]
+    for l, (layer, output) in zip(of_modules, outputs, strict=True):  # noqa: E741
+        fused = isinstance(layer, mm.AffineActivation)
+        same([traced.a[l] if fused else traced.z[l]], [output])
+        same([traced.delta[l]], [output.grad * traced.slope[l] if fused else output.grad])
+    pairs = [(getattr(traced, f"{kind}weight"), getattr(traced, f"{kind}bias")) for kind in ("grad_", "new_")]
+    found, new = ([v for l in w for v in (w[l], b[l]) if v is not None] for w, b in pairs)  # noqa: E741
+    same(found, [parameter.grad for parameter in twin.parameters()])
+    same(new, [parameter - 0.5 * parameter.grad for parameter in twin.parameters()])
+    header, *lines = str(traced).split("\n\n")[1].splitlines()
+    assert header.split()[:2] == ["l", "rule" if name != "residual" else "from"]
+    assert [line.split()[0] for line in lines] == [*map(str, traced.a)]
+    assert all(rule in line for rule, line in zip(traced.rule.values(), lines[1:], strict=True))
+    json.dumps(traced.to_dict())
+    assert r"\text{rule}" in traced.to_latex()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_line_of_a_trace_of_norms_is_true(training: bool) -> None:
+    """The printed formulas, worked out in the sheet's letters."""
+    torch.manual_seed(0)
+    net = nn.Sequential(mm.Affine(2, 3, False), mm.BatchNorm1d(3), mm.Tanh(), mm.LayerNorm(3), mm.Softmax(1)).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    x, ŷ = randn(4, 2), randn(4, 3)
+    net(x)
+    traced = mm.trace(net.train(training), x, ŷ)
+    lines = {symbol: (formula, value) for _, step in traced.formulas() for symbol, formula, value in step}
+    z, a, δ = traced.z, traced.a, traced.delta
+    if training:
+        μ, r = a[2].mean(0), (a[2].var(0, unbiased=False) + 1e-5).rsqrt()
+    else:
+        μ, r = net[1].running_mean, (net[1].running_var + 1e-5).rsqrt()  # type: ignore[operator]
+    x̂ = (a[2] - μ) * r
+    r4 = (a[3].var(1, unbiased=False, keepdim=True) + 1e-5).rsqrt()
+    x̂4 = (a[3] - a[3].mean(1, keepdim=True)) * r4
+    γ2, β2, γ3, β3 = (parameter.detach() for parameter in [*net.parameters()][1:])
+    rP = r * sheet.P(γ2 * δ[3], x̂, (0,)) if training else r * γ2 * δ[3]
+    expected = {
+        "z³": ("γ² ⊙ norm(a²) + β²", γ2 * x̂ + β2),
+        "z⁴": ("γ³ ⊙ norm(a³) + β³", γ3 * x̂4 + β3),
+        "z⁵": ("softmax(a⁴)", a[4].softmax(1)),
+        "δ⁴": ("(z⁵ ⊙ (δ⁵ − Σ δ⁵ ⊙ z⁵))", z[5] * (δ[5] - (δ[5] * z[5]).sum(1, keepdim=True))),
+        "δ³": ("(r P(γ³ ⊙ δ⁴)) ⊙ tanh′(z³)", r4 * sheet.P(γ3 * δ[4], x̂4, (1,)) * (1 - a[3] ** 2)),
+        "δ²": ("(r P(γ² ⊙ δ³))" if training else "(r γ² ⊙ δ³)", rP),
+        "∂C/∂γ²": ("Σ δ³ ⊙ norm(a²)", (δ[3] * x̂).sum(0)),
+        "∂C/∂β³": ("Σ δ⁴", δ[4].sum(0)),
+        "new γ³": ("γ³ − LR · ∂C/∂γ³", γ3 - (δ[4] * x̂4).sum(0)),
+    }
+    for symbol, (formula, value) in expected.items():
+        assert lines[symbol][0] == formula
+        torch.testing.assert_close(lines[symbol][1], value, rtol=1e-12, atol=1e-12)
+    assert all(f"{symbol} = {formula}" in str(traced) for symbol, (formula, _) in expected.items())
+    panels = [axes.get_title() for axes in mm.plots.flow(traced).axes]
+    name = r"\mathrm{batch\ norm}" if training else r"\mathrm{running\ norm}"
+    told = [panel for panel in panels if f"{name}(a^2)" in panel or rf"{name}^T(\delta^3)" in panel]
+    assert told == [panels[1], panels[7]]
+    assert len(mm.plots.network(traced).axes) == 1
+
+
+def test_what_a_trace_of_grids_refuses() -> None:
+    model, x = nets()["lenet"]
+    for input, target, sentence in (
+        (x[:, :1], randn(4, 5), r"for an input of shape \(4, 1, 6, 6\)"),
+        (x[:, :, :3, :3], randn(4, 5), r"an input that fits the layers; got \(4, 2, 3, 3\)"),
+        (x.float(), randn(4, 5), "expected .*dtype"),
+        (x, randn(4, 4), "a target of shape"),
+        (x[:0], randn(0, 5), "at least one sample"),
+    ):
+        with pytest.raises(mm.InputError, match=sentence):
+            mm.trace(model, input, target)
+    with pytest.raises(mm.InputError, match="draw its histograms"):
+        mm.plots.flow(mm.trace(model, x, randn(4, 5)))
+    norm = mm.LayerNorm(5)
+    with pytest.raises(mm.InputError, match="uses a layer twice"):
+        mm.trace(nn.Sequential(mm.Affine(2, 5), norm, norm).double(), randn(4, 2), randn(4, 5))
+
+
+def test_unflatten() -> None:
+    """Rows of numbers as images, in both executors; second derivatives too."""
+    images = nn.Sequential(nn.Unflatten(1, (2, 3, 3)), mm.Conv2d(2, 2, 2), nn.Flatten(), mm.Affine(8, 5)).double()
+    x, target = randn(4, 18), randn(4, 5)
+    leaves = [x.requires_grad_(), *images.parameters()]
+    same([mm.network.network_loss(images, x, target)], [F.quadratic_loss(images(x), target)])
+    costs = mm.network.network_loss(images, x, target), F.quadratic_loss(images(x), target)
+    torch.testing.assert_close(*(torch.autograd.grad(cost, leaves) for cost in costs), rtol=1e-12, atol=1e-12)
+    assert mm.trace(images, x.detach(), target).rule[2] == "reshape"
+
+
 def test_who_takes_grids_and_who_refuses() -> None:
     model, x = nets()["lenet"]
     target = randn(4, 5)
-    with pytest.raises(mm.InputError, match="got Conv2d at '0': train it with backprop=network"):
+    with pytest.raises(mm.InputError, match=r"got Conv2d at '0': take mm\.network\.network_loss \(backprop=network\)"):
         mm.BackpropEngine(model, torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.raises(mm.InputError, match="Conv2d at '0'"):
-        mm.trace(model, x, target)
     for target, sentence in (
         (randn(4, 4), "target of shape"),
         (torch.arange(4), "target of shape"),

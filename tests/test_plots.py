@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
+import manual_mlp as mm
 from manual_mlp import InputError, plots
 
 RNG = np.random.default_rng(0)
@@ -30,6 +32,7 @@ def small_trace(sizes: list[int], samples: int = 2) -> SimpleNamespace:
         sizes=sizes,
         weight=weight,
         reads={layer: (layer - 1,) for layer in layers[1:]},
+        rule=dict.fromkeys(layers[1:], "affine"),
         bias={layer: RNG.normal(size=sizes[layer]) for layer in layers[:-1]},
         a={layer: RNG.uniform(size=(samples, sizes[layer - 1])) for layer in layers},
         z={layer: RNG.normal(size=(samples, sizes[layer - 1])) for layer in layers[1:]},
@@ -253,6 +256,30 @@ class TestGraph:
         with Image.open(tmp_path / "steps.gif") as film:
             assert film.n_frames == len(plots.flow(trace).axes) == 6  # type: ignore[attr-defined]
             assert film.info["duration"] == 2000
+
+    def test_a_net_whose_branches_meet(self, tmp_path: Path) -> None:
+        """A residual block: its panels, its lines, and one frame of the film for each."""
+        torch.manual_seed(0)
+        layers = mm.Affine(2, 3), mm.Tanh(), mm.Residual(mm.Affine(3, 3), mm.Tanh()), mm.Affine(3, 1)
+        trace = mm.trace(torch.nn.Sequential(*layers), [0.5, -1.0], [1.0])
+        panels = plots.flow(trace).axes
+        titles = [axes.get_title() for axes in panels]
+        assert titles[2] == "forward: $z^4 = a^2 + a^3$, $a^4 = G(z^4)$"
+        assert titles[7] == r"backward: $\delta^2 = ((W^2)^T \delta^3 + \delta^4) \odot G'(z^2)$"
+        assert [text.get_text() for text in panels[2].texts][-3:] == plots.graph._numbers(trace.a[4][0])
+        drawn = [
+            c for c in panels[2].collections if isinstance(c, LineCollection) and to_hex(c.get_color()[0]) == "#4c4c4c"
+        ]
+        ends = [(way[0].tolist(), way[-1].tolist()) for lines in drawn for way in lines.get_segments()]
+        assert ends == [([read, y], [4, y]) for read in (2, 3) for y in (1, 0, -1)]
+        plots.animation(trace, tmp_path / "steps.gif")
+        with Image.open(tmp_path / "steps.gif") as film:
+            assert film.n_frames == len(panels) == 10  # type: ignore[attr-defined]
+            frames = []
+            for place in range(film.n_frames):  # type: ignore[attr-defined]
+                film.seek(place)
+                frames.append(film.convert("RGB").tobytes())
+        assert len({*frames}) == 10
 
     @pytest.mark.parametrize(
         ("value", "text"),

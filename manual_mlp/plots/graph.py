@@ -101,20 +101,17 @@ class Step(NamedTuple):
 
 
 def _steps(trace: Any, sample: int) -> Iterator[Step]:
+    _check_size(trace)
     last = len(trace.sizes)
     a = {layer: _numbers(value[sample]) for layer, value in trace.a.items()}
     delta = {layer: _numbers(value[sample]) for layer, value in trace.delta.items()}
     for l, reads in trace.reads.items():  # noqa: E741 -- the lecture's letter
-        terms = " + ".join(f"a^{read}" for read in reads)
-        z = f"W^{l - 1} {terms} + b^{l - 1}" if l - 1 in trace.weight else terms
+        z = " + ".join(_term(trace, l, f"a^{read}") for read in reads)
         title = rf"forward: $z^{l} = {z}$, $a^{l} = G(z^{l})$"
         yield Step(title, {known: a[known] for known in range(1, l + 1)}, *_into(trace, [l], ">"))
     for l in range(last, 1, -1):  # noqa: E741
         readers = [reader for reader, reads in trace.reads.items() for read in reads if read == l]
-        terms = " + ".join(
-            rf"(W^{reader - 1})^T \delta^{reader}" if reader - 1 in trace.weight else rf"\delta^{reader}"
-            for reader in readers
-        )
+        terms = " + ".join(_term(trace, reader, rf"\delta^{reader}", back=True) for reader in readers)
         incoming = (f"({terms})" if len(readers) > 1 else terms) or rf"\partial C/\partial a^{l}"
         title = rf"backward: $\delta^{l} = {incoming} \odot G'(z^{l})$"
         yield Step(title, {known: delta[known] for known in range(l, last + 1)}, *_into(trace, readers, "<"))
@@ -123,6 +120,15 @@ def _steps(trace: Any, sample: int) -> Iterator[Step]:
     biases = {layer + 1: _numbers(b) for layer, b in trace.new_bias.items() if b is not None}
     title = r"update: $W^l := W^l - LR \, \partial C/\partial W^l$; neurons: the new $b^l$"
     yield Step(title, biases, trace.new_weight)
+
+
+def _term(trace: Any, layer: int, of: str, back: bool = False) -> str:
+    """Return what the rule of a layer makes of an a, or of its δ on the way back."""
+    rule = trace.rule[layer]
+    if rule == "affine":
+        return f"(W^{layer - 1})^T {of}" if back else f"W^{layer - 1} {of} + b^{layer - 1}"
+    name = rule.replace(" ", r"\ ")
+    return of if rule == "sum" else rf"\mathrm{{{name}}}{'^T' * back}({of})"
 
 
 def _into(trace: Any, layers: Sequence[int], arrow: str) -> tuple[dict[int, Any], str, list[int]]:
@@ -136,18 +142,24 @@ def _draw(axes: Axes, trace: Any, step: Step) -> None:
     for layer, weight in step.lines.items():
         _lines(axes, trace, layer, array(weight), step.arrow)
     for layer in step.sums:
-        axes.add_collection(LineCollection(_ways(trace, layer), colors="0.3", linewidths=1.2))
+        axes.add_collection(LineCollection(_ways(trace, layer), colors="0.3", linewidths=1.2, clip_on=False))
     _neurons(axes, trace.sizes, step.neurons)
+
+
+def _check_size(trace: Any) -> None:
+    if grid := next((a.shape for a in trace.a.values() if a.ndim > 2), ()):
+        raise InputError(f"expected layers of single neurons, but got a grid {tuple(grid)}; draw its histograms")
+    if max(len(trace.sizes), *trace.sizes) > MAX_DRAWN:
+        raise InputError(
+            f"expected at most {MAX_DRAWN} layers of at most {MAX_DRAWN} neurons, to draw them with their numbers, but "
+            f"got {'-'.join(map(str, trace.sizes))}; draw a smaller net, or its histograms"
+        )
 
 
 def _graphs(trace: Any, number: int) -> tuple[Figure, list[Axes]]:
     """Return a figure and its panels, with all neurons empty: neuron i of layer l stands at (l, −i), around 0."""
     sizes = trace.sizes
-    if max(len(sizes), *sizes) > MAX_DRAWN:
-        raise InputError(
-            f"expected at most {MAX_DRAWN} layers of at most {MAX_DRAWN} neurons, to draw them with their numbers, but "
-            f"got {'-'.join(map(str, sizes))}; draw a smaller net, or its histograms"
-        )
+    _check_size(trace)
     figure, panels = new_panels(number, 1, 0.7 + UNIT * max(sizes))
     figure.set_figwidth(max(WIDTH, APART * len(sizes)))
     for axes in panels[:, 0]:
@@ -163,20 +175,20 @@ def _empty(axes: Axes, trace: Any) -> None:
     axes.set_axis_off()
     axes.set(xlim=(0.6, len(sizes) + 0.4), ylim=(-max(sizes) / 2, max(sizes) / 2))
     for layer in trace.reads:
-        axes.add_collection(LineCollection(_ways(trace, layer), colors="0.85", linewidths=0.8))
+        axes.add_collection(LineCollection(_ways(trace, layer), colors="0.85", linewidths=0.8, clip_on=False))
 
 
 def _ways(trace: Any, layer: int) -> list[np.ndarray]:
-    """Return the lines (points, 2) into a layer: of W in the order of W.ravel(), of a sum from each term.
+    """Return the lines (points, 2) into a layer: of W in the order of W.ravel(), of others from each term.
 
     A line that passes over layers is bent, to run between their neurons.
     """
-    there, is_sum = _places(trace.sizes, layer), layer - 1 not in trace.weight
+    there, alone = _places(trace.sizes, layer), trace.rule[layer] != "affine"
     pairs = [
         (begin, end)
         for read in trace.reads[layer]
         for index, end in enumerate(there)
-        for begin in (_places(trace.sizes, read)[index : index + 1] if is_sum else _places(trace.sizes, read))
+        for begin in (_places(trace.sizes, read)[index : index + 1] if alone else _places(trace.sizes, read))
     ]
     ways = []
     for begin, end in pairs:

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from manual_mlp import plots
 from manual_mlp.errors import InputError
@@ -73,7 +73,7 @@ class DeltaFlow(L.Callback):
         if not trainer.is_global_zero:
             return
         if batch_idx == 0:
-            self._keep_snapshot(trainer.current_epoch, pl_module.net)
+            self._keep_snapshot(trainer.current_epoch, pl_module)
         if self.steps >= self.due:
             self._record(trainer, pl_module, trainer.current_epoch + batch_idx / trainer.num_training_batches)
             self.due = self.steps + self.every * self.stride
@@ -109,12 +109,12 @@ class DeltaFlow(L.Callback):
         for letter, layer in ((letter, layer) for letter, layers in shown.items() for layer in layers):
             tensorboard.add_histogram(f"{letter}/{layer}", values[letter][layer], step, bins=64)
 
-    def _keep_snapshot(self, epoch: int, net: nn.Module) -> None:
+    def _keep_snapshot(self, epoch: int, module: Any) -> None:
         """Keep the parameters after 0, 1, 2, 4, … epochs: for these alone epoch & (epoch − 1) is 0."""
-        first, *_ = parameters = net.state_dict().values()
-        small = first.shape[-1] <= INPUTS and sum(map(torch.numel, parameters)) <= PARAMETERS
+        state = module.net.state_dict()
+        small = module.sizes[0] <= INPUTS and sum(map(torch.numel, state.values())) <= PARAMETERS
         if small and epoch & (epoch - 1) == 0:
-            self.snapshots[epoch] = {name: value.cpu().clone() for name, value in net.state_dict().items()}
+            self.snapshots[epoch] = {name: value.cpu().clone() for name, value in state.items()}
 
 
 @torch.no_grad()
@@ -123,8 +123,8 @@ def signals(module: Any, batch: tuple[Tensor, Tensor]) -> Values:
 
     Raises InputError as `program.read`.
     """
-    program, (features, target) = reading_of(module.one_net).program, module.as_net_takes(*batch)
-    one = one_pass(program, features, target, module.loss)
+    program, (features, target) = reading_of(module.one_net, grids=True).program, module.as_net_takes(*batch)
+    one = one_pass(program, features, target, module.loss, program.draw(features, drops=False))
     layers = program.layers
     return {
         "z": {index: one.slots[layer.z] for index, layer in layers.items()},

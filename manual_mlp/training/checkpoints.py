@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # What may differ when a run goes on: how the same net is trained, and the names of its classes in another version.
 FREE = ("backprop", "class_names")
+OFF = {"residual": False, "batch_norm": False, "channels": [], "kernel": 5, "image_shape": []}  # where none was written
 NEEDED = {"continuation", "optimizer_states", "lr_schedulers", "callbacks", "loops"}  # to go on
 LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 OF_STATES = ("lightning.pytorch.trainer.connectors.checkpoint_connector", "torch.optim")  # modules
@@ -363,7 +364,7 @@ def check_same_training(content: dict[str, Any], path: str, module: MLPModule) -
 
 def check_same_net(content: dict[str, Any], path: str, module: MLPModule) -> None:
     """Raise InputError if a checkpoint has another net or cost than `module`."""
-    then, now = {"residual": False, **content["hyper_parameters"]}, dict(module.hparams)  # 0.1 knew only chains
+    then, now = {**OFF, **content["hyper_parameters"]}, dict(module.hparams)
     check_same("members", then.get("members", 1), module.members, path)
     for name in now:
         if name not in FREE:

@@ -75,9 +75,14 @@ def _score(run: Run) -> str:
         r2 = run.figures["test_r2"]
         beaten = "better than" if r2 > 0 else "no better than"
         return f"Of the variance of the test part the net explains {_percent(r2)}, {beaten} always guessing the mean"
-    guess = run.data.splits["test"].target.bincount().max().item() / len(run.data.splits["test"])
+    guess = _guess(run)
     beaten = "beside" if run.accuracy > guess else "no more than"
     return f"The net answers {_percent(run.accuracy)} of the test part rightly, {beaten} {_percent(guess)} by a guess"
+
+
+def _guess(run: Run) -> float:
+    """Return the share of the largest class in the test part."""
+    return run.data.splits["test"].target.bincount().max().item() / len(run.data.splits["test"])
 
 
 def _line(run: Run) -> str:
@@ -166,6 +171,21 @@ def _nielsen(run: Run) -> str:
     return f"{text}{_percent(NIELSEN)}: " + ("as announced" if run.accuracy > NIELSEN - 0.01 else "not there yet")
 
 
+def _lenet(run: Run) -> str:
+    """Count the weights that convolutions share, and those of dense layers between the same numbers."""
+    image, *blocks, _ = run.module.one_net.eval().convolutions
+    a, dense = image(run.data.splits["test"].features[:1].to(next(run.module.parameters()))), 0
+    for block in blocks:
+        dense += a.numel() * block[0](a).numel()
+        a = block(a)
+    shared = sum(block[0].weight.numel() for block in blocks)
+    norms = {layer: values[-1] for layer, values in recorded(run.folder).items() if layer > 2}  # 2 is the image itself
+    reached = f"; δ of the first is {_share(norms):.2g} of that of the last layer" if norms else ""
+    text = f"{_score(run)}. The {len(blocks)} convolutions have {shared:,} weights, dense layers would have {dense:,}"
+    learned = run.accuracy > _guess(run) + ALIKE
+    return f"{text}{reached}: " + ("so few learn to see" if learned else "this training does not show that they learn")
+
+
 class Closing(NamedTuple):
     """A sentence, the picture that shows the same, and the runs that it fits: a preset can be changed."""
 
@@ -177,6 +197,9 @@ class Closing(NamedTuple):
 CLOSINGS = {
     "chain": Closing(_chain, "flow.png", lambda run: run.traced is not None and not run.classifies),
     "digits": Closing(_score, f"{IN_REPORT}Confusion matrix", lambda run: run.classifies),
+    "lenet": Closing(
+        _lenet, f"{IN_REPORT}Flow of δ", lambda run: run.classifies and bool(run.module.hparams["channels"])
+    ),
     "linear_neuron": Closing(_line, f"{IN_REPORT}Fitted curve", lambda run: run.module.sizes == [1, 1]),
     "logistic_neuron": Closing(
         _logistic, f"{IN_REPORT}Decision boundary", lambda run: run.classifies and len(run.module.sizes) == 2
@@ -200,20 +223,24 @@ def _approximator(folder: Path, runs: Sequence[Any]) -> str:
 
 def first_norms(folder: Path, run: Any) -> dict[int, float]:
     """Return {l: ‖δ^l‖} before the first step of a run of a sweep, as DeltaFlow has recorded it; {} if it has not."""
-    path = folder / run.name / "last.ckpt"
+    return {layer: values[0] for layer, values in recorded(folder / run.name).items()}
+
+
+def recorded(folder: Path) -> dict[int, list[float]]:
+    """Return {l: ‖δ^l‖ of each record} of the run in a folder; {} if DeltaFlow was not there."""
+    path = folder / "last.ckpt"
     states = read_checkpoint(path)["callbacks"] if path.is_file() else {}
-    return {layer: values[0] for layer, values in states.get("DeltaFlow", {"norms": {}})["norms"].items()}
+    return states.get("DeltaFlow", {"norms": {}})["norms"]
 
 
-def _left(folder: Path, run: Any) -> float:
-    """Return what is left of δ at the first layer, as a share of that at the last, before the first step."""
-    norms = first_norms(folder, run)
-    return norms[min(norms)] / norms[max(norms)]
+def _share(norms: Mapping[int, float]) -> float:
+    """Return what is left of δ at the first layer, as a share of that at the last."""
+    return norms[min(norms)] / (norms[max(norms)] or math.nan)
 
 
 def _compared(folder: Path, told: Mapping[str, Any], seen: str) -> str:
     """Compare two runs, each by its words, and say what was seen if the second keeps more of δ and learns more."""
-    shares = [_left(folder, run) for run in told.values()]
+    shares = [_share(first_norms(folder, run)) for run in told.values()]
     accuracies = [run.figures["val_accuracy"] for run in told.values()]
     first, second = (
         f"{words} (accuracy {_percent(accuracy)})" for words, accuracy in zip(told, accuracies, strict=True)
@@ -226,7 +253,7 @@ def _compared(folder: Path, told: Mapping[str, Any], seen: str) -> str:
 
 def _vanishing(folder: Path, runs: Sequence[Any]) -> str:
     """Compare the run whose δ shrinks most with the one whose δ shrinks least."""
-    ends = (end(runs, key=lambda run: _left(folder, run)) for end in (min, max))
+    ends = (end(runs, key=lambda run: _share(first_norms(folder, run))) for end in (min, max))
     told = {f"with {', '.join(run.settings.values())}": run for run in ends}
     return _compared(folder, told, "where δ vanishes, the net does not learn")
 
@@ -239,6 +266,15 @@ def _residual(folder: Path, runs: Sequence[Any]) -> str:
         return f"One net of {most} layers is missing, so nothing can be compared"
     told = {f"in a chain of {most} layers": deepest["false"], "with residual connections": deepest["true"]}
     return _compared(folder, told, "the connections carry δ through a net that does not learn without them")
+
+
+def _batch_norm(folder: Path, runs: Sequence[Any]) -> str:
+    """Compare the net without norms and the one with them."""
+    nets = {run.settings["model.batch_norm"].lower(): run for run in runs}
+    if nets.keys() != {"false", "true"}:
+        return "One of the two nets is missing, so nothing can be compared"
+    told = {"without batch norm": nets["false"], "with it": nets["true"]}
+    return _compared(folder, told, "the norms carry δ through a net that does not learn without them")
 
 
 def _pretraining(folder: Path, runs: Sequence[Any]) -> str:
@@ -254,6 +290,7 @@ def _shows_delta(folder: Path, run: Any) -> bool:
 
 # the sentence, the picture that shows the same, what the preset sweeps, and the runs that the sentence fits
 SWEEPS: dict[str, tuple[Callable[[Path, Sequence[Any]], str], str, set[str], Callable[[Path, Any], bool]]] = {
+    "batch_norm": (_batch_norm, "deltas.png", {"model.batch_norm"}, _shows_delta),
     "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}, _shows_delta),
     "residual": (_residual, "deltas.png", {"layers", "model.residual"}, _shows_delta),
     "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}, _shows_delta),

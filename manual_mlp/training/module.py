@@ -33,6 +33,7 @@ class MLPModule(L.LightningModule):
     output_activation: a name, or "auto": sigmoid for classification under the quadratic cost, identity otherwise.
         "threshold" makes a perceptron of two classes, without hidden layers, that learns by Rosenblatt's rule.
     target_mean, target_scale: lead from standardised regression targets back to their units.
+    channels, kernel: of convolutions before the hidden layers, as `LeNet` takes them; image_shape: of their input.
     members: nets that are trained at once under backprop=engine, each from a seed of its own.
     native: under backprop=engine, the road through C, as in `BackpropEngine`; chosen once, where a training begins.
     l1: λ of a penalty λ Σ |W| over all weights, whose gradient joins the cost's; the logged loss is without it.
@@ -67,6 +68,10 @@ class MLPModule(L.LightningModule):
         bias: bool = True,
         dropout: float = 0.0,
         residual: bool = False,
+        batch_norm: bool = False,
+        channels: Sequence[int] = (),
+        kernel: int = 5,
+        image_shape: Sequence[int] = (),
         l1: float = 0.0,
         backprop: str = "layers",
         members: int = 1,
@@ -87,6 +92,7 @@ class MLPModule(L.LightningModule):
         self.members = members  # kept among the hyper-parameters only if there are several, as in older checkpoints
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "metrics", "native", *["members"] * (members == 1)])
         self.hparams["loss"] = loss  # the one that was meant
+        self.hparams.update(channels=list(channels), image_shape=list(image_shape) if channels else [])
         self.optimizer: Any = optimizer
         self.scheduler, self.class_names, self.loss, self.l1 = scheduler, class_names, loss, l1
         self.output_activation = resolve_output_activation(output_activation, loss, bool(class_names))
@@ -211,7 +217,7 @@ class MLPModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for parameter in self.net.parameters():
-            if self.l1 and parameter.ndim == 2 and parameter.grad is not None:  # not for biases
+            if self.l1 and parameter.ndim > 1 and parameter.grad is not None:  # not for biases and norms
                 parameter.grad += sheet.l1_gradient(parameter.detach(), self.l1)
 
     def configure_optimizers(self) -> Any:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from sklearn.inspection import permutation_importance  # type: ignore[import-untyped]
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, r2_score  # type: ignore[import-untyped]
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import SGD
 
@@ -24,7 +24,7 @@ import manual_mlp as mm
 from manual_mlp import plots, report
 from manual_mlp.errors import InputError, shown
 from manual_mlp.report import Picture
-from manual_mlp.tracing import Trace
+from manual_mlp.tracing import Trace, up
 from manual_mlp.training.callbacks import ROWS, DeltaFlow
 from manual_mlp.training.commands import command
 from manual_mlp.training.config import in_sweep
@@ -109,10 +109,14 @@ def _command() -> str:
 def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:
     """Trace the first rows of the training part; return None if the net is of another kind, or has hooks."""
     train = data.splits["train"]
+    for layer in module.one_net.modules():  # the formulas of the training, but for dropout
+        layer.train(not isinstance(layer, nn.Dropout))
     try:
         return mm.trace(module.one_net, *module.as_net_takes(train.features[:rows], train.target[:rows]), module.loss)
     except InputError:
         return None
+    finally:
+        module.eval()
 
 
 def _stages(module: MLPModule, flow: DeltaFlow | None, epoch: int) -> Stages:
@@ -223,15 +227,18 @@ def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> It
     """Yield the weights, and what flowed through the net."""
     if trace is None:
         return
-    if max(len(trace.sizes), *trace.sizes) <= plots.graph.MAX_DRAWN:
+    is_small = max(len(trace.sizes), *trace.sizes) <= plots.graph.MAX_DRAWN
+    if is_small and all(a.dim() == 2 for a in trace.a.values()):
         units = "in standardised units" if data.feature_mean else "in the units of the data"
         text = f"W on the lines, orange where positive, purple where negative, {units}; b in the neurons."
         yield Picture("The net", text, plots.network(trace))
     else:
-        kind = "an image" if data.image_shape else "a row"
-        text = f"W¹, {kind} for each neuron of layer 2; orange is positive, purple negative."
-        weight = trace.weight[1].float().cpu().numpy()
-        figure = plots.first_layer_weights(weight, data.image_shape, data.feature_names)
+        first = min(trace.weight)
+        weight, shape = trace.weight[first].float().cpu(), data.image_shape
+        kind = "an image" if shape else "a row"
+        kind, shape = ("a kernel", weight.shape[2:]) if weight.dim() > 2 else (kind, shape)
+        text = f"W{up(first)}, {kind} for each neuron of layer {first + 1}; orange is positive, purple negative."
+        figure = plots.first_layer_weights(weight.flatten(1).numpy(), shape, data.feature_names)
         yield Picture("First-layer weights", text, figure)
     if flow is None or not flow.epochs:
         return

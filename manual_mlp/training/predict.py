@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from manual_mlp.checkpoint import read_checkpoint, write_whole
 from manual_mlp.errors import InputError, shown
 from manual_mlp.formulas import probability
-from manual_mlp.modules import MLP
+from manual_mlp.lenet import LeNet, net_of
+from manual_mlp.modules import MLP, restored
 from manual_mlp.training import labels, preparation, readers
 from manual_mlp.training.members import Members
 from manual_mlp.training.preparation import Column
@@ -47,7 +48,7 @@ class Predictor(nn.Module):
     target_mean: Tensor
     target_scale: Tensor
 
-    def __init__(self, net: MLP | Members, content: dict[str, Any]) -> None:
+    def __init__(self, net: MLP | LeNet | Members, content: dict[str, Any]) -> None:
         super().__init__()
         values, data = content["hyper_parameters"], content["DataModule"]
         self.net, self.loss = net, values["loss"]
@@ -84,7 +85,7 @@ class Predictor(nn.Module):
             )
         values = content["hyper_parameters"]
         if (members := values.get("members", 1)) == 1:
-            return cls(MLP.from_checkpoint(path), content).eval()
+            return cls(restored(net_of, path), content).eval()
         nets = [MLP.from_checkpoint(path, member=k) for k in range(members)]
         return cls(Members(nets, values["loss"], bool(values["class_names"])), content).eval()
 
@@ -167,8 +168,7 @@ class Predictor(nn.Module):
         >>> predictor.standardised(predictor.mean[None]).tolist()  # the mean of the training part is 0
         [[0.0, 0.0, 0.0, 0.0]]
         """
-        weight: Any = self._first[0].weight
-        return ((features - self.mean) / self.scale).to(weight.dtype)
+        return ((features - self.mean) / self.scale).to(next(self._first.parameters()).dtype)
 
     def interpreted(self, prediction: Tensor) -> Tensor:
         """Return P of each class, or the target in its units, for a^L (N, n_L).

@@ -149,6 +149,7 @@ def _train(cfg: DictConfig) -> float:
         check_same_size(content, cfg.ckpt_path, cfg.model.get("hidden"))
     data = _data(cfg)
     module = _module(cfg, data)
+    _check_last_batch(module, data)
     _set_threads(cfg.threads, module, data)
     if cfg.optimized_metric not in module.figure_names():
         hint = likely(cfg.optimized_metric, module.figure_names())
@@ -296,11 +297,21 @@ def _module(cfg: DictConfig, data: DataModule) -> MLPModule:
         class_names=list(data.class_names),
         target_mean=data.target_mean,
         target_scale=data.target_scale,
+        image_shape=data.image_shape,
         metrics=_metrics(cfg, data),
         scheduler=_scheduler(cfg.get("scheduler")),
     )
     module.optimizer = _optimizer(cfg.optimizer, module)
     return module
+
+
+def _check_last_batch(module: MLPModule, data: DataModule) -> None:
+    rows, size = len(data.splits["train"]), data.batch_size
+    if module.hparams["batch_norm"] and (rows % size == 1 or size == 1):
+        raise InputError(
+            f"expected two or more rows in each mini-batch for model.batch_norm=true, but {rows} rows leave one for "
+            f"the last of {size}; take another data.batch_size"
+        )
 
 
 def _metrics(cfg: DictConfig, data: DataModule) -> dict[str, Metric]:

@@ -12,13 +12,14 @@ import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from manual_mlp import functional
 from manual_mlp.engine import BackpropEngine
 from manual_mlp.ensemble import EnsembleEngine, why_torch
 from manual_mlp.errors import InputError
-from manual_mlp.modules import MLP
+from manual_mlp.lenet import net_of
 from manual_mlp.network import cost_and_prediction
 from manual_mlp.perceptron import Perceptron
 from manual_mlp.program import Program, read
@@ -33,7 +34,7 @@ PRECISIONS = {"32-true": None, "64-true": None, "bf16-true": None, "bf16-mixed":
 INITIALISATIONS: dict[str, Callable[[Tensor], object]] = {
     "torch": lambda parameter: None,  # the layers have done it
     # weights uniform with variance 2 / (fan in + fan out), biases 0
-    "glorot": lambda parameter: (nn.init.xavier_uniform_ if parameter.ndim == 2 else nn.init.zeros_)(parameter),
+    "glorot": lambda parameter: (nn.init.xavier_uniform_ if parameter.ndim > 1 else nn.init.zeros_)(parameter),
     "nielsen": nn.init.normal_,  # weights and biases from N(0, 1)
 }
 
@@ -53,14 +54,15 @@ def where_it_began(program: Program, features: Tensor) -> str:
     W^l are finite, the forward pass is followed from left to right.
     """
     for index, layer in reversed(program.layers.items()):
-        if layer.affine is not None and not _finite(layer.weight, layer.bias):
-            n_out, n_in = layer.weight.shape
-            return f"W{up(index - 1)} ({n_in} to {n_out} neurons), by the step before: δ{up(index)} overflowed"
-    slots = program.forward([features, *program.parameters()], every=True)
+        if layer.weight is not None and not _finite(layer.weight, layer.bias):
+            n_out, *n_in = layer.weight.shape
+            size = f"{n_in[0]} to {n_out} neurons" if layer.rule == "affine" else layer.rule
+            return f"W{up(index - 1)} ({size}), by the step before: δ{up(index)} overflowed"
+    slots = program.forward([features, *program.parameters(), *program.draw(features, drops=False)], every=True)
     outs, growths = {1: features}, []
     for index, layer in program.layers.items():
         z, a, largest = slots[layer.z], slots[layer.a], max(outs[read].abs().max().item() for read in layer.reads)
-        neurons = f"(n = {z.shape[1]}, {layer.row.name})"
+        neurons = f"(n = {z.shape[1]}, {layer.row.name})"  # of a grid the channels
         if not _finite(z, a):
             return f"{'a' if _finite(z) else 'z'}{up(index)} {neurons}"
         reached = z.abs().max().item()
@@ -100,14 +102,16 @@ class ByLayers:
     def make_net(self) -> Any:
         """Return the net, its parameters initialised."""
         initialise = choose(self.options["initialisation"], INITIALISATIONS, "model.initialisation")
-        names = ("activation", "output_activation", "bias", "dropout", "residual")
-        net = MLP(self.sizes, **{name: self.options[name] for name in names})
-        for parameter in net.parameters():
-            initialise(parameter)
+        net = net_of(self.options)
+        for layer in net.modules():  # norms keep γ = 1 and β = 0
+            for parameter in layer.parameters(recurse=False) if not isinstance(layer, _BatchNorm) else ():
+                initialise(parameter)
         return net
 
     def check(self, trainer: L.Trainer) -> None:
         """Raise InputError for options that can't be honoured, before other processes are started."""
+        if self.options["batch_norm"]:
+            _check_alone(trainer, "model.batch_norm=true")
 
     def check_weights(self) -> None:
         """Raise InputError if rows can't have weights. Cross-entropy takes them in its target."""
@@ -153,7 +157,7 @@ class ByLayers:
         net: as it was before training step `step`, with the rows `features`. looked_back: steps since the last look.
         """
         if looked_back == 1:
-            return f"step {step}, and it began in {where_it_began(read(net), features)}"
+            return f"step {step}, and it began in {where_it_began(read(net, grids=True), features)}"
         return _within(max(0, step + 1 - looked_back), step)
 
 
@@ -179,6 +183,13 @@ class ByEngine(ByLayers):
     nets: tuple[int, ...] = ()
     engine: Any = None
     several = size = 1  # mini-batches in a training step, rows in a mini-batch
+
+    def __init__(self, options: MutableMapping[str, Any]) -> None:
+        super().__init__(options)
+        for name in ("batch_norm", "channels"):
+            if options[name]:
+                got = f"model.{name}={options[name]}"
+                raise _refused("affine maps and activations alone", "which knows no other rules", got, "leave it out")
 
     def check(self, trainer: L.Trainer) -> None:
         _check_alone(trainer, "backprop=engine", ", or take backprop=network")
@@ -381,7 +392,7 @@ class ByRosenblatt(ByLayers):
 
     fixed: ClassVar[Mapping[str, object]] = {
         **{"hidden": (), "activation": "sigmoid", "initialisation": "torch", "loss": "quadratic"},
-        **{"bias": True, "dropout": 0.0, "residual": False, "l1": 0.0},
+        **{"bias": True, "dropout": 0.0, "residual": False, "l1": 0.0, "batch_norm": False, "channels": []},
     }
     optimizer: Optimizer | None = None
 

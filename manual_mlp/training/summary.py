@@ -99,6 +99,10 @@ def _activations(module: MLPModule) -> str:
     hidden = module.hparams["activation"]
     names = hidden if isinstance(hidden, str) else "-".join(hidden)
     words = [names] * (len(module.sizes) > 2) + ["residual"] * bool(module.hparams["residual"])
+    words += ["batch norm"] * module.hparams["batch_norm"]
+    if channels := module.hparams["channels"]:
+        kernel = module.hparams["kernel"]
+        words.append(f"convolutions {'-'.join(map(str, channels))} of {kernel}×{kernel}")
     return ", ".join([*words, f"output {module.output_activation}"])
 
 

@@ -1,0 +1,97 @@
+"""Convolutions before a multi-layer perceptron, as LeCun's LeNet-5 of 1998 has them."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from manual_mlp import checks
+from manual_mlp.grid_modules import BatchNorm2d, Conv2d, MaxPool2d
+from manual_mlp.modules import MLP, activation_module, in_torch, mlp_of, of_layers, restored
+from manual_mlp.shapes import size_after
+
+
+class LeNet(nn.Sequential):
+    """Convolutions, each with an activation and a max pool of 2, then an MLP: rows (N, H·W) → prediction (N, n_L).
+
+    image_shape: (H, W) of the image that a row holds. channels: of each convolution. sizes: of the MLP's layers, the
+    hidden ones and the output. LeNet-5 is LeNet((28, 28), [6, 16], [120, 84, 10], activation="tanh").
+    kernel: its side; the first convolution is padded by zeros, to keep the image's size. batch_norm: after each
+    convolution and hidden affine map. arguments: further ones of `MLP`, for its layers.
+    Raises InputError as `MLP`, for no convolution, and for an image of which the convolutions leave nothing.
+
+    >>> import torch, manual_mlp as mm
+    >>> net = mm.LeNet((8, 8), [6, 16], [84, 10], kernel=3)
+    >>> [tuple(layer[0].weight.shape) for layer in net.convolutions[1:-1]]
+    [(6, 1, 3, 3), (16, 6, 3, 3)]
+    >>> net(torch.zeros(5, 64)).shape, net.mlp.sizes
+    (torch.Size([5, 10]), [16, 84, 10])
+    """
+
+    convolutions: nn.Sequential
+    mlp: MLP
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        channels: Sequence[int],
+        sizes: Sequence[int],
+        kernel: int = 5,
+        activation: str | nn.Module = "sigmoid",
+        bias: bool = True,
+        batch_norm: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **arguments: Any,
+    ) -> None:
+        checks.images(image_shape, channels, kernel)
+        layers: list[nn.Module] = [nn.Unflatten(1, (1, *image_shape))]
+        for index, (n_in, n_out) in enumerate(pairwise([1, *channels])):
+            padding, has_bias = 0 if index else kernel // 2, bias and not batch_norm
+            conv = Conv2d(n_in, n_out, kernel, padding=padding, bias=has_bias, device=device, dtype=dtype)
+            norm = [BatchNorm2d(n_out, device=device, dtype=dtype)] if batch_norm else []
+            layers.append(nn.Sequential(conv, *norm, activation_module(activation), MaxPool2d(2)))
+        n_in = channels[-1] * math.prod(size_after(image_shape, len(channels), kernel))
+        arguments |= {"bias": bias, "batch_norm": batch_norm, "device": device, "dtype": dtype}
+        mlp = MLP([n_in, *sizes], activation, **arguments)
+        super().__init__(OrderedDict(convolutions=nn.Sequential(*layers, nn.Flatten()), mlp=mlp))
+        self.sizes = [math.prod(image_shape), *sizes]
+
+    @classmethod
+    def from_checkpoint(cls, path: str | PathLike[str], map_location: Any = "cpu") -> "LeNet":
+        """Return the net of a checkpoint that train.py wrote with `model.channels`, as `MLP.from_checkpoint` does.
+
+        >>> import manual_mlp as mm
+        >>> try:
+        ...     mm.LeNet.from_checkpoint("best.ckpt")  # of a run with data=iris
+        ... except mm.InputError as error:
+        ...     print(error)
+        expected an mm.LeNet in best.ckpt; got an mm.MLP: take mm.MLP.from_checkpoint
+        """
+        return restored(net_of, path, map_location, convolutions=True)
+
+    def to_torch(self) -> nn.Sequential:
+        """Return the net in torch's own layers: same keys, the same tensors as parameters.
+
+        >>> import torch, manual_mlp as mm
+        >>> net, x = mm.LeNet((4, 4), [2], [3, 1], kernel=3), torch.ones(1, 16)
+        >>> theirs = net.to_torch()
+        >>> type(theirs.convolutions[1][0]).__name__, torch.allclose(theirs(x), net(x))
+        ('Conv2d', True)
+        """
+        image, *blocks, flat = self.convolutions
+        layers = [image, *(nn.Sequential(*in_torch(block.children())) for block in blocks), flat]
+        theirs: dict[str, nn.Module] = {"convolutions": nn.Sequential(*layers), "mlp": self.mlp.to_torch()}
+        return nn.Sequential(OrderedDict(theirs)).train(self.training)
+
+
+def net_of(values: Mapping[str, Any], **places: Any) -> MLP | LeNet:
+    """Make the net that these hyper-parameters of a training describe. places: device, dtype."""
+    if not values.get("channels"):
+        return mlp_of(values, **places)
+    sizes = [*values["hidden"], values["output_size"]]
+    return LeNet(values["image_shape"], values["channels"], sizes, values["kernel"], **of_layers(values), **places)
