@@ -680,7 +680,7 @@ def test_what_a_trace_of_grids_refuses() -> None:
         (x[:, :, :3, :3], randn(4, 5), r"an input that fits the layers; got \(4, 2, 3, 3\)"),
         (x.float(), randn(4, 5), "expected .*dtype"),
         (x, randn(4, 4), "a target of shape"),
-        (x[:0], randn(0, 5), "at least one sample"),
+        (x[:0], randn(0, 5), "at least one row"),
     ):
         with pytest.raises(mm.InputError, match=sentence):
             mm.trace(model, input, target)

@@ -12,15 +12,15 @@ PACKAGE = ROOT / "manual_mlp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Each layer imports only from the ones before it.
 LAYERS = [
-    ["errors", "pipes", "cuda_graph", "tables"],
+    ["errors", "pipes", "cuda_graph", "tables", "shapes"],
     ["formulas", "grids", "checks", "autocast"],
     ["checkpoint", "kernels", "notation"],
     ["functions"],
     ["grid_functions"],
     ["grid_functional"],
-    ["functional"],
-    ["modules", "grid_modules"],
-    ["conversion", "snapshot", "perceptron", "grid_rules"],
+    ["functional", "grid_modules"],
+    ["modules"],
+    ["conversion", "snapshot", "perceptron", "grid_rules", "lenet"],
     ["program"],
     ["plan", "native"],
     ["network"],
