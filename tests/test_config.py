@@ -157,7 +157,7 @@ class TestSentences:
             (["nonsense=3"], "got nonsense; known are task, ckpt_path, "),
             (
                 ["experiment=nope"],
-                "got experiment=nope; known are batch_norm, chain, deep_sigmoid, digits, lenet, linear_neuron, logistic_neuron, ",
+                "got experiment=nope; known are batch_norm, chain, deep_sigmoid, digits, lenet, linear_neuron, ",
             ),
             (["data=digit"], "expected a known choice for data, but got data=digit; did you mean digits?"),
             (["optimizer=sdg"], "did you mean sgd?"),
