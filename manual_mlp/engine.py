@@ -344,10 +344,13 @@ class BackpropEngine:
                 self._train(plan, zip(batches, out, strict=False), rates)
         return (costs.sum() * kernels.weights(self._cost, len(input), self._outputs)[0]).to(input.dtype)
 
-    def _natively(self, *data: Tensor, batch_size: int) -> NativeNet | None:
-        """Return the net that takes these mini-batches in C, or None. Raises InputError if native=True can't be."""
+    def _natively(self, *data: Tensor, batch_size: int, gain: bool = True) -> NativeNet | None:
+        """Return the net that takes these mini-batches in C, or None. Raises InputError if native=True can't be.
+
+        gain: "auto" takes C only where that is faster, not wherever it can.
+        """
         self._road = "torch"
-        if not self.native or (self.native == "auto" and not gains(self._widths, len(data[0]), batch_size)):
+        if not self.native or (gain and self.native == "auto" and not gains(self._widths, len(data[0]), batch_size)):
             return None
         refuse_autocast(data[0])
         try:
@@ -514,14 +517,17 @@ class BackpropEngine:
                 "expected rows with memory of their own; they share that of a parameter or its .grad: .clone() them"
             )
 
-    def _check_prediction(self, prediction: Any, input: Tensor) -> None:
+    def _check_prediction(self, prediction: Any, input: Tensor, nets: tuple[int, ...] = ()) -> None:
         """Raise InputError for a buffer that can't be filled with the predictions."""
-        expected = torch.Size([len(input), self._outputs]), input.dtype, input.device, False
+        expected = torch.Size([*nets, len(input), self._outputs]), input.dtype, input.device, False
         checks.tensors(prediction=prediction)
         if (prediction.shape, prediction.dtype, prediction.device, prediction.requires_grad) == expected:
-            (n, m), (row, column) = prediction.shape, prediction.stride()
-            one_by_one = (row > 0 or n == 1) and (column > 0 or m == 1)
-            if one_by_one and (1 in (n, m) or row > column * (m - 1) or column > row * (n - 1)):
+            room = 0  # between the first and the last number of the dimensions below
+            for stride, size in sorted(zip(prediction.stride(), prediction.shape, strict=True)):
+                if size > 1 and stride <= room:
+                    break
+                room += stride * (size - 1)
+            else:
                 return
         raise InputError(
             f"expected a prediction of shape {tuple(expected[0])} and {input.dtype} on {input.device} to fill, each "

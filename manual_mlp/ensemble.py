@@ -25,10 +25,13 @@ _PLANS = 8  # batch shapes whose buffers are kept
 class EnsembleEngine:
     """Trains K nets at once on the same rows: `BackpropEngine` with one more dimension.
 
-    models      K nets of the same layers and sizes, as BackpropEngine takes them
-    optimizers  an optimizer for each, all of one class; rates, decay and state are each optimizer's own
+    models      K nets, as BackpropEngine takes them
+    optimizers  an optimizer for each; rates, decay and state are each optimizer's own
     loss        as BackpropEngine's, the same for all
     native      as BackpropEngine's: in C one net follows another, in as many threads as torch.get_num_threads()
+
+    On torch's road all nets share each product: they need the same layers and sizes, and one class of optimizer. In C
+    they may differ in all but what the data demand, and "auto" takes them there wherever C covers them.
 
     It equals K engines that train one after another: it honours and refuses what they do. Dropout draws other masks
     than K engines would. Raises InputError for what an engine refuses, and for nets that differ.
@@ -58,8 +61,8 @@ class EnsembleEngine:
             )
         pairs = zip(models, optimizers, strict=True)
         self._engines = [BackpropEngine(*pair, loss, native=native) for pair in pairs]
+        self._k, self._turn = len(models), threading.RLock()
         self._seen: list[Any] = []
-        self._turn = threading.RLock()
         self._ask()
 
     @property
@@ -127,13 +130,17 @@ class EnsembleEngine:
         with self._turn:
             self._ask()
             self._check(input, target, batch_size, generators, prediction)
+            input, target = input.detach(), target.detach()
+            nets = self._natively(input, target, batch_size)
+            if not nets:
+                self._prepare()
             given = list(generators or [None] * self._k)  # type: ignore[list-item]
             orders = torch.stack([_order(len(input), generator) for generator in given])
-            if nets := self._natively(input.detach(), target.detach(), batch_size):
-                return self._train_natively(nets, input.detach(), target.detach(), batch_size, orders, prediction)
+            if nets:
+                return self._train_natively(nets, input, target, batch_size, orders, prediction)
             whole = len(input) // batch_size * batch_size
             costs = [
-                self._train_rows(input.detach(), target.detach(), n, orders[:, of].to(input.device), prediction)
+                self._train_rows(input, target, n, orders[:, of].to(input.device), prediction)
                 for n, of in ((batch_size, slice(whole)), (len(input) - whole, slice(whole, None)))
                 if n and len(input[of])
             ]
@@ -144,7 +151,7 @@ class EnsembleEngine:
         """Return the nets that train in C, all or none."""
         nets: list[NativeNet] = []
         for engine in self._engines:
-            net = engine._natively(input, target, batch_size=batch_size)
+            net = engine._natively(input, target, batch_size=batch_size, gain=self._unlike == "")
             if net is None:
                 self._engines[-1]._road = "torch"
                 return []
@@ -198,20 +205,30 @@ class EnsembleEngine:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        """Let each engine ask whether its net has changed; stack the nets again if one has."""
+        """Let each engine ask whether its net has changed; compare the nets again if one has."""
         for engine in self._engines:
             engine._ask()
         seen = [engine._training for engine in self._engines]
         if len(seen) != len(self._seen) or any(a is not b for a, b in zip(seen, self._seen, strict=True)):
-            self._seen = []
-            self._check_alike()
-            self._prepare()
+            self._seen, self._stacked = [], False
+            self._compare()
+            if not self.native:
+                self._prepare()
             self._seen = seen
 
     @torch.inference_mode(False)
     def _prepare(self) -> None:
+        """Stack the nets, unless they are stacked. Raises InputError for nets that can't share a product."""
+        if self._stacked:
+            return
+        if self._unlike:
+            raise InputError(f"expected nets and optimizers of one kind, to share each product; got {self._unlike}")
         first = self._engines[0]
-        self._k, self._outputs, self._graphed = len(self._engines), first._outputs, first._graphed
+        if any(not isinstance(node.rule, Affine | Activate | Drop | Add) for node in first._program.nodes):
+            raise InputError("expected affine maps, activations, dropouts and sums: train other nets by their engines")
+        if first._owned[0].dtype == torch.float16:
+            raise InputError("expected nets in float32, float64 or bfloat16; got float16: call .float() on each")
+        self._outputs, self._graphed = first._outputs, first._graphed
         self.compute_dtype = self.max_sample_norm = None
         self._program, self._cost, self._flat = first._program, first._cost, first._flat
         self._plans: dict[object, BoundPlan] = {}
@@ -220,37 +237,39 @@ class EnsembleEngine:
         # Each parameter is a group of its own: the K optimizers may group theirs differently.
         self._group_of = range(len(self._detached))
         self._shapes_of_rates = [(self._k, *[1] * (1 if p is None else p.dim())) for p in first._detached]
+        self._stacked = True
 
-    def _check_alike(self) -> None:
-        first, *others = self._engines
-        for index, engine in enumerate(others, start=1):
-            for what, of_first, own in zip(_FORM, _form(first), _form(engine), strict=True):
-                if own != of_first:
-                    raise InputError(
-                        f"expected nets and optimizers of one kind, to share each product; got another {what} in net "
-                        f"{index} than in net 0: train it by an engine of its own"
-                    )
-        if any(not isinstance(node.rule, Affine | Activate | Drop | Add) for node in first._program.nodes):
-            raise InputError("expected affine maps, activations, dropouts and sums: train other nets by their engines")
-        if first._owned[0].dtype == torch.float16:
-            raise InputError("expected nets in float32, float64 or bfloat16; got float16: call .float() on each")
+    def _compare(self) -> None:
+        """Note how the nets differ. Raises InputError for nets that would train the same parameter."""
         addresses = [parameter.data_ptr() for engine in self._engines for parameter in engine._owned]
         if len(set(addresses)) < len(addresses):
             raise InputError("expected nets with parameters of their own; got the same in two: copy.deepcopy one")
+        first, *others = map(_form, self._engines)
+        self._unlike = next(
+            (
+                f"another {what} in net {k} than in net 0: train it by an engine of its own, or all in C "
+                "(native=True says what stands against it)"
+                for k, form in enumerate(others, start=1)
+                for what, of_first, own in zip(_FORM, first, form, strict=True)
+                if own != of_first
+            ),
+            "",
+        )
 
     def _check(self, input: Any, target: Any, batch_size: Any, generators: Any, prediction: Any) -> None:
-        first = self._engines[0]
-        first._check(input, target)
+        for k, engine in enumerate(self._engines if self._unlike else self._engines[:1]):
+            try:
+                engine._check(input, target)
+            except InputError as error:
+                raise InputError(f"net {k}: {error}" if self._unlike else str(error)) from None
         checks.batch_size(batch_size)
-        if generators is not None and len(generators) != self._k:
-            raise InputError(f"expected {self._k} generators, one for each net; got {len(generators)}")
+        if generators is not None and (not isinstance(generators, Sequence) or len(generators) != self._k):
+            came = len(generators) if isinstance(generators, Sequence) else type(generators).__name__
+            raise InputError(f"expected {self._k} generators, one for each net; got {came}")
         for engine in self._engines:
             engine._check_own_memory(input, target, prediction)
-        if prediction is not None:
-            if len(prediction) != self._k:
-                raise InputError(f"expected predictions of {self._k} nets to fill; got {tuple(prediction.shape)}")
-            for of_net in prediction:
-                first._check_prediction(of_net, input)
+            if prediction is not None:
+                engine._check_prediction(prediction, input, (self._k,))
 
     def _planned(self, input: Tensor, target: Tensor, rates: Any) -> BoundPlan:
         """Return the plan for K such batches."""

@@ -254,14 +254,27 @@ def other(count: int = K, **changed: Any) -> list[Any]:
 def test_refused_nets(models: Callable[[], list[Any]], sentence: str) -> None:
     made = models()
     with pytest.raises(mm.InputError, match=sentence):
-        mm.EnsembleEngine(made, [torch.optim.SGD(model.parameters(), 0.1) for model in made])
+        mm.EnsembleEngine(made, [torch.optim.SGD(model.parameters(), 0.1) for model in made], native=False)
+
+
+def test_nets_that_differ_are_refused_where_c_does_not_take_them() -> None:
+    """In an epoch, because until then C may take them; nothing is trained, and no number is drawn."""
+    models, (x, y) = other(sizes=[4, 7, 5, 3]), data()
+    ensemble = mm.EnsembleEngine(models, [torch.optim.SGD(m.parameters(), 0.1) for m in models])
+    models[1][0].bias.register_hook(lambda gradient: gradient)
+    before, drawn = copy.deepcopy(models[0][0].weight), torch.get_rng_state()
+    for _ in range(2):
+        with pytest.raises(mm.InputError, match="another list of sizes in net 2 than in net 0"):
+            ensemble.train_epoch(x, y, 4)
+    assert torch.equal(models[0][0].weight, before)
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_refused_optimizers() -> None:
     models = nets()
     mixed = [torch.optim.SGD(models[0].parameters(), 0.1), *(torch.optim.Adam(m.parameters()) for m in models[1:])]
     with pytest.raises(mm.InputError, match="another class of optimizer in net 1"):
-        mm.EnsembleEngine(models, mixed)
+        mm.EnsembleEngine(models, mixed, native=False)
     joint = torch.optim.SGD(itertools.chain(*(model.parameters() for model in models)), 0.1)
     with pytest.raises(mm.InputError, match="an optimizer over the model's parameters"):
         mm.EnsembleEngine(models, [joint] * K)
@@ -280,10 +293,14 @@ def test_refused_batches() -> None:
         ensemble.train_epoch(x, y, 4, generators(2))
     with pytest.raises(mm.InputError, match="rows with memory of their own"):
         ensemble.train_epoch(models[1][0].weight.detach(), y[:6], 4)
-    with pytest.raises(mm.InputError, match="predictions of 3 nets to fill"):
+    with pytest.raises(mm.InputError, match=r"a prediction of shape \(3, 256, 3\)"):
         ensemble.train_epoch(x, y, 4, prediction=x.new_empty(2, len(x), 3))
     with pytest.raises(mm.InputError, match="a prediction of shape"):
         ensemble.train_epoch(x, y, 4, prediction=x.new_empty(K, 5, 3))
+    with pytest.raises(mm.InputError, match="each number in a place of its own"):
+        ensemble.train_epoch(x, y, 4, prediction=x.new_empty(1, len(x), 3).expand(K, -1, -1))
+    with pytest.raises(mm.InputError, match="expected 3 generators, one for each net; got Generator"):
+        ensemble.train_epoch(x, y, 4, torch.Generator())  # type: ignore[arg-type]
     with torch.autocast("cpu"), pytest.raises(mm.InputError, match="ignores autocast"):
         ensemble.train_epoch(x, y, 4)
     models[1][0].register_forward_hook(lambda *_: None)

@@ -334,33 +334,77 @@ def test_whole_trainings_end_alike(make: str) -> None:
     assert abs(mean[True] - mean[False]) <= max(spread, 1e-3)
 
 
+def assert_k_trainings(make_nets: Callable[[], list[Any]], makes: list[str], loss: str, x: Tensor, y: Tensor) -> Any:
+    """Two epochs of K nets in C leave the bits of K trainings in C."""
+    together, alone = make_nets(), make_nets()
+    pairs = zip(together, makes, strict=True)
+    many = mm.EnsembleEngine(together, [OPTIMIZERS[make](n.parameters()) for n, make in pairs], loss, native=True)
+    engines = [engine(n, make, loss) for n, make in zip(alone, makes, strict=True)]
+    own, theirs = ([torch.Generator().manual_seed(seed) for seed in range(len(makes))] for _ in range(2))
+    for _ in range(2):
+        costs = many.train_epoch(x, y, 7, own)
+        expected = [by.train_epoch(x, y, 7, each) for by, each in zip(engines, theirs, strict=True)]
+        torch.testing.assert_close(costs, torch.stack(expected), rtol=0, atol=0)
+    assert many.road == "native"
+    for mine, other in zip(together, alone, strict=True):
+        for p, q in zip(mine.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close([p.detach(), p.grad], [q.detach(), q.grad], rtol=0, atol=0)
+    for mine, other in zip(many.optimizers, engines, strict=True):
+        torch.testing.assert_close(mine.state_dict(), other.optimizer.state_dict(), rtol=0, atol=0)
+    return many
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("make", ["sgd", "adam"])
 def test_many_nets_are_k_trainings_bit_for_bit(make: str, threads: int) -> None:
-    (x, y), k = data("mse", double), 5
-
     def nets() -> Any:
         torch.manual_seed(3)
-        return [mm.MLP([5, 9, 6, 3], "tanh", dtype=double) for _ in range(k)]
+        return [mm.MLP([5, 9, 6, 3], "tanh", dtype=double) for _ in range(5)]
 
-    def generators() -> Any:
-        return [torch.Generator().manual_seed(seed) for seed in range(k)]
-
-    together, alone, said = nets(), nets(), y.new_empty(k, *y.shape)
-    many = mm.EnsembleEngine(together, [OPTIMIZERS[make](n.parameters()) for n in together], "mse", native=True)
     torch.set_num_threads(threads)
     try:
-        costs = many.train_epoch(x, y, 7, generators(), said)
+        assert_k_trainings(nets, [make] * 5, "mse", *data("mse", double))
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("native", [True, "auto"])
+def test_nets_of_any_shape_with_any_optimizer(native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In C the nets share nothing but the rows; "auto" takes them there also where one net would not gain."""
+    (x, y), makes = data("cross_entropy", double), ["sgd", "adam", "nesterov", "decay", "adamw"]
+
+    def nets() -> list[Any]:
+        torch.manual_seed(3)
+        shapes = [((5, 9, 6, 3), "tanh", True), ((5, 3), "relu", True), ((5, 300, 3), "gelu", False),
+                  ((5, 2, 2, 2, 3), "sigmoid", True), ((5, 9, 3), "silu", True)]  # fmt: skip
+        return [mm.MLP(sizes, row, "identity", bias, dtype=double) for sizes, row, bias in shapes]
+
+    many = assert_k_trainings(nets, makes, "cross_entropy", x, y)
+    models = nets()
+    pairs = zip(models, makes, strict=True)
+    auto = mm.EnsembleEngine(models, [OPTIMIZERS[make](n.parameters()) for n, make in pairs], "cross_entropy", native)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    said = x.new_empty(5, len(x), 3)
+    before = torch.stack([model(x[:7]) for model in models]).detach()
+    auto.train_epoch(x, y, len(x), generators, said)
+    assert auto.road == "native"
+    torch.testing.assert_close(said[:, :7], before, rtol=1e-12, atol=1e-12)
+    with pytest.raises(mm.InputError, match=r"net 0: expected an input of shape \(N, 5\)"):
+        many.train_epoch(x[:, :4], y, 7)
+
+
+def test_threads_train_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two nets waits in its thread until the other is there; one thread would wait in vain."""
+    meet, train = threading.Barrier(2, timeout=20), road.NativeNet.train
+    monkeypatch.setattr(road.NativeNet, "train", lambda self, *rows: meet.wait() + 1 and train(self, *rows))
+    models, (x, y) = [net(), net()], data("quadratic", double)
+    many = mm.EnsembleEngine(models, [OPTIMIZERS["sgd"](m.parameters()) for m in models], native=True)
+    torch.set_num_threads(2)
+    try:
+        many.train_epoch(x, y, 7)
     finally:
         torch.set_num_threads(1)
     assert many.road == "native"
-    for net_alone, generator, cost, a in zip(alone, generators(), costs, said, strict=True):
-        order = torch.randperm(len(x), generator=generator)
-        by, expected = engine(net_alone, make, "mse"), torch.empty_like(y)
-        torch.testing.assert_close(by.train_batches(x[order], y[order], 7, expected), cost, rtol=0, atol=0)
-        torch.testing.assert_close(a[order], expected, rtol=0, atol=0)
-    parameters = [[p for n in group for p in n.parameters()] for group in (together, alone)]
-    torch.testing.assert_close(*parameters, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

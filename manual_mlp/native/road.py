@@ -116,7 +116,6 @@ class NativeNet:
 
     def __init__(self, program: Program, cost: Cost, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer, self.cannot, self.kind = optimizer, "", PLAIN
-        self.stopped = False
         self.drops = [node.rule for node in program.nodes if isinstance(node.rule, Drop)]
         self.bound: list[dict[str, Any]] = []
         try:
@@ -169,6 +168,7 @@ class NativeNet:
         """Hand over the rates and the optimizer's state, which begins at 0. Raises CantRun."""
         if self.cannot or any(drop.p > 0 for drop in self.drops):
             raise CantRun(self.cannot or "dropout draws")
+        self.stopped = False
         groups = [group | {"params": None} for group in self.optimizer.param_groups]
         if groups == self.bound and self.kind == PLAIN:
             return
@@ -235,7 +235,6 @@ class NativeNet:
         order = None if order is None else order.contiguous()
         x_row, y_row, at = input.stride(0), target.stride(0), None if order is None else order.data_ptr()
         (size, y_size), labelled, net.total = (input.element_size(), target.element_size()), target.dim() == 1, 0.0
-        self.stopped = False
         try:
             while done < rows and not self.stopped:
                 count = min(max(1, int(SECONDS / (self.seconds * batch_size))) * batch_size, rows - done)
