@@ -299,6 +299,25 @@ def some_rows(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
     batch_labels(outputs, target, loss)
 
 
+def buffer(prediction: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    """Refuse what can't be filled with the predictions: each number needs a place of its own."""
+    tensors(prediction=prediction)
+    expected = torch.Size(shape), input.dtype, input.device, False
+    if (prediction.shape, prediction.dtype, prediction.device, prediction.requires_grad) == expected:
+        room = 0  # between the first and the last number of the dimensions before
+        for stride, size in sorted(zip(prediction.stride(), shape, strict=True)):
+            if size > 1 and stride <= room:
+                break
+            room += stride * (size - 1)
+        else:
+            return
+    raise InputError(
+        f"expected a prediction of shape {shape} and {input.dtype} on {input.device} to fill, each number in a place "
+        f"of its own; got {prediction.dtype} of shape {tuple(prediction.shape)} on {prediction.device}: make it by "
+        "input.new_empty"
+    )
+
+
 def rows_of(prediction: Tensor, target: Tensor, loss: str) -> None:
     """Refuse a prediction that is no row of numbers for each sample, and a target that does not fit it."""
     if prediction.dim() != 2:

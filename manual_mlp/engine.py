@@ -164,8 +164,8 @@ class BackpropEngine:
     loss       "quadratic", "mse", "bce" or "cross_entropy": the functions of `functional.COSTS` with their defaults
     max_grad_norm   clips the gradients, as torch.nn.utils.clip_grad_norm_
     compute_dtype   torch.bfloat16: products and activations in it; parameters, cost and update in float32
-    native          train_epoch and train_batches in C, compiled once: "auto" where that is faster and possible, True or
-                    False. `road` says what ran last. The bits of the roads differ, by 1e-12 in float64
+    native          train_epoch and train_batches in C, compiled once: "auto" where that is faster and possible, True
+                    (with step) or False. `road` says what ran last. The roads' bits differ, by 1e-12 in float64
     max_sample_norm   clips the gradient of each sample's own cost, over all trained parameters, before their mean is
                       taken; max_grad_norm clips that mean, and weight decay and momentum come after both
 
@@ -204,7 +204,7 @@ class BackpropEngine:
 
     @property
     def road(self) -> str:
-        """Return the road that the last `train_epoch` or `train_batches` took, "native" or "torch".
+        """Return the road of the last `train_epoch`, `train_batches` or native `step`: "native" or "torch".
 
         >>> import torch, manual_mlp as mm
         >>> net = mm.MLP([2, 3, 1])
@@ -230,6 +230,8 @@ class BackpropEngine:
     def step(self, input: Tensor, target: Tensor) -> Tensor:
         """One training step: input (N, n_1), target (N, n_L) or class indices (N,) → C before the step, a scalar.
 
+        It runs in C only with native=True, because the first call may build the code.
+
         >>> import torch, manual_mlp as mm
         >>> net = mm.MLP([2, 3, 1])
         >>> engine = mm.BackpropEngine(net, torch.optim.SGD(net.parameters(), lr=1.0))
@@ -240,6 +242,9 @@ class BackpropEngine:
         """
         with self._turn:
             self._ask()
+            if self.native and self.native != "auto":
+                self._check(input, target)
+                return self._train_rows(input, target, len(input), None, None)
             rates = self._rates()
             cost = self._pass(input, target, rates)
             if not rates:
@@ -301,7 +306,7 @@ class BackpropEngine:
             self._ask()
             self._check(input, target)
             if prediction is not None:
-                self._check_prediction(prediction, input)
+                checks.buffer(prediction, (len(input), self._outputs), input)
             return self._train_rows(input, target, batch_size, None, prediction)
 
     def _pass(self, input: Tensor, target: Tensor, rates: Rates) -> Tensor:
@@ -375,18 +380,21 @@ class BackpropEngine:
 
     def _covered(self, data: Iterable[Tensor]) -> NativeNet:
         """Return the net for C with the rates of now. Raises CantRun."""
-        reasons = (
-            (self.max_grad_norm is not None, "max_grad_norm clips the gradients"),
-            (self.max_sample_norm is not None, "max_sample_norm clips each sample's gradient"),
-            (self.compute_dtype is not None, "compute_dtype is torch.bfloat16"),
-            (self._graphed, "a step is one CUDA graph"),
-            (not self._training.has_its_own_step(self.optimizer), "the optimizer's step is replaced"),
-            (self._training.hooks.any(), "the optimizer or a parameter has a hook"),
-            (any(type(tensor) is not Tensor for tensor in data), "the data is of a class of its own"),
-        )
-        if found := [reason for wrong, reason in reasons if wrong]:
-            raise CantRun(found[0])
-        self._native = self._native or NativeNet(self._program, self._cost, self.optimizer)
+        if self._native is None:  # what changes these makes the engine prepare again
+            reasons = (
+                (self.max_grad_norm is not None, "max_grad_norm clips the gradients"),
+                (self.max_sample_norm is not None, "max_sample_norm clips each sample's gradient"),
+                (self.compute_dtype is not None, "compute_dtype is torch.bfloat16"),
+                (self._graphed, "a step is one CUDA graph"),
+                (not self._training.has_its_own_step(self.optimizer), "the optimizer's step is replaced"),
+            )
+            if found := [reason for wrong, reason in reasons if wrong]:
+                raise CantRun(found[0])
+            self._native = NativeNet(self._program, self._cost, self.optimizer)
+        if self._training.hooks.any():
+            raise CantRun("the optimizer or a parameter has a hook")
+        if {*map(type, data)} != {Tensor}:
+            raise CantRun("the data is of a class of its own")
         self._native.bind(self._gradient_of)
         return self._native
 
@@ -516,24 +524,6 @@ class BackpropEngine:
             raise InputError(
                 "expected rows with memory of their own; they share that of a parameter or its .grad: .clone() them"
             )
-
-    def _check_prediction(self, prediction: Any, input: Tensor, nets: tuple[int, ...] = ()) -> None:
-        """Raise InputError for a buffer that can't be filled with the predictions."""
-        expected = torch.Size([*nets, len(input), self._outputs]), input.dtype, input.device, False
-        checks.tensors(prediction=prediction)
-        if (prediction.shape, prediction.dtype, prediction.device, prediction.requires_grad) == expected:
-            room = 0  # between the first and the last number of the dimensions below
-            for stride, size in sorted(zip(prediction.stride(), prediction.shape, strict=True)):
-                if size > 1 and stride <= room:
-                    break
-                room += stride * (size - 1)
-            else:
-                return
-        raise InputError(
-            f"expected a prediction of shape {tuple(expected[0])} and {input.dtype} on {input.device} to fill, each "
-            f"number in a place of its own; got {prediction.dtype} of shape {tuple(prediction.shape)} on "
-            f"{prediction.device}: make it by input.new_empty"
-        )
 
     def _check(self, input: Tensor, target: Tensor) -> None:
         """Raise InputError for a batch that does not fit, or is empty, or has labels out of range."""

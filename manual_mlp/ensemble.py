@@ -34,7 +34,7 @@ class EnsembleEngine:
     they may differ in all but what the data demand, and "auto" takes them there wherever C covers them.
 
     It equals K engines that train one after another: it honours and refuses what they do. Dropout draws other masks
-    than K engines would. Raises InputError for what an engine refuses, and for nets that differ.
+    than K engines would, and on torch's road all fill .grad if one does. Raises InputError for what an engine refuses.
 
     >>> import torch, manual_mlp as mm
     >>> nets = [mm.MLP([2, 3, 1]) for _ in range(3)]
@@ -269,7 +269,7 @@ class EnsembleEngine:
         for engine in self._engines:
             engine._check_own_memory(input, target, prediction)
             if prediction is not None:
-                engine._check_prediction(prediction, input, (self._k,))
+                checks.buffer(prediction, (self._k, len(input), engine._outputs), input)
 
     def _planned(self, input: Tensor, target: Tensor, rates: Any) -> BoundPlan:
         """Return the plan for K such batches."""

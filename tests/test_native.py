@@ -539,6 +539,28 @@ def test_auto_takes_it_where_it_gains() -> None:
     assert [road_of((4, 5, 3), 39, 10), road_of((4, 257, 3), 40, 10)] == ["torch", "torch"]
 
 
+@pytest.mark.parametrize("make", ["sgd", "adam"])
+def test_a_step_has_the_bits_of_an_epoch_of_one_batch(make: str) -> None:
+    """In C with native=True alone: "auto" would build the code for a first step."""
+    (x, _), classes = data("cross_entropy", double, 14), torch.arange(14) % 3
+    step, rows, auto = (engine(net("tanh", "cross_entropy"), make, "cross_entropy", by) for by in (True, True, "auto"))
+    for n in (7, 14, 7):
+        cost, expected = step.step(x[:n], classes[:n]), rows.train_batches(x[:n], classes[:n], 14)
+        torch.testing.assert_close(cost, expected, rtol=0, atol=0)
+        torch.testing.assert_close(auto.step(x[:n], classes[:n]), cost, rtol=1e-12, atol=1e-12)
+    parameters = zip(step.model.parameters(), rows.model.parameters(), strict=True)
+    for p, q in parameters:
+        torch.testing.assert_close([p.detach(), p.grad], [q.detach(), q.grad], rtol=0, atol=0)
+    assert (step.road, auto.road) == ("native", "torch")
+    with pytest.raises(mm.InputError, match="class labels from 0 to 2"):
+        step.step(x, classes + 1)
+    with pytest.raises(mm.InputError, match="at least one row"):
+        step.step(x[:0], classes[:0])
+    step.max_grad_norm = 1.0
+    with pytest.raises(mm.InputError, match="max_grad_norm clips"):
+        step.step(x, classes)
+
+
 def test_refusals_stay_the_engine_s() -> None:
     by, (x, y) = engine(net()), data("quadratic", double)
     with pytest.raises(mm.InputError, match="batch_size"):
