@@ -362,7 +362,7 @@ class BackpropEngine:
             net = self._covered(data)
         except CantRun as error:
             if self.native != "auto":
-                raise InputError(f"expected a training that C covers; {error}: leave out native=True") from None
+                raise InputError(f"expected a training that C covers; {error}: take native=False") from None
             if self._said != str(error):
                 log.info("torch's road, not the native one: %s", error)
             self._said = str(error)

@@ -20,6 +20,7 @@ from manual_mlp.native.road import NativeNet
 from manual_mlp.program import Activate, Add, Affine, Drop
 
 _PLANS = 8  # batch shapes whose buffers are kept
+NO_GAIN = "native=auto takes C only from four mini-batches a call on, for small nets"
 
 
 class EnsembleEngine:
@@ -370,7 +371,6 @@ def why_torch(engine: BackpropEngine | EnsembleEngine, rows: int, batch_size: in
     for each in engine._engines if isinstance(engine, EnsembleEngine) else [engine]:
         with each._turn:
             each._ask()
-            each._said = ""
             if each._natively(torch.empty(1).expand(rows), batch_size=batch_size) is None:
-                return each._said or "native=auto takes C only from four mini-batches a call on, for small nets"
+                return each._said or NO_GAIN
     return ""

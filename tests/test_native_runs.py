@@ -1,7 +1,9 @@
 """train.py on the native road: what a run says of its road, how it goes on, and what asks for no build."""
 
 import os
+import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +86,85 @@ def test_goes_on_to_the_same_bits(tmp_path: Path, way: str) -> None:
         torch.testing.assert_close(halves[key], whole[key], rtol=0, atol=0)
 
 
-def test_the_cut_changes_no_bit_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last block of an epoch, too small for auto by itself, is on the run's road as well."""
-    whole = run(tmp_path / "whole", *WAYS["momentum"])
-    monkeypatch.setattr("manual_mlp.training.strategies.MOST_BATCHES", 5)
-    cut = run(tmp_path / "cut", *WAYS["momentum"])
-    torch.testing.assert_close(cut["state_dict"], whole["state_dict"], rtol=0, atol=0)
+def test_the_cuts_change_no_bit_of_a_run(tmp_path: Path) -> None:
+    """Blocks of 20, the last one too small for auto by itself, of 5 and of 1 mini-batch; with a pause in an epoch."""
+    middle = ["callbacks.delta_flow.every=5", "+callbacks.last.every_n_train_steps=8", "+callbacks.last.save_top_k=-1"]
+    whole = run(tmp_path / "whole", *WAYS["momentum"], epochs=2)
+    training.run(configured(tmp_path, *ENGINE, *WAYS["momentum"], *middle, "callbacks.last.filename='{step}'"))
+    from_there = [*middle[:1], f"ckpt_path='{tmp_path}/step=8.ckpt'"]
+    counted = ["callbacks.delta_flow=null", "native=true", "trainer.max_steps=54"]
+    for name, words in {"middle": from_there, "counted": counted}.items():
+        now = run(tmp_path / name, *WAYS["momentum"], *words, epochs=2)
+        assert now["road"] == "native"
+        assert now["global_step"] > whole["global_step"]
+        torch.testing.assert_close(now["state_dict"], whole["state_dict"], rtol=0, atol=0)
+    with pytest.raises(InputError, match=r"expected training steps of 20 rows, .* but got 80; go on with its own"):
+        run(tmp_path, *WAYS["momentum"], from_there[1], epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"), [([], 6), (["callbacks.delta_flow.every=1"], 21), (["callbacks.delta_flow.every=200"], 1)]
+)
+def test_records_of_delta_in_an_epoch_of_105_mini_batches(tmp_path: Path, words: list[str], steps: int) -> None:
+    last = run(tmp_path, "data.batch_size=1", *words)
+    assert [last["road"], last["global_step"], len(last["callbacks"]["DeltaFlow"]["epochs"])] == [
+        "native",
+        steps,
+        steps,
+    ]
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_interrupted_in_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: int) -> None:
+    """Ctrl-C comes after the first call of C in the second epoch."""
+    words = [*WAYS["adam"], f"members={members}", "data.batch_size=2"]
+    whole, train, calls = run(tmp_path / "whole", *words, epochs=2), road.NativeNet.train, iter(range(100))
+
+    def interrupted(*rows: Any) -> float:
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train(*rows)
+
+    monkeypatch.setattr(road.NativeNet, "train", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path, *words, epochs=2)
+    now = run(tmp_path, *words, going_on(tmp_path), epochs=2)
+    torch.testing.assert_close(now["state_dict"], whole["state_dict"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("CC", "false", "false failed"),
+        ("CC", "cc -O0 --nonsense", "nonsense"),
+        ("XDG_CACHE_HOME", "{}", "not a folder that only you can enter"),
+    ],
+)
+def test_no_compiler_is_one_line_in_the_log(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    variable: str,
+    value: str,
+    reason: str,
+) -> None:
+    (tmp_path / "manual_mlp").mkdir()
+    (tmp_path / "manual_mlp").chmod(0o777)
+    monkeypatch.setattr(road.build, "_libraries", {})
+    monkeypatch.setenv(variable, value.format(tmp_path))
+    caplog.set_level("INFO", "manual_mlp.engine")
+    assert run(tmp_path)["road"] == "torch"
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "manual_mlp.engine"]
+    assert re.fullmatch(f"torch's road, not the native one: .*{reason}.*", said)
+    with pytest.raises(InputError, match=f"C covers; .*{reason}.*: take native=False"):
+        run(tmp_path, "native=true")
+
+
+def test_a_native_run_whose_steps_are_counted_from_now_on(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(InputError, match=r"takes C only from four mini-batches a call on, .*; set native=true"):
+        run(tmp_path, going_on(tmp_path), *TORCH)
+    assert run(tmp_path, going_on(tmp_path), *TORCH, "native=true")["global_step"] == 40
 
 
 @pytest.mark.parametrize("words", [["native=false"], list(TORCH)], ids=["false", "auto declines"])
@@ -141,7 +216,7 @@ def test_a_run_by_layers_may_go_on_natively(tmp_path: Path) -> None:
     [
         (["backprop=layers"], "expected backprop=engine for native=true"),
         (["data=halves", "model=perceptron", "callbacks.best.monitor=train_loss"], "expected backprop=engine"),
-        (["trainer.gradient_clip_val=1"], "max_grad_norm clips the gradients: leave out native"),
+        (["trainer.gradient_clip_val=1"], "max_grad_norm clips the gradients: take native=False"),
         (["model.dropout=0.1"], "dropout draws"),
     ],
 )

@@ -58,8 +58,9 @@ class DeltaFlow(L.Callback):
         self.steps, self.due, self.stride = 0, 0, 1
         self.fits = True
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         self.fits = stage == "fit"
+        pl_module.backprop.every = self.every
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in STATE}

@@ -62,7 +62,8 @@ class Batches(DataLoader):
         if size != self.batch_size and given * size < len(self.sampler):  # type: ignore[arg-type]
             raise InputError(
                 f"expected training steps of {size} rows, as in the epoch that this checkpoint is in the middle of, "
-                f"but got {self.batch_size}; go on with its own backprop, data.batch_size and options of the trainer"
+                f"but got {self.batch_size}; go on with its own backprop, native, data.batch_size, "
+                "callbacks.delta_flow.every and options of the trainer"
             )
         self.skipped = given if size == self.batch_size else 0
 

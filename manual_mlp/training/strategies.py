@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 
 from manual_mlp import functional
 from manual_mlp.engine import BackpropEngine
-from manual_mlp.ensemble import EnsembleEngine, why_torch
+from manual_mlp.ensemble import NO_GAIN, EnsembleEngine, why_torch
 from manual_mlp.errors import InputError
 from manual_mlp.lenet import net_of
+from manual_mlp.native.road import FEWEST
 from manual_mlp.network import cost_and_prediction
 from manual_mlp.perceptron import Perceptron
 from manual_mlp.program import Program, read
@@ -30,6 +31,7 @@ from manual_mlp.training.members import Members, check_members
 MOST_BATCHES = 128  # in a training step of the engine: enough to share Lightning's cost for a step;
 MOST_NUMBERS = 1 << 20  # the 4 MB of their inputs stay in the cache,
 MOST_PRODUCTS = 1 << 28  # and the progress bar moves several times a second
+PARTS = 20  # of an epoch in C, at least as many as it has training steps, and so records of δ
 PRECISIONS = {"32-true": None, "64-true": None, "bf16-true": None, "bf16-mixed": torch.bfloat16}  # to compute_dtype
 INITIALISATIONS: dict[str, Callable[[Tensor], object]] = {
     "torch": lambda parameter: None,  # the layers have done it
@@ -183,6 +185,7 @@ class ByEngine(ByLayers):
     nets: tuple[int, ...] = ()
     engine: Any = None
     several = size = 1  # mini-batches in a training step, rows in a mini-batch
+    every = 20  # mini-batches between two looks of a callback at the net
 
     def __init__(self, options: MutableMapping[str, Any]) -> None:
         super().__init__(options)
@@ -218,19 +221,33 @@ class ByEngine(ByLayers):
 
         A checkpoint that says native asks for no build which the options alone would not.
         """
-        data, self.engine.native = self.trainer.datamodule, self.native
-        size, rows = (data.batch_size, len(data.splits["train"])) if isinstance(data, DataModule) else (1, 1)
-        count = size if self._schedules() else min(self.several * size, rows)
-        on_torch = self.began == "torch" and self.native is not True
-        reason = "the training began there" if on_torch else why_torch(self.engine, count, size)
+        reason = self._why_torch()
         self.road = "torch" if reason else "native"
         if self.road != (self.began or self.road):
-            fix = "start a new run without ckpt_path, or take backprop=network"
+            fix = (
+                "set native=true"
+                if reason == NO_GAIN
+                else "start a new run without ckpt_path, or take backprop=network"
+            )
             fix = fix if self.native == "auto" else "leave out native"
             raise InputError(
                 f"expected the {self.began} road, on which the run began, but {reason or 'native is true'}; {fix}"
             )
+
+    def _why_torch(self) -> str:
+        """Set the engine on its road → why that is torch's; nothing if it is C, which is compiled now."""
+        size, rows = self._sizes()
+        count = size if self._schedules() else min(self.several * size, rows)
+        began_there = self.began == "torch" and self.native is not True
+        self.engine.native = self.native
+        reason = "the training began there" if began_there else why_torch(self.engine, count, size)
         self.engine.native = not reason
+        return reason
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the rows of a mini-batch and of an epoch, as far as they are known."""
+        data = self.trainer.datamodule
+        return (data.batch_size, len(data.splits["train"])) if isinstance(data, DataModule) else (1, 1)
 
     def _schedules(self) -> list[Any]:
         """Return what lowers LR after each mini-batch."""
@@ -240,7 +257,10 @@ class ByEngine(ByLayers):
         self.engine = self.trainer = None
 
     def batches_per_step(self, net: nn.Module, trainer: L.Trainer, batch_size: int) -> int:
-        """Return 1 if an option counts batches or steps, so that it counts what it says; else at most MOST_BATCHES."""
+        """Return 1 if an option counts batches or steps, so that it counts what it says; else at most MOST_BATCHES.
+
+        In C, whose steps are short, it is a PART of the epoch, or what lies between two looks of a callback.
+        """
         shares = trainer.limit_train_batches, trainer.val_check_interval
         counted = any(not isinstance(share, float) or share != 1 for share in shares)
         counted |= trainer.max_steps != -1 or bool(trainer.min_steps)
@@ -249,6 +269,9 @@ class ByEngine(ByLayers):
         parameters = sum(parameter.numel() for parameter in net.parameters())
         rows = min(MOST_NUMBERS // self.sizes[0], MOST_PRODUCTS // parameters)
         self.several = 1 if counted else max(1, min(MOST_BATCHES, rows // batch_size))
+        if not (counted or self.nets or self.engine is None or self._why_torch()):  # several nets draw orders in a step
+            part = -(-self._sizes()[1] // batch_size) // PARTS
+            self.several = max(1, min(max(part, self.every, FEWEST), 2 * rows // batch_size))
         return self.several
 
     def train(self, net: nn.Module, features: Tensor, target: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
