@@ -371,6 +371,13 @@ def test_batch_norm(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
 
 
+def test_a_batch_norm_that_does_not_learn(sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep("batch_norm", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "report=false")
+    assert ended(capsys.readouterr().out).endswith(
+        "with it (accuracy 10 %): this training does not show more (deltas.png)."
+    )
+
+
 def swept(**figures: float) -> list[Run]:
     """Return runs as `closing_of_sweep` takes them: {the settings' values, separated by _: accuracy}."""
     known = {"true": "model.batch_norm", "false": "model.batch_norm"}

@@ -114,9 +114,8 @@ def test_in_python(trained: dict[str, Path], net: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-@nets
-def test_is_exported(tmp_path: Path, trained: dict[str, Path], net: str) -> None:
-    predictor, rows = Predictor.from_checkpoint(trained[net] / "best.ckpt"), torch.tensor(ROWS, dtype=torch.float32)
+def test_is_exported(tmp_path: Path, trained: dict[str, Path]) -> None:
+    predictor, rows = Predictor.from_checkpoint(trained["all"] / "best.ckpt"), torch.tensor(ROWS, dtype=torch.float32)
     expected = predictor(rows).detach()
     shapes = ({0: torch.export.Dim("N")},)
     program = torch.onnx.export(predictor, (rows,), dynamo=True, dynamic_shapes=shapes, verbose=False)
@@ -131,7 +130,8 @@ def test_leaves_a_report(tmp_path: Path, net: str) -> None:
     run(tmp_path, net, "report=true", "trainer.max_epochs=1", "callbacks.delta_flow.every=2")
     page = (tmp_path / "report.html").read_text()
     assert all(title in page for title in ("Flow of δ", "Histograms", "First-layer weights", "Confusion matrix"))
-    assert ("W<sup>2</sup>" in page) == (net != "batch_norm")
+    assert ("W², a kernel for each channel of layer 3" in page) == (net != "batch_norm")
+    assert ("W¹, an image for each neuron of layer 2" in page) == (net == "batch_norm")
     assert ("r P(γ<sup>2</sup> ⊙ δ<sup>3</sup>)" in page) == (net == "batch_norm")
     assert ("∗" in page) == (net != "batch_norm")
     norms = content(tmp_path)["callbacks"]["DeltaFlow"]["norms"]

@@ -236,8 +236,10 @@ def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> It
         first = min(trace.weight)
         weight, shape = trace.weight[first].float().cpu(), data.image_shape
         kind = "an image" if shape else "a row"
-        kind, shape = ("a kernel", weight.shape[2:]) if weight.dim() > 2 else (kind, shape)
-        text = f"W{up(first)}, {kind} for each neuron of layer {first + 1}; orange is positive, purple negative."
+        each = f"{kind} for each neuron"
+        if weight.dim() > 2:
+            each, shape = "a kernel for each channel", weight.shape[2:]
+        text = f"W{up(first)}, {each} of layer {first + 1}; orange is positive, purple negative."
         figure = plots.first_layer_weights(weight.flatten(1).numpy(), shape, data.feature_names)
         yield Picture("First-layer weights", text, figure)
     if flow is None or not flow.epochs:
