@@ -57,6 +57,14 @@ def one_width(hidden: Sequence[int]) -> None:
         )
 
 
+def some_hidden(hidden: Sequence[int]) -> None:
+    """Refuse a net without the layers that batch norm is for."""
+    if not hidden:
+        raise InputError(
+            "expected a hidden layer for batch_norm=True; got none: the output layer is not normalised, so leave it out"
+        )
+
+
 def images(image_shape: Sequence[int], channels: Sequence[int], kernel: int) -> None:
     """Refuse rows that are no images, and images too small for the convolutions over them."""
     if len(image_shape) != 2 or not channels or min(*channels, kernel, *image_shape) < 1:

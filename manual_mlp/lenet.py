@@ -56,7 +56,7 @@ class LeNet(nn.Sequential):
             norm = [BatchNorm2d(n_out, device=device, dtype=dtype)] if batch_norm else []
             layers.append(nn.Sequential(conv, *norm, activation_module(activation), MaxPool2d(2)))
         n_in = channels[-1] * math.prod(size_after(image_shape, len(channels), kernel))
-        arguments |= {"bias": bias, "batch_norm": batch_norm, "device": device, "dtype": dtype}
+        arguments |= {"bias": bias, "batch_norm": batch_norm and len(sizes) > 1, "device": device, "dtype": dtype}
         mlp = MLP([n_in, *sizes], activation, **arguments)
         super().__init__(OrderedDict(convolutions=nn.Sequential(*layers, nn.Flatten()), mlp=mlp))
         self.sizes = [math.prod(image_shape), *sizes]

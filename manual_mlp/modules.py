@@ -421,7 +421,7 @@ class MLP(nn.Sequential):
     batch_norm: each hidden layer is G(BatchNorm1d(a Wᵀ)); β of the norm takes the place of b, and the keys are those of
     an nn.Sequential in the place of the layer, such as 2.0.weight and 2.1.running_mean.
     Raises InputError for fewer than two sizes, a size below 1, an unknown activation, or a list of the wrong length,
-    and with residual for hidden layers of several widths, or fewer than two.
+    with residual for hidden layers of several widths, or fewer than two, and with batch_norm for none.
 
     >>> import torch, manual_mlp as mm
     >>> net = mm.MLP([64, 30, 10], activation="tanh", output_activation="identity")
@@ -447,6 +447,8 @@ class MLP(nn.Sequential):
         checks.fraction("dropout probability", dropout)
         if residual:
             checks.one_width(self.sizes[1:-1])
+        if batch_norm:
+            checks.some_hidden(self.sizes[1:-1])
         for index, (n_in, n_out, G) in enumerate(zip(self.sizes, self.sizes[1:], activations, strict=False)):
             hidden = index < len(activations) - 1
             drops = [Dropout(dropout)] if dropout > 0 and hidden else []

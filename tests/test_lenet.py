@@ -1,6 +1,7 @@
 """Batch norm and convolutions in a training: by every way to train, and by every road that a checkpoint goes."""
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 
 import manual_mlp as mm
 from manual_mlp import InputError
+from manual_mlp.lenet import net_of
+from manual_mlp.shapes import declared
 from manual_mlp.training import run as training
 from manual_mlp.training.callbacks import signals
 from manual_mlp.training.module import MLPModule
@@ -154,6 +157,21 @@ def test_records_are_those_of_a_trace_and_change_nothing(tmp_path: Path, trained
         torch.testing.assert_close(values[letter], getattr(trace, letter), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("channels", [[], [3, 4]])
+@pytest.mark.parametrize("flags", itertools.product([False, True], repeat=3))
+def test_a_checkpoint_declares_what_the_net_has(channels: list[int], flags: tuple[bool, ...]) -> None:
+    values: dict[str, Any] = dict(zip(("residual", "batch_norm", "bias"), flags, strict=True))
+    values |= {"input_size": 64, "hidden": [5, 5, 5], "output_size": 3, "activation": "tanh", "dropout": 0.3}
+    values |= {"output_activation": "identity", "channels": channels, "kernel": 4, "image_shape": [8, 8]}
+    state = net_of(values).state_dict()
+    assert declared(values) == {f"net.{name}": tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_norms_of_convolutions_alone() -> None:
+    net = mm.LeNet((4, 4), [2], [3], kernel=3, batch_norm=True)
+    assert [type(layer).__name__ for layer in net.modules() if "Norm" in type(layer).__name__] == ["BatchNorm2d"]
+
+
 @pytest.mark.parametrize("initialisation", ["glorot", "nielsen"])
 def test_an_initialisation_leaves_norms_alone(initialisation: str) -> None:
     options = {"channels": [2], "kernel": 3, "image_shape": (4, 4), "batch_norm": True, "hidden": [3]}
@@ -178,6 +196,7 @@ def test_an_initialisation_leaves_norms_alone(initialisation: str) -> None:
         (("model.batch_norm=true", "data.batch_size=1"), "two or more rows in each mini-batch"),
         (("model.batch_norm=true", "data.batch_size=628"), "1257 rows leave one for the last of 628"),
         (("model.batch_norm=true", "trainer.devices=2", "trainer.strategy=ddp"), "one process for model.batch_norm"),
+        (("model.batch_norm=true", "model.hidden=[]"), "a hidden layer for batch_norm"),
         (("model=perceptron", "+model.batch_norm=true", "data=xor"), "a perceptron without model.batch_norm"),
         (("model=perceptron", "+model.channels=[2]", "data=xor"), "a perceptron without model.channels"),
     ],
