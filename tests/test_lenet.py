@@ -162,7 +162,7 @@ def test_records_are_those_of_a_trace_and_change_nothing(tmp_path: Path, trained
 def test_a_checkpoint_declares_what_the_net_has(channels: list[int], flags: tuple[bool, ...]) -> None:
     values: dict[str, Any] = dict(zip(("residual", "batch_norm", "bias"), flags, strict=True))
     values |= {"input_size": 64, "hidden": [5, 5, 5], "output_size": 3, "activation": "tanh", "dropout": 0.3}
-    values |= {"output_activation": "identity", "channels": channels, "kernel": 4, "image_shape": [8, 8]}
+    values |= {"output_activation": "identity", "channels": channels, "kernel": 3, "image_shape": [8, 8]}
     state = net_of(values).state_dict()
     assert declared(values) == {f"net.{name}": tuple(tensor.shape) for name, tensor in state.items()}
 
