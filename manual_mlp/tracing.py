@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from manual_mlp import checks, kernels, notation, tables
 from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
+from manual_mlp.grid_rules import Convolve, Pool
 from manual_mlp.network import reading_of
 from manual_mlp.program import Program, cost_of
 
@@ -417,7 +418,7 @@ def trace(
 
     model   what `program.read` takes: an mm.MLP, or nn.Sequentials and mm.Sums of affine maps, activations, dropouts,
             convolutions, pools, norms and softmax; a batch norm in training takes the statistics of x
-    x       (N, n_1), or what the first layer takes, (N, C, H, W); one sample may be (n_1,); a list becomes a tensor
+    x       (N, n_1) or (N, C, H, W), or one sample, (n_1,) or (C, H, W); a list becomes a tensor
     target  (N, n_L), or class indices (N,) for "cross_entropy"; for one sample (n_L,) or ()
     loss    "quadratic", "mse", "bce" or "cross_entropy"; lr: the LR of the step that `new_weight` shows
 
@@ -436,7 +437,7 @@ def trace(
     weights = [layer.weight for layer in layers.values() if layer.weight is not None]
     if len(set(map(id, weights))) < len(weights):
         raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
-    x, target = _batch(x, target, weights[0], loss)
+    x, target = _batch(x, target, weights[0], loss, 3 if isinstance(program.nodes[0].rule, Convolve | Pool) else 1)
     if program.grids:  # which look at x themselves
         checks.some_rows(len(weights[-1]), x, target, loss)
     else:
@@ -503,15 +504,15 @@ def one_pass(program: Program, x: Tensor, target: Tensor, loss: str, masks: Sequ
     return Pass((kernels.total(cost, slots[-1], target) * total_weight).to(g.dtype), slots, arrived, gradients)
 
 
-def _batch(x: Any, target: Any, like: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Return lists as tensors, and one sample as a batch of one."""
+def _batch(x: Any, target: Any, like: Tensor, loss: str, of_one: int) -> tuple[Tensor, Tensor]:
+    """Return lists as tensors, and one sample, which has so many dimensions, as a batch of one."""
     if not isinstance(x, Tensor):
         x = torch.tensor(x, dtype=like.dtype, device=like.device)
     if not isinstance(target, Tensor):
         target = torch.tensor(target, device=like.device)
         indices = loss == "cross_entropy" and not target.is_floating_point() and target.dim() < 2
         target = target if indices else target.to(like.dtype)
-    return (x, target) if x.dim() != 1 else (x.unsqueeze(0), target.unsqueeze(0))
+    return (x, target) if x.dim() != of_one else (x.unsqueeze(0), target.unsqueeze(0))
 
 
 @functools.cache

@@ -684,6 +684,8 @@ def test_what_a_trace_of_grids_refuses() -> None:
     ):
         with pytest.raises(mm.InputError, match=sentence):
             mm.trace(model, input, target)
+    model.eval()  # a batch of one
+    assert mm.trace(model, x[0], randn(5)).to_dict() == mm.trace(model, x[:1], randn(1, 5)).to_dict()
     with pytest.raises(mm.InputError, match="draw its histograms"):
         mm.plots.flow(mm.trace(model, x, randn(4, 5)))
     norm = mm.LayerNorm(5)

@@ -158,7 +158,7 @@ def test_records_are_those_of_a_trace_and_change_nothing(tmp_path: Path, trained
 
 
 @pytest.mark.parametrize("channels", [[], [3, 4]])
-@pytest.mark.parametrize("flags", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
 def test_a_checkpoint_declares_what_the_net_has(channels: list[int], flags: tuple[bool, ...]) -> None:
     values: dict[str, Any] = dict(zip(("residual", "batch_norm", "bias"), flags, strict=True))
     values |= {"input_size": 64, "hidden": [5, 5, 5], "output_size": 3, "activation": "tanh", "dropout": 0.3}
