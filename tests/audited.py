@@ -49,9 +49,8 @@ RUNS = {  # real ones, small
     "engine": ["data=iris", "backprop=engine", "optimizer=adamw", "scheduler=step", "scheduler.interval=step",
                "model.hidden=[5,4]", "model.activation=[relu,tanh]", "model.dropout=0.1", "model.loss=cross_entropy"],
     "perceptron": ["data=halves", "model=perceptron", "optimizer=sgd", "callbacks.best.monitor=train_loss"],
-    "lenet": ["data=digits", "data.standardise=true", "model.channels=[2,3]", "model.kernel=3",
-              "model.batch_norm=true", "model.hidden=[5]"],
 }  # fmt: skip
+LENET = ["data=digits", "data.standardise=true", "model.channels=[2,3]", "model.kernel=3", "model.batch_norm=true"]
 CHANGED = {  # what is configured otherwise where the run goes on
     "adam": ["scheduler.patience=7", "callbacks.early_stopping.patience=9"],
     "network": ["scheduler=plateau"],
@@ -376,7 +375,7 @@ class Base:
 
     def __init__(self, name: str, place: Path) -> None:
         self.name, self.kept, self.folder = name, place / name, place / "run"
-        self.words = words = [*RUNS[name], *SHARED]
+        self.words = words = [*RUNS.get(name, LENET), *SHARED]
         training.run(configured(self.folder, *words, "trainer.max_epochs=1"))
         self.folder.rename(self.kept)  # to be copied back, once for each input
         (self.kept / ".hydra").mkdir()

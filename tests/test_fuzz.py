@@ -379,6 +379,14 @@ def test_thousands_of_foreign_checkpoints_and_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_foreign_checkpoints_of_norms_and_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "learning_curves", read_curves)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_audited(audit(tmp_path, range(300), range(60), ["lenet"]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("planted", "checkpoints", "folders", "events"),
     [
