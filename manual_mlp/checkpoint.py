@@ -212,13 +212,7 @@ SCHEMA: dict[Any, Any] = {
     "callbacks?": {str: STATE},
     "optimizer_states?": [{"state": {int: STATE}, "param_groups": [{"params": [COUNT], str: ANYTHING}]}],
     "lr_schedulers?": [
-        {
-            "last_epoch": COUNT,
-            "num_bad_epochs?": COUNT,
-            "cooldown_counter?": COUNT,
-            "best?": SCORE,
-            str: ANYTHING,
-        }
+        {"last_epoch": COUNT, "num_bad_epochs?": COUNT, "cooldown_counter?": COUNT, "best?": SCORE, str: ANYTHING}
     ],
     "loops?": {
         "fit_loop": {
@@ -231,11 +225,14 @@ SCHEMA: dict[Any, Any] = {
         "random": RANDOM,
         "rows": [Kind("the text of a metrics.csv", _metrics)],
         "stopped": FLAG,
+        "seconds?": NOT_NEGATIVE,  # of the training so far
     },
     "configured?": {  # what training.precedence compares with what is configured where a run goes on
         "optimizer": {"lr?": (ANY_NUMBER, NAME, NOTHING), str: PLAIN},
         "scheduler": ({str: PLAIN}, NOTHING),
         "callbacks": {str: PLAIN},
+        "steps?": {str: PLAIN},
+        "changed?": [NAME],
     },
     str: ANYTHING,
 }

@@ -206,6 +206,9 @@ class TestSentences:
             (["data.source._partial_=1"], r"data.source._partial_ to be true or false, but got 1"),
             (["data._target_=json"], r"data._target_ to name a class or function, but there is no json"),
             (["data.batch_size=ten"], r"data.batch_size to be a whole number, but got 'ten'"),
+            (["model.residual=0"], r"model.residual to be true or false, but got 0; correct"),  # not even its default
+            (["model.bias=1"], r"model.bias to be true or false, but got 1; correct"),
+            (["model.l1=false"], r"model.l1 to be a number, but got False; correct"),
             (["data.standardise=maybe"], r"data.standardise to be true or false, but got 'maybe'"),
             (["optimized_metric=3"], r"optimized_metric to be text, but got 3"),
             (["model.hidden=30"], r"model.hidden to be a list of whole numbers, but got 30"),

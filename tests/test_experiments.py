@@ -6,6 +6,7 @@ import logging
 import re
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -441,6 +442,28 @@ def test_a_sweep_without_records_or_with_a_failed_run_ends_in_words(
         sweep("deep_sigmoid", *short, "model.initialisation=torch", "model.activation=relu,nope")
     assert drawn == [["activation=relu"]]
     assert (tmp_path / "deltas.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["residual", "layers=2", "model.residual=0,1"], "expected model.residual to be true or false, but got 0"),
+        (["residual", "layers=2,3", "data=diabetes", "model.loss=quadratic"], ""),
+        (["deep_sigmoid", "model.initialisation=torch", "data=diabetes", "model.loss=quadratic"], ""),
+        (["pretraining", "seed=0,1", "callbacks.delta_flow=null"], ""),
+        (["pretraining", "data=iris"], "expected an x in [0, 1], because it stands for probabilities"),
+    ],
+)
+def test_a_sweep_that_was_changed_ends_in_words(
+    sweep, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    """No sentence of the preset's that these runs do not show, and no traceback."""
+    short = ["model.hidden=[3,3]", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "report=false"]
+    with pytest.raises(SystemExit, match="runs failed") if said else nullcontext():
+        sweep(*words, *short[words[0] == "residual" :])
+    text = capsys.readouterr()
+    assert (said in text.err) if said else (text.err == "")
+    assert "δ of the first layer" not in text.out
 
 
 def test_delta_by_layer_draws_each_run() -> None:

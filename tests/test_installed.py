@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sklearn.datasets import load_iris
 
 from manual_mlp import __main__ as program
-from manual_mlp.training import train
+from manual_mlp.training import run, train
 from manual_mlp.training.commands import EXTRAS, command, install
-from tests.configs import ROOT
+from tests.configs import ROOT, configured
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHON = shlex.quote(sys.executable)
@@ -246,6 +247,25 @@ class TestRefused:
     def test_leaves_nothing(self, tmp_path: Path, refuse, words: list[str]) -> None:
         refuse(*words)
         assert [*tmp_path.iterdir()] == []
+
+    @pytest.mark.parametrize("many", [False, True])
+    def test_predictions_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+        """Nothing is left beside the predictions: no log, no configuration, and no folder if they lie elsewhere."""
+        run.run(configured(tmp_path / "r", "data=iris", "trainer.max_epochs=1", "report=false"))
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "new.csv").write_text(f"{','.join(load_iris().feature_names)}\n5,3,4,1\n")
+        before = {*tmp_path.rglob("*")}
+
+        def predict(*words: str) -> set[str]:
+            more = ["-m", "seed=0,1"] if many else []
+            arguments = ["train.py", "task=predict", "ckpt_path=r/best.ckpt", "input=new.csv", *words, *more]
+            monkeypatch.setattr(sys, "argv", arguments)
+            train.main()
+            return {path.name for path in {*tmp_path.rglob("*")} - before if path.is_file()}
+
+        assert predict("output=p.csv") == {"p.csv"}
+        assert {*tmp_path.iterdir()} == {tmp_path / name for name in ("r", "new.csv", "p.csv")}
+        assert predict() - {"multirun.yaml"} == {"p.csv", "predictions.csv"}
 
     def test_leaves_what_was_there(self, tmp_path: Path, refuse) -> None:
         (tmp_path / "outputs").mkdir()

@@ -1,7 +1,12 @@
 """Raw tables: gaps, text, keys and defects, from the file to predictions of new raw rows."""
 
+import copy
 import csv
 import gzip
+import random
+from collections import Counter
+from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +22,38 @@ import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.training import preparation, sources
 from manual_mlp.training import run as training
+from manual_mlp.training.checkpoints import NEEDED
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.predict import predict_file
 from manual_mlp.training.sources import Samples
 from tests.configs import configured
+
+VALUES: list = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    2**62,
+    float("nan"),
+    float("inf"),
+    1e308,
+    "",
+    "x" * 2000,
+    "\x1b[31m",
+    "Rome",
+    "age",
+]
+VALUES += [[], [[]], [1.0], ["a", "a"], {}, {"a": 1}, (), torch.zeros(2), 1 + 2j]
+
+
+def leaves(values: object, place: tuple = ()) -> Iterator[tuple]:
+    """The place of each value in dicts and lists."""
+    if place:
+        yield place
+    if isinstance(values, dict | list):
+        for key in values if isinstance(values, dict) else range(len(values)):
+            yield from leaves(values[key], (*place, key))
 
 
 def people(rows: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -72,6 +105,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     training.run(configured(folder, "data=table", *words, "data.source.key=id"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(run: Path) -> mm.Predictor:
+    return mm.Predictor.from_checkpoint(run / "best.ckpt")
 
 
 class TestFitted:
@@ -414,6 +452,147 @@ class TestPredict:
             predictor(frame.drop(columns="city"))
 
 
+class TestPredictor:
+    """What is given to it in Python fits, or is refused in a sentence that names the columns."""
+
+    @pytest.mark.parametrize(
+        "rows",
+        [torch.zeros(2, 10), torch.zeros(2, 1), torch.tensor(1.0), torch.zeros(2, 7, dtype=torch.complex64)],
+    )
+    def test_other_tensors(self, predictor: mm.Predictor, rows: torch.Tensor) -> None:
+        for answer in (predictor, predictor.prediction, predictor.spread, predictor.predict):
+            sentence = (
+                "7 numbers in each row, of the columns 'age', 'city=Bern', .*, but got a tensor of shape .*pandas"
+            )
+            with pytest.raises(InputError, match=sentence):
+                answer(rows)
+
+    @pytest.mark.parametrize(
+        "rows", [None, [["a"] * 7], [[1.0], [1.0, 2.0]], [], [[1.0] * 6], np.zeros((2, 8)), np.array([[None] * 7])]
+    )
+    def test_other_things(self, predictor: mm.Predictor, rows: object) -> None:
+        with pytest.raises(InputError, match=r"^expected .*numbers in .*DataFrame"):
+            predictor.predict(rows)
+        for answer in (predictor.prediction, predictor.spread, predictor.standardised):
+            with pytest.raises(InputError, match=r"^expected a tensor with 7 numbers in each row"):
+                answer(rows)
+
+    @pytest.mark.parametrize(
+        ("column", "cells"),
+        [
+            ("visits", pd.array([None, 1] * 6, dtype="Int64")),
+            ("visits", pd.array([None, True] * 6, dtype="boolean")),
+            ("visits", pd.arrays.SparseArray([np.nan, 1.0] * 6)),
+            ("visits", [None, "1"] * 6),
+            ("visits", [None, Decimal(1)] * 6),
+            ("city", pd.array([None, "Rome"] * 6, dtype="string")),
+            ("city", pd.Categorical([None, "Rome"] * 6)),
+        ],
+    )
+    def test_kinds_of_columns(self, predictor: mm.Predictor, column: str, cells: object) -> None:
+        plain = [None, "Rome" if column == "city" else 1.0] * 6
+        frames = (people(12).assign(**{column: values}) for values in (cells, plain))
+        assert torch.equal(*map(predictor.prepared, frames))
+
+    @pytest.mark.parametrize("cells", [[[1]] * 12, [{}] * 12, ["x"] * 12, [1j] * 12, [pd.Timestamp("2024-01-01")] * 12])
+    def test_cells_that_are_no_numbers(self, predictor: mm.Predictor, cells: list) -> None:
+        with pytest.raises(InputError, match="'visits' h"):
+            predictor.predict(people(12).assign(visits=cells))
+
+    def test_a_name_that_comes_twice(self, predictor: mm.Predictor) -> None:
+        with pytest.raises(InputError, match="different names in the rows, but 'id' comes twice"):
+            predictor(pd.concat([people(12)] * 2, axis=1))
+
+    def test_predict(self, predictor: mm.Predictor, tmp_path: Path, run: Path) -> None:
+        frame = people(30, seed=2)
+        predict_file(str(run / "best.ckpt"), str(written(tmp_path / "n.csv", frame)), str(tmp_path / "o.csv"))
+        expected = pd.read_csv(tmp_path / "o.csv")["class"].tolist()
+        assert predictor.predict(frame).tolist() == expected
+        rows = predictor.prepared(frame)
+        for numbers in (rows, rows.numpy(), rows.tolist()):
+            assert predictor.predict(numbers).tolist() == expected
+        assert predictor.predict(rows[0]) == expected[0]
+        assert predictor.predict(rows[:0]).tolist() == []
+        ones = torch.ones(2, 7)
+        assert torch.equal(predictor(ones.bool()), predictor(ones))
+
+
+class TestUnplanned:
+    """Files that nobody planned: each is read as it is meant, or refused by its line."""
+
+    @pytest.mark.parametrize(
+        ("cell", "sentence"),
+        [
+            (lambda i: f'"1,{100 + i % 5}.5"', "numbers with a mark between thousands, such as '1,100.5': write them"),
+            (lambda i: f'"1,{100 + i}"', "'1,100': write them without it, .*, or set \"data.source.decimal=','\" if"),
+            (lambda i: f"1\u00a0{100 + i}", "numbers with a mark between thousands"),
+            (lambda i: "x" * 200_000 if i == 3 else "k", "line 5: 't' holds text of more than 1000 bytes"),
+            (lambda i: '"k' if i == 5 else "k", "line 7: a quotation mark opens here and never closes"),
+            (lambda i: f'"{"a" if i == 20 else i * 0.5}\n"', r"line 42: 't' holds 'a\\n', which is not a number"),
+        ],
+    )
+    def test_refused(self, tmp_path: Path, cell, sentence: str) -> None:
+        content = "".join(f"{i},{cell(i)},{'ab'[i % 2]}\n" for i in range(40))
+        with pytest.raises(InputError, match=sentence):
+            module(read(text(tmp_path / "t.csv", f"n,t,churn\n{content}")))
+
+    @pytest.mark.parametrize("cell", [lambda i: 10**25 + i, lambda i: Decimal(i) / 4, lambda i: Decimal(i % 3)])
+    def test_numbers_that_are_no_floats(self, tmp_path: Path, cell) -> None:
+        """They were taken for text, even for text of as many kinds as rows."""
+        frame = pd.DataFrame({"t": [cell(i) for i in range(40)], "churn": ["a", "b"] * 20})
+        paths = [written(tmp_path / "t.csv", frame)]
+        if isinstance(cell(0), Decimal):
+            frame.to_parquet(tmp_path / "t.parquet")
+            paths.append(tmp_path / "t.parquet")
+        for path in paths:
+            samples = read(path)
+            assert samples.raw.columns[0].kinds == ()
+            np.testing.assert_array_equal(samples.features[:, 0], [float(cell(i)) for i in range(40)])
+
+    def test_white_space_is_told(self, tmp_path: Path) -> None:
+        content = "".join(
+            f"{i / 3},{('x', 'x ', 'y', chr(34) + ' ' + chr(34))[i % 4]},{('a ', 'a', 'b')[i % 3]}\n" for i in range(60)
+        )
+        said = module(read(text(tmp_path / "t.csv", f"n,t,churn\n{content}"))).said
+        assert said["white space"].startswith("'t' has ' ', 'x ', 'churn' has 'a ': kinds of their own")
+
+    def test_no_feature(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"a feature in t.csv, but beside 'churn', 'n' there is no column"):
+            read(text(tmp_path / "t.csv", "n,churn\n" + "1,a\n2,b\n" * 20), drop=["n"])
+
+    def test_bytes(self, tmp_path: Path) -> None:
+        pd.DataFrame({"c": [b"x", b"\xff"] * 20, "churn": ["a", "b"] * 20}).to_parquet(tmp_path / "t.parquet")
+        with pytest.raises(InputError, match=r"'c' holds bytes that are no text .'utf-8' codec can't"):
+            read(tmp_path / "t.parquet")
+
+    def test_new_rows_with_another_separator(self, tmp_path: Path, run: Path) -> None:
+        path = written(tmp_path / "n.csv", people(12), sep=";")
+        with pytest.raises(
+            InputError, match=r"lacks 'age', .*; add them, and separate the cells by ',', as in training"
+        ):
+            predict_file(str(run / "best.ckpt"), str(path), str(tmp_path / "o.csv"))
+
+
+def test_members_and_a_key(tmp_path: Path) -> None:
+    """The spread of several nets stands beside each prediction, behind the key, in both kinds of files."""
+    words = [f"data.source.path={written(tmp_path / 't.csv', people())}", "data=table", "data.source.key=id"]
+    words += ["members=3", "backprop=engine", "trainer.max_epochs=1", "report=false"]
+    new = str(written(tmp_path / "n.csv", people(12, seed=2)))
+    for name, more in {"churn": (), "visits": ("data.source.task=regression",)}.items():
+        training.run(configured(tmp_path / name, *words, f"data.source.target={name}", *more))
+        path = tmp_path / name / "best.ckpt"
+        predict_file(str(path), new, str(tmp_path / "o.csv"))
+        predict_file(str(path), new, str(tmp_path / "o.npz"))
+        table, arrays = pd.read_csv(tmp_path / "o.csv", dtype={"id": str}), np.load(tmp_path / "o.npz")
+        assert table["id"].tolist() == arrays["id"].tolist() == people(12)["id"].tolist()
+        predictor = mm.Predictor.from_checkpoint(path)
+        spread = predictor.spread(predictor.prepared(people(12, seed=2))).detach().numpy()
+        names = ["sd(no)", "sd(yes)"] if name == "churn" else ["sd(prediction)"]
+        np.testing.assert_allclose(table[names].to_numpy(), spread, rtol=1e-5)  # float32, in other batches
+        np.testing.assert_allclose(arrays["sd"], spread, rtol=1e-5)
+        assert spread.min() > 0
+
+
 class TestCheckpoint:
     def test_holds_plain_values(self, run: Path) -> None:
         data = torch.load(run / "best.ckpt", weights_only=True)["DataModule"]
@@ -425,6 +604,8 @@ class TestCheckpoint:
     @pytest.mark.parametrize(
         ("place", "value"),
         [
+            ((2, "name"), "age"), ((1, "kinds"), ["Bern", "Rome", "Rome"]), ((1, "kinds"), ["", "Oslo", "Rome"]),
+            ("key", "age"), ("target", "city"), ("feature_names", []), ("feature_names", ["age"] * 7),
             ((0, "fill"), "Rome"), ((0, "fill"), float("nan")), ((0, "fill"), None), ((1, "fill"), "Paris"),
             ((1, "fill"), 3.0),
             ((1, "kinds"), ["Bern", "Oslo"]), ((1, "kinds"), "Rome"),
@@ -444,6 +625,30 @@ class TestCheckpoint:
         torch.save(content, tmp_path / "x.ckpt")
         with pytest.raises(InputError, match=r"expected DataModule\.\w+.* in the checkpoint .* to be "):
             mm.Predictor.from_checkpoint(tmp_path / "x.ckpt")
+
+    @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
+    def test_one_value_changed(self, tmp_path: Path, run: Path, many: bool) -> None:
+        """Each leaf of what prepares rows, by a value of each kind: it predicts, or is refused in a sentence."""
+        content = torch.load(run / "best.ckpt", weights_only=True)
+        content = {name: value for name, value in content.items() if name not in NEEDED}
+        new = written(tmp_path / "n.csv", people(3, seed=2))
+        ends = Counter[str]()
+        cases = [(place, value) for place in leaves(content["DataModule"]) for value in VALUES]
+        for place, value in cases if many else random.Random(0).sample(cases, 150):
+            other = copy.deepcopy(content)
+            holder = other["DataModule"]
+            for key in place[:-1]:
+                holder = holder[key]
+            holder[place[-1]] = value
+            torch.save(other, tmp_path / "x.ckpt")
+            try:
+                predict_file(str(tmp_path / "x.ckpt"), str(new), str(tmp_path / "o.csv"))
+                mm.Predictor.from_checkpoint(tmp_path / "x.ckpt").predict(people(3, seed=2))
+                ends["taken"] += 1
+            except InputError as error:
+                plain = str(error).startswith("expected ") and len(str(error)) < 3000
+                ends["refused" if plain else f"{place}={value}: {error}"] += 1
+        assert ends.keys() == {"taken", "refused"}
 
     def test_goes_on(self, tmp_path: Path) -> None:
         words = [f"data.source.path={written(tmp_path / 't.csv', people())}", "data.source.target=churn", "data=table"]

@@ -3,6 +3,7 @@
 import base64
 import csv
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,6 +220,20 @@ class TestRun:
         parts = run(tmp_path / "parts", *overrides, "trainer.max_epochs=5", f"ckpt_path='{tmp_path}/parts/last.ckpt'")
         assert parts.all("img") == whole.all("img")  # pictures and what is said of them, to the last byte
 
+    def test_a_run_that_went_on_otherwise_says_so(self, tmp_path: Path) -> None:
+        """No command gives a net whose first steps had other settings than its last ones."""
+        said = []
+        for epochs, more in (
+            (1, []),
+            (2, []),
+            (3, ["data.batch_size=20", "scheduler=cosine"]),
+            (4, ["scheduler=cosine"]),
+        ):
+            words = ["data=iris", *more, f"trainer.max_epochs={epochs}"]
+            page = run(tmp_path, *words, *[f"ckpt_path='{tmp_path}/last.ckpt'"] * (epochs > 1))
+            said += re.findall(r"but the run went on with other values of (.*), so the command gives", page.text())
+        assert said == ["data.batch_size, scheduler"] * 2
+
     def test_names_of_a_table_are_only_text(self, tmp_path: Path) -> None:
         path = tmp_path / "a<b>.csv"
         rows = [(x, EVIL if x > 0 else "$ordinary^$") for x in np.random.default_rng(0).normal(size=100)]
@@ -257,6 +272,29 @@ class TestRun:
             assert pictures._command() == """python train.py data=iris 'model.hidden=[3,4]' "+note='a b'\""""
         finally:
             HydraConfig.instance().cfg = None
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (["data=iris", "ckpt_path=r/last.ckpt", "trainer.max_epochs=9"], ["data=iris", "trainer.max_epochs=9"]),
+            (["data=table", "data.source.path={here}/my.csv"], ["data=table", "data.source.path=my.csv"]),
+            (["data=table", "data.source.path='{here}/my data (1).csv'"], ["data.source.path='my data (1).csv'"]),
+            (["experiment=deep_sigmoid", "model.activation=relu"], ["hydra.mode=RUN"]),
+        ],
+    )
+    def test_the_command_of_other_runs(
+        self, tmp_path: Path, monkeypatch, words: list[str], expected: list[str]
+    ) -> None:
+        """Of one that went on: from nothing. With a path: from the working folder. Of a preset that sweeps: alone."""
+        monkeypatch.chdir(tmp_path)
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", [word.format(here=tmp_path) for word in words], return_hydra_config=True)
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+        line = shlex.split(pictures._command())
+        assert line[:2] == ["python", "train.py"]
+        assert line[-len(expected) :] == expected
+        assert str(tmp_path) not in " ".join(line)
+        assert not any(word.startswith("ckpt_path") for word in line)
 
     def test_tensorboard_gets_the_pictures(self, tmp_path: Path) -> None:
         page = run(tmp_path, "data=iris", "logger=tensorboard")

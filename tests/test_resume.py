@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -105,7 +106,32 @@ class TestGoesOn:
         (state,) = (
             state for state in read_checkpoint(tmp_path / "last.ckpt")["callbacks"].values() if state.get("monitor")
         )
-        assert state["best_model_path"] == str(tmp_path / "best.ckpt")
+        assert state["best_model_path"] == "best.ckpt"
+        assert {*state["best_k_models"]} == {"best.ckpt"}
+        for name in ("best.ckpt", "last.ckpt"):
+            content = (tmp_path / name).read_bytes()
+            assert str(tmp_path).encode() not in content
+            assert str(finished).encode() not in content
+
+    def test_keeps_the_best_of_before(self, run, tmp_path: Path) -> None:
+        """A checkpoint names no folder, and yet a later, worse epoch does not replace the best one."""
+        run("data=diabetes", "trainer.max_epochs=12", "optimizer.lr=0.1")
+        best = (tmp_path / "best.ckpt").read_bytes()
+        assert read_checkpoint(tmp_path / "best.ckpt")["epoch"] < 11
+        run("data=diabetes", "trainer.max_epochs=13", "optimizer.lr=0.1", f"ckpt_path='{tmp_path}/last.ckpt'")
+        assert (tmp_path / "best.ckpt").read_bytes() == best
+
+    def test_time_of_the_whole(self, run, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+        run(*IRIS)
+        path = tmp_path / "last.ckpt"
+        content = torch.load(path, weights_only=True)
+        assert 0 < content["continuation"]["seconds"] < 600
+        content["continuation"]["seconds"] = 1000.0
+        torch.save(content, path)
+        run("data=iris", "trainer.max_epochs=4", f"ckpt_path='{path}'")
+        seconds = float(re.findall(r"best \d of 0 to 3, in ([\d.]+) s", capsys.readouterr().out)[-1])
+        assert 1000 < seconds < 1600
+        assert 1000 < read_checkpoint(path)["continuation"]["seconds"] < 1600
 
     @pytest.mark.parametrize(
         ("overrides", "sentence"),

@@ -16,6 +16,7 @@ from torch import nn
 import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.training import run as training
+from manual_mlp.training.metrics import Writer
 from manual_mlp.training.module import MLPModule, resolve_output_activation
 from manual_mlp.training.strategies import BACKPROP, INITIALISATIONS
 from manual_mlp.training.summary import _table
@@ -71,7 +72,12 @@ class TestMainJob:
         ):
             assert (folder / name).exists()
             assert name in summary
-        assert "max_epochs=30" in (folder / "train.log").read_text()  # Lightning's messages went there
+        log = (folder / "train.log").read_text()
+        assert "max_epochs=30" in log  # Lightning's messages went there
+        assert "litlogger" not in log
+        assert "💡" not in log
+        for name in ("best.ckpt", "last.ckpt"):
+            assert str(tmp_path).encode() not in (folder / name).read_bytes()
 
 
 class TestRun:
@@ -99,6 +105,43 @@ class TestRun:
         for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
             assert [int(row["epoch"]) for row in rows(tmp_path) if row[name]] == [0, 1, 2, 3]
         assert len([row for row in rows(tmp_path) if row["test_accuracy"]]) == 1
+
+    @pytest.mark.parametrize("more", [[], ["members=3", "backprop=engine"], ["trainer.max_epochs=1"]])
+    def test_csv_has_a_whole_row_an_epoch(self, run, tmp_path: Path, more: list[str]) -> None:
+        """Training before validation before test, the test beside the epoch whose parameters were tested."""
+        run("data=diabetes", "trainer.max_epochs=12", "optimizer.lr=0.1", *more)
+        found = rows(tmp_path)
+        assert [row["epoch"] for row in found] == [*map(str, range(len(found)))]
+        names = [*found[0]]
+        assert names[:3] == ["epoch", "step", "train_loss"]
+        assert [name.partition("_")[0] for name in names[2:]] == sorted(
+            (name.partition("_")[0] for name in names[2:]), key=["train", "val", "test"].index
+        )
+        assert all(row[name] for row in found for name in names if not name.startswith("test_"))
+        (tested,) = (row for row in found if row["test_loss"])
+        if not more:
+            assert int(tested["epoch"]) == torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] < 11
+
+    def test_csv_of_a_run_that_validates_more_often_and_logs_its_step(self, run, tmp_path: Path) -> None:
+        """A figure that comes twice in an epoch has two rows; each row has its epoch, so that the run can go on."""
+        words = ["data=iris", "+trainer.val_check_interval=0.5", "+callbacks.step.logging_interval=epoch"]
+        words += ["+callbacks.step._target_=lightning.pytorch.callbacks.LearningRateMonitor"]
+        run(*words, "trainer.max_epochs=3")
+        expected = (tmp_path / "metrics.csv").read_text()
+        assert [(row["epoch"], bool(row["train_loss"]), bool(row["lr-SGD"])) for row in rows(tmp_path)] == [
+            (str(epoch), half == 1, half == 0) for epoch in range(3) for half in range(2)
+        ]
+        run(*words, "trainer.max_epochs=1", f"run_dir='{tmp_path}/a'")
+        run(*words, "trainer.max_epochs=3", f"run_dir='{tmp_path}/a'", f"ckpt_path='{tmp_path}/a/last.ckpt'")
+        assert (tmp_path / "a" / "metrics.csv").read_text() == expected
+
+    def test_rows_of_an_older_version_become_one_an_epoch(self, tmp_path: Path) -> None:
+        writer = Writer(str(tmp_path))
+        writer.take("epoch,step,train_loss,val_loss\n0,9,,0.25\n0,9,0.5,\n1,19,,0.125\n")
+        writer.log_metrics({"epoch": 1, "train_loss": 0.75}, 19)
+        writer.save()
+        expected = "epoch,step,train_loss,val_loss\n0,9,0.5,0.25\n1,19,0.75,0.125\n"
+        assert (tmp_path / "metrics.csv").read_text() == expected
 
     def test_no_step_logs(self, run, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[str] = []

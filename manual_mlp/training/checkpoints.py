@@ -1,10 +1,10 @@
 """Checkpoints that survive a kill at any moment, and from which a run goes on as if nothing had happened."""
 
-import csv
 import io
 import logging
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.optim import Optimizer
 
 from manual_mlp.checkpoint import described, join, read_checkpoint, read_values, write_whole
 from manual_mlp.errors import InputError
 from manual_mlp.training.data import Batches, DataModule
+from manual_mlp.training.metrics import EpochRows
 from manual_mlp.training.module import MLPModule
 
 log = logging.getLogger(__name__)
@@ -113,6 +113,13 @@ class EpochCheckpoint(ModelCheckpoint):
 
     def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
         return True
+
+
+def without_folders(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a ModelCheckpoint with the names of files, and no folder of this machine."""
+    names = {key: os.path.basename(path) for key, path in state.items() if key.endswith("_model_path")}
+    models = {os.path.basename(path): score for path, score in state["best_k_models"].items()}
+    return {**state, **names, "best_k_models": models, "dirpath": "."}
 
 
 def in_own_folder(state: dict[str, Any], callback: ModelCheckpoint, checkpoint: Any) -> dict[str, Any]:
@@ -226,6 +233,7 @@ class Continuation(Callback):
     def __init__(self) -> None:
         self.loaded: dict[str, Any] = {}
         self.content: dict[str, Any] = {}
+        self.began = time.perf_counter()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Raise InputError for a folder in the place of a checkpoint, which Lightning might remove with all in it."""
@@ -237,17 +245,22 @@ class Continuation(Callback):
                 )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        rows = [Path(writer.metrics_file_path) for writer in _csv_writers(trainer)]
+        rows = [Path(writer.metrics_file_path) for writer in csv_writers(trainer)]
         checkpoint["continuation"] = {
             "random": random_states(),
             "rows": [path.read_text() if path.exists() else "" for path in rows],
             "stopped": trainer.should_stop,
+            "seconds": time.perf_counter() - self.began,
         }
+        states = checkpoint["callbacks"]
+        for key in (callback.state_key for callback in trainer.checkpoint_callbacks):
+            states |= {key: without_folders(states[key])} if "best_model_path" in states.get(key, ()) else {}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Believe only those states that have a place in this run, and only paths in its own folder.
 
-        The rows come from the checkpoint, because the logger has deleted the file. Later rows will be logged again.
+        The rows come from the checkpoint, because the logger has deleted the file. Later rows will be logged again. The
+        time of the run goes on, too.
         """
         self._check_callbacks(trainer, pl_module, checkpoint["callbacks"])
         loops = {name: getattr(trainer, name).state_dict() for name in LOOPS}
@@ -256,10 +269,9 @@ class Continuation(Callback):
             return
         self.content = checkpoint
         self.loaded = checkpoint["continuation"]
-        for writer, rows in zip(_csv_writers(trainer), self.loaded["rows"], strict=False):
-            if rows:
-                write_whole(writer.metrics_file_path, rows.encode())
-                writer.metrics_keys = next(csv.reader(io.StringIO(rows)))
+        self.began -= self.loaded.get("seconds", 0.0)  # versions before 0.2 kept none
+        for writer, rows in zip(csv_writers(trainer), self.loaded["rows"], strict=False):
+            writer.take(rows)
 
     def _check_callbacks(self, trainer: L.Trainer, pl_module: Any, states: dict[str, Any]) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # Lightning sets it
@@ -315,10 +327,10 @@ def _begin_next_epoch(trainer: L.Trainer) -> None:
         trainer.train_dataloader.skipped = 0
 
 
-def _csv_writers(trainer: L.Trainer) -> list[Any]:
-    if not trainer.is_global_zero:
-        return []
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+def csv_writers(trainer: L.Trainer) -> list[Any]:
+    """Return what writes the run's metrics.csv; nothing in a process that does not write."""
+    loggers = trainer.loggers if trainer.is_global_zero else ()
+    return [logger.experiment for logger in loggers if isinstance(logger, EpochRows)]
 
 
 def random_states() -> dict[str, Any]:

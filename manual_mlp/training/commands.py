@@ -23,6 +23,13 @@ def override(key: str, text: object) -> str:
     return f"{key}={_literal(str(text))}"
 
 
+def from_here(word: str, here: str) -> str:
+    """Return an override; if it gives an absolute path, one that leads there from the folder `here`."""
+    key, _, value = word.partition("=")
+    path = value[1:-1].replace("\\'", "'") if value[:1] == "'" else value
+    return override(key, os.path.relpath(path, here)) if os.path.isabs(path) else word
+
+
 def listing(key: str, texts: Iterable[str]) -> str:
     """Return the override that gives `key` a list of these texts, as a word for the shell."""
     return for_the_shell(f"{key}=[{','.join(map(_literal, texts))}]")

@@ -175,7 +175,8 @@ def _check_arguments(node: dict, path: str) -> None:
             raise InputError(
                 f"expected an argument of {node['_target_']}, but got {path}.{key}; {likely(key, parameters)}"
             )
-        if node[key] != parameters[key].default:
+        default = parameters[key].default
+        if node[key] != default or isinstance(node[key], bool) != isinstance(default, bool):  # False == 0
             check_value(node[key], hints.get(key, Any), f"{path}.{key}")
 
 

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -154,6 +155,8 @@ class DataModule(L.LightningDataModule):
         raw, train = samples.raw.columns, parts["train"][0]
         columns = preparation.fitted(raw, train)
         self.said = preparation.words(raw, columns, samples.features, train)
+        target = preparation.Column(samples.raw.target, samples.class_names)
+        self.said["white space"] = preparation.white_space([*raw, target])
         self.columns = [column for column in columns if column]
         if not self.columns:
             raise InputError("expected a feature that some training row has, but all are empty; name another target")
@@ -244,8 +247,8 @@ class DataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: how to prepare new rows, and how to know these ones again."""
-        values = {name: getattr(self, name) for name in ("name", "feature_mean", "feature_scale", "fingerprint")}
-        values |= {"feature_names": list(self.feature_names)}
+        values = {name: getattr(self, name) for name in ("feature_mean", "feature_scale", "fingerprint")}
+        values |= {"name": Path(str(self.name)).name, "feature_names": list(self.feature_names)}
         if self.raw:
             values |= {name: getattr(self.raw, name) for name in ("target", "key", "separator", "decimal")}
             values["columns"] = [column.plain() for column in self.columns]

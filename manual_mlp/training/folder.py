@@ -1,6 +1,7 @@
 """The folder of a run: one training at a time writes to it, and its .hydra is the configuration of that one.
 
-A run that is refused leaves no folder that it has made itself. Files go one by one, folders only if they are empty.
+A run that is refused leaves no folder that it has made itself, nor does one whose result lies elsewhere. Files go one
+by one, folders only if they are empty.
 """
 
 import logging
@@ -87,14 +88,15 @@ def accepted() -> None:
 
 
 @contextmanager
-def nothing_if_refused() -> Iterator[None]:
-    """Remove the folders that a run has made if it ends with a sentence and has left nothing else in them."""
+def nothing_but_results() -> Iterator[None]:
+    """Remove the folders that a run has made if it has left no result in them; keep what a bug or a signal left."""
     try:
         yield
     except SystemExit as end:
-        if isinstance(end.code, str) and _made and _made[0].is_dir():
+        if isinstance(end.code, str):
             _remove(*_made)
         raise
+    _remove(*_made)
 
 
 def _take_down(config: DictConfig, key: str) -> None:
@@ -106,20 +108,26 @@ def _take_down(config: DictConfig, key: str) -> None:
     _made[:] = [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _remove(folder: Path, *outer: Path) -> None:
-    """Remove the files in a folder, and it, if all of them are a run's first ones and no other run is in it."""
+def _remove(*made: Path) -> None:
+    """Remove a run's first files if there are no others and no other run is in their folder; then the empty folders."""
+    if not made or not made[0].is_dir() or not all(path.relative_to(made[0]) in FIRST for path in _files(made[0])):
+        return
+    folder = made[0]
     try:
         with alone_in(folder):
-            files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-            if not all(path.relative_to(folder) in FIRST for path in files):
-                return
             for handler in logging.getLogger().handlers:
-                if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename) in files:
+                if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == folder:
                     handler.close()  # Windows removes no open file
-            for path in files:
-                path.unlink()
+            for path in _files(folder):
+                if path.relative_to(folder) in FIRST:
+                    path.unlink()
     except InputError:  # another run makes the same folder
         return
-    for path in (folder / ".hydra", folder, *outer):
+    inner = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for path in (*inner, *made):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]

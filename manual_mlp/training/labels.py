@@ -61,7 +61,10 @@ def label(value: Any) -> bool | int | str | None:
 
 def text(value: str | bytes) -> str | None:
     """Return a text as str, None if it is empty. Raises ValueError for one that is too long, or no UTF-8."""
-    decoded = value.decode() if isinstance(value, bytes) else value
+    try:
+        decoded = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise ValueError(f"bytes that are no text ({error})") from error
     if len(decoded.encode()) > LONGEST_NAME or "\0" in decoded:
         raise ValueError(f"text of more than {LONGEST_NAME} bytes, or with NUL in it: {quoted(decoded)}")
     return decoded or None

@@ -26,10 +26,11 @@ from manual_mlp.errors import InputError, shown
 from manual_mlp.report import Picture
 from manual_mlp.tracing import Trace, up
 from manual_mlp.training.callbacks import ROWS, DeltaFlow
-from manual_mlp.training.commands import command
+from manual_mlp.training.commands import command, from_here
 from manual_mlp.training.config import in_sweep
 from manual_mlp.training.data import EVALUATION_BATCH, DataModule
 from manual_mlp.training.module import MLPModule
+from manual_mlp.training.precedence import Precedence
 
 FEW = 20  # classes and columns with a line or a figure of their own
 DRAWN = 1000  # rows of the test part, at most
@@ -75,6 +76,10 @@ def leave_report(
         "device": f"{trainer.strategy.root_device}, {torch.get_num_threads()} threads",
         "versions": report.versions(),
     }
+    changed = next((c.changed for c in trainer.callbacks if isinstance(c, Precedence)), [])  # type: ignore[attr-defined]
+    if changed:
+        names = ", ".join(dict.fromkeys(changed))
+        origin["but"] = f"the run went on with other values of {names}, so the command gives another net"
     title = f"{facts['data'].partition(' (')[0]}, {'-'.join(map(str, module.sizes))}"
     optimizer, dropout = module.optimizer, module.hparams["dropout"]
     plain = optimizer and optimizer.func is SGD and not any({**optimizer.keywords, "lr": 0}.values())
@@ -101,9 +106,10 @@ def _command() -> str:
     """Return what gives this net from nothing. Within another program there is no command line."""
     if not HydraConfig.initialized():
         return "manual_mlp.training.run.run(cfg), with the configuration below"
-    return command(
-        *(word for word in HydraConfig.get().overrides.task if not word.startswith("ckpt_path=")), shared=True
-    )
+    hydra = HydraConfig.get()
+    own = [word for word in hydra.overrides.task if not word.startswith("ckpt_path=")]
+    alone = ["hydra.mode=RUN"] if hydra.sweeper.get("params") else []  # of a preset that sweeps, this run
+    return command(*(from_here(word, hydra.runtime.cwd) for word in own), *alone, shared=True)
 
 
 def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:

@@ -24,6 +24,8 @@ from manual_mlp.training.module import MLPModule, unfit
 
 Content = dict[str, Any]
 MOST_STEPS = 10**7  # that a new schedule takes at once, in about a minute
+STEPS: tuple[str, ...] = ("data.batch_size", "data.class_weight", "trainer.precision", "trainer.limit_train_batches")
+STEPS += ("trainer.gradient_clip_val", "trainer.gradient_clip_algorithm", "trainer.accumulate_grad_batches")
 SEEN = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")  # ReduceLROnPlateau's, about its figure
 
 
@@ -37,16 +39,19 @@ class Precedence(Callback):
         self.callbacks = {
             name: _plain(OmegaConf.to_container(node, resolve=True)) for name, node in nodes.items() if node
         }
+        self.steps = {name: str(OmegaConf.select(cfg, name)) for name in STEPS}
+        self.changed: list[str] = []  # settings of which earlier steps had others, so no one command gives this net
         self.old: Content | None = None  # the state of a schedule that has other settings now
 
     def configured(self, module: MLPModule) -> Content:
-        """Return {"optimizer": …, "scheduler": … or None, "callbacks": {name: …}} as plain values."""
+        """Return {"optimizer": …, "scheduler": … or None, "callbacks": {name: …}, …} as plain values."""
         assert module.optimizer is not None
         schedule = None
         if module.scheduler is not None:
             options = {name: value for name, value in module.scheduler.items() if name != "scheduler"}
             schedule = {"interval": "epoch", "monitor": None, **options, **_arguments(module.scheduler["scheduler"])}
-        return {"optimizer": _arguments(module.optimizer), "scheduler": schedule, "callbacks": self.callbacks}
+        made = {"optimizer": _arguments(module.optimizer), "scheduler": schedule, "callbacks": self.callbacks}
+        return {**made, "steps": self.steps, "changed": self.changed}
 
     def take_found_step(self, content: Content, path: str, module: MLPModule) -> None:
         """Set lr to the one that LearningRateFinder found. Raises InputError for a finder that has not searched."""
@@ -85,7 +90,11 @@ class Precedence(Callback):
                 differs |= _configure(callback, state) and isinstance(callback, EarlyStopping)
         if differs:  # another rule decided the stop
             checkpoint["continuation"]["stopped"] = False
+        if then:
+            before = then.get("steps", self.steps)
+            self.changed = [*then.get("changed", ()), *(name for name in STEPS if before.get(name) != self.steps[name])]
         if not _same_schedule(then, now, pl_module, states):
+            self.changed += ["scheduler"]
             self.old = states[0] if states else {}
             if then and (then["scheduler"] or {}).get("monitor") != (now["scheduler"] or {}).get("monitor"):
                 self.old = {**self.old, "mode": None}  # it has seen another figure

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from manual_mlp.checkpoint import read_checkpoint, write_whole
+from manual_mlp.checkpoint import described, read_checkpoint, write_whole
 from manual_mlp.errors import InputError, shown
 from manual_mlp.formulas import probability
 from manual_mlp.lenet import LeNet, net_of
 from manual_mlp.modules import MLP, restored
 from manual_mlp.training import labels, preparation, readers
 from manual_mlp.training.members import Members
-from manual_mlp.training.preparation import Column
-from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, listed
+from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, brief, listed
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +53,7 @@ class Predictor(nn.Module):
         self.net, self.loss = net, values["loss"]
         self.class_names: list[str] = list(values["class_names"])
         self.feature_names: list[str] = list(data["feature_names"])
-        own = [{"name": name, "kinds": (), "fill": None} for name in self.feature_names]  # which fills no gaps
-        self.columns: list[Column] = preparation.from_plain(data.get("columns", own), values["input_size"])
+        self.columns = preparation.from_plain(data, values["input_size"])
         self.target, self.key = data.get("target"), data.get("key")
         self.separator, self.decimal = data.get("separator"), data.get("decimal")
         numbers = {
@@ -115,9 +113,9 @@ class Predictor(nn.Module):
                 f"expected a tensor{named}, or a pandas DataFrame of raw rows, "
                 f"but got {type(rows).__name__}; pass torch.tensor(rows) or pandas.DataFrame(rows)"
             )
+        readers.check_names(Path("the rows"), map(str, rows.columns))
         columns = {str(name): readers.column(rows[name]) for name in rows.columns}
-        table = Table(Path("the rows"), "rows", np.inf, columns, columns=columns)
-        features, said = self._taken(table, len(rows))
+        features, said = _features(Table(Path("the rows"), "rows", np.inf, columns, columns=columns), self)
         for sentence in said:
             log.warning(sentence)
         return torch.from_numpy(features)
@@ -129,6 +127,7 @@ class Predictor(nn.Module):
             raise InputError(
                 f"expected the {len(self.columns)} columns that the net was trained on, in any order, but "
                 f"{table.path.name} lacks {listed(missing)}; add {'it' if len(missing) == 1 else 'them'}"
+                + (f", and separate the cells by {table.mark!r}, as in training" if len(table.columns) == 1 else "")
             )
         codes, said, defects = preparation.known(table, rows, self.columns)
         table.refuse(defects)
@@ -146,6 +145,32 @@ class Predictor(nn.Module):
         0
         """
         return self.net(self.standardised(features))
+
+    @torch.no_grad()
+    def predict(self, rows: Any) -> np.ndarray:
+        """Return the class of each row by its name, or in a regression the target in its units (N,) or (N, m).
+
+        rows: a pandas DataFrame of raw rows; or numbers (N, n_1) as `forward` takes them, also as an array or a list.
+        Raises InputError for rows that don't fit.
+
+        >>> import manual_mlp as mm
+        >>> predictor = mm.Predictor.from_checkpoint("best.ckpt")  # of a run with data=iris
+        >>> predictor.predict([[5.1, 3.5, 1.4, 0.2], [6.3, 3.3, 6.0, 2.5]])
+        array(['setosa', 'virginica'], dtype='<U10')
+        """
+        if not hasattr(rows, "columns") and not isinstance(rows, Tensor):
+            try:
+                rows = torch.as_tensor(np.asarray(rows))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"expected numbers in rows of the same length, but got {type(rows).__name__} that is no such table "
+                    f"({brief(error)}); pass raw rows as pandas.DataFrame(rows, columns=[…])"
+                ) from error
+        prediction = self.prediction(rows if isinstance(rows, Tensor) else self.prepared(rows))
+        if self.class_names:
+            return np.array(self.class_names)[prediction.argmax(-1).numpy()]
+        values = self.interpreted(prediction).numpy()
+        return values[..., 0] if values.shape[-1] == 1 else values
 
     def spread(self, features: Tensor) -> Tensor:
         """Return the standard deviation of the members' answers (N, n_L), each in its unit; of a single net 0.
@@ -168,7 +193,15 @@ class Predictor(nn.Module):
         >>> predictor.standardised(predictor.mean[None]).tolist()  # the mean of the training part is 0
         [[0.0, 0.0, 0.0, 0.0]]
         """
-        return ((features - self.mean) / self.scale).to(next(self._first.parameters()).dtype)
+        size, like = self._first.sizes[0], next(self._first.parameters())
+        if not isinstance(features, Tensor) or features.is_complex() or features.shape[-1:] != (size,):
+            named = f", of the columns {listed(self.feature_names)}" if self.feature_names else ""
+            raise InputError(
+                f"expected a tensor with {size} numbers in each row{named}, but got {described(features)}; correct the "
+                "rows"
+                + (", or pass raw rows as a pandas DataFrame" if named else " (.flatten(1) makes one of an image)")
+            )
+        return ((features.to(self.mean.dtype) - self.mean) / self.scale).to(like.dtype)
 
     def interpreted(self, prediction: Tensor) -> Tensor:
         """Return P of each class, or the target in its units, for a^L (N, n_L).

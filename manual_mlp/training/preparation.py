@@ -18,6 +18,8 @@ from manual_mlp.training.readers import LARGEST, Table, check_names, column_name
 MOST_KINDS = 50
 AT_ONCE = 64  # columns; an imputer copies them several times
 COMMA = re.compile(r"[-+]?\d+,\d+").fullmatch  # a number with a decimal comma
+MARK = "[,.'’ \\u00a0\\u2009\\u202f]"
+THOUSANDS = re.compile(rf"[-+]?\d{{1,3}}({MARK})\d{{3}}(\1\d{{3}})*([.,]\d+)?").fullmatch  # such as 1,234.5
 GAPS = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A"}
 GAPS |= {"NA", "NULL", "NaN", "None", "n/a", "nan", "null"}  # pandas' words, which mean a gap among numbers
 Defects = list[tuple[int | None, str]]
@@ -43,14 +45,23 @@ class Column:
         return {**asdict(self), "kinds": list(self.kinds)}
 
 
-def from_plain(values: Sequence[Mapping[str, Any]], inputs: int) -> list[Column]:
-    """Return the columns that a checkpoint keeps. Raises InputError if they don't make so many inputs."""
-    columns = [Column(value["name"], tuple(value["kinds"]), value["fill"]) for value in values]
+def from_plain(data: Mapping[str, Any], inputs: int) -> list[Column]:
+    """Return the columns that a checkpoint keeps; of other data and of 0.1, which fill no gaps, by their names.
+
+    Raises InputError if they contradict each other, or its inputs.
+    """
+    kept = data.get("columns", [{"name": name, "kinds": (), "fill": None} for name in data["feature_names"]])
+    columns = [Column(value["name"], tuple(value["kinds"]), value["fill"]) for value in kept]
     fills = all(c.fill in c.kinds if c.kinds else not isinstance(c.fill, str) for c in columns)
-    if not fills or (columns and sum(len(column.names()) for column in columns) != inputs):
+    kinds = all(len({*c.kinds, ""}) == len(c.kinds) + 1 for c in columns)
+    own = [column.name for column in columns]
+    apart = len({*own}) == len(own) and not {data.get("target"), data.get("key")} & {*own}
+    names = [name for column in columns for name in column.names()]
+    if not (fills and kinds and apart and names == list(data["feature_names"]) and len(names) in (inputs, 0)):
         raise InputError(
             f"expected DataModule.columns in the checkpoint of a table to be columns that make {inputs} inputs, each "
-            f"with one of its kinds, or a number, for gaps, but got {quoted(values)}; take it as train.py wrote it"
+            "with different kinds, one of these, or a number, for gaps, named as DataModule.feature_names says, and "
+            f"none of them the target or the key, but got {quoted(kept)}; take it as train.py wrote it"
         )
     return columns
 
@@ -67,15 +78,15 @@ def taken(table: Table, rows: int) -> tuple[np.ndarray, list[Column], Defects]:
         values = _checked(table.columns.pop(name), rows, name)
         place, kinds = len(columns), tuple[str, ...]()
         if values.dtype.kind in "biuf":
-            block = values.reshape(rows, -1)
+            block, wrong = values.reshape(rows, -1), Defects()
         else:
-            block, kinds = _coded(values, name, defects)
-            if words := _no_kinds(kinds, name, block, table.decimal, defects):
+            block, kinds, wrong, words = _text_or_numbers(values, name, table.decimal)
+            if words:
                 defects.append((None, words))
                 refused += [name]
         columns += [Column(names[place + index], kinds) for index in range(block.shape[1])]
         codes[:, place : len(columns)] = block
-        defects += _too_large(block, names[place : len(columns)])
+        defects += wrong + (_too_large(block, names[place : len(columns)]) if values.dtype.kind in "biuf" else [])
     if refused:
         defects.append((None, f"to leave them out: {listing('data.source.drop', [*table.drop, *refused])}"))
     return codes, columns, defects
@@ -187,6 +198,13 @@ def words(
     return said
 
 
+def white_space(columns: Sequence[Column]) -> str:
+    """Return words about kinds of text that differ from others, or from an empty cell, in white space alone."""
+    odd = {c.name: [k for k in c.kinds if k != k.strip() and k.strip() in ("", *c.kinds)] for c in columns}
+    told = [f"{quoted(name)} has {listed(kinds)}" for name, kinds in odd.items() if kinds]
+    return f"{', '.join(told)}: kinds of their own, though nothing else sets them apart" if told else ""
+
+
 def counted(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number != 1)}"
 
@@ -243,20 +261,35 @@ def _recoded(codes: np.ndarray, new: Sequence[float]) -> np.ndarray:
     return np.where(gaps, np.nan, np.array([*new, np.nan])[np.where(gaps, len(new), codes).astype(np.int64)])
 
 
-def _no_kinds(kinds: Sequence[str], name: str, codes: np.ndarray, decimal: str | None, defects: Defects) -> str:
-    """Return why the texts of a column are no kinds, or nothing; add the cells with single words among numbers."""
-    if kinds and decimal != "," and all(map(COMMA, kinds)):
-        fix = for_the_shell(override("data.source.decimal", ","))
-        return f"{quoted(name)} holds numbers with a decimal comma, such as {quoted(kinds[0])}: set {fix}"
-    rows = len(codes)
-    if len(kinds) <= MOST_KINDS and 2 * len(kinds) <= rows:
-        return ""
-    wrong = {code for code, kind in enumerate(kinds) if _number(kind) is None}
-    if 2 * len(wrong) < len(kinds):
-        defects += _holds(codes[:, 0], kinds, wrong, name)
-        return ""
-    much = f"{counted(len(kinds), 'kind')} in {counted(rows, 'row')}"
-    return f"{quoted(name)} is text of {much}, which are too many to learn from"
+def _text_or_numbers(
+    values: np.ndarray, name: str, decimal: str | None
+) -> tuple[np.ndarray, tuple[str, ...], Defects, str]:
+    """Return codes (rows, 1) of kinds and the kinds, or numbers and none; the defects; why it is neither, or nothing.
+
+    Text of too many kinds is taken for numbers if most of them are: then the others are defects.
+    """
+    defects = Defects()
+    codes, kinds = _coded(values, name, defects)
+    if kinds and (words := _written_otherwise(kinds, decimal)):
+        return codes, kinds, defects, f"{quoted(name)} holds {words}"
+    if len(kinds) <= MOST_KINDS and 2 * len(kinds) <= len(codes):
+        return codes, kinds, defects, ""
+    if 2 * sum(_number(kind) is None for kind in kinds) < len(kinds):
+        found, defects = numbers(values, name, gaps=True)
+        return found[:, None], (), defects, ""
+    much = f"{counted(len(kinds), 'kind')} in {counted(len(codes), 'row')}"
+    return codes, kinds, defects, f"{quoted(name)} is text of {much}, which are too many to learn from"
+
+
+def _written_otherwise(kinds: Sequence[str], decimal: str | None) -> str:
+    """Return how numbers are written, and the fix, if all kinds are numbers with a comma, or with marks in them."""
+    such = f"such as {quoted(kinds[0])}"
+    comma = decimal != "," and all(map(COMMA, kinds))
+    fix = for_the_shell(override("data.source.decimal", ","))
+    if all(map(THOUSANDS, kinds)):
+        also = f", or set {fix} if the comma is the decimal one" if comma else ""
+        return f"numbers with a mark between thousands, {such}: write them without it, names with a letter{also}"
+    return f"numbers with a decimal comma, {such}: set {fix}" if comma else ""
 
 
 def numbers(values: np.ndarray, name: str, gaps: bool = False) -> tuple[np.ndarray, Defects]:

@@ -110,12 +110,16 @@ class Table:
 
     def lines(self) -> Iterator[tuple[int, list[str]]]:
         """Yield the rows of a CSV file that are not blank, the header too, each with its line, counted from 1."""
-        with TextIOWrapper(self.open(), "utf-8-sig", newline="") as text:
-            rows, line = csv.reader(text, delimiter=self.mark, skipinitialspace=True), 1
-            for row in rows:
-                if len(row) > 1 or (row and row[0].strip()):
-                    yield line, row
-                line = rows.line_num + 1
+        limit = csv.field_size_limit(2**31 - 1)  # of letters in a cell: max_bytes has been looked at
+        try:
+            with TextIOWrapper(self.open(), "utf-8-sig", newline="") as text:
+                rows, line = csv.reader(text, delimiter=self.mark, skipinitialspace=True), 1
+                for row in rows:
+                    if len(row) > 1 or (row and row[0].strip()):
+                        yield line, row
+                    line = rows.line_num + 1
+        finally:
+            csv.field_size_limit(limit)
 
     def refuse(self, defects: Sequence[tuple[int | None, str]]) -> None:
         """Raise InputError with all defects in one list, by line of the file, if there are any. None: of no one row."""
@@ -251,9 +255,12 @@ def _read_csv(table: Table, file: IO[bytes]) -> None:
         warnings.simplefilter("error", pd.errors.ParserWarning)
         try:
             frame = pd.read_csv(file, low_memory=False, **options)
-        except (pd.errors.ParserWarning, pd.errors.ParserError):
-            rest = [(row, len(cells)) for row, (_, cells) in enumerate(table.lines(), -1) if len(cells) > len(names)]
+        except (pd.errors.ParserWarning, pd.errors.ParserError) as error:
+            lines = [len(cells) for _, cells in table.lines()]
+            rest = [(row, count) for row, count in enumerate(lines, -1) if count > len(names)]
             table.refuse([(row, f"{count} cells instead of {len(names)}") for row, count in rest])
+            if "EOF inside string" in str(error):  # all from there on is one cell
+                table.refuse([(len(lines) - 2, "a quotation mark opens here and never closes")])
             raise
     labels = {place for place in places if names[place] == table.labels}
     texts = [place for place in places if names[place] in table.texts or frame[place].dtype.kind not in "biuf"]
@@ -330,8 +337,16 @@ def column(series: Any) -> np.ndarray:
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(series) and not pd.api.types.is_complex_dtype(series):
-        return series.to_numpy()
-    codes, found = pd.factorize(series)  # each distinct text is there once
+        values = series.to_numpy()
+        return values if values.dtype.kind != "O" else series.to_numpy(np.float64, na_value=np.nan)  # pandas' own NA
+    if pd.api.types.infer_dtype(series, skipna=True) == "decimal":
+        return series.to_numpy(np.float64, na_value=np.nan)
+    try:
+        codes, found = pd.factorize(series)  # each distinct text is there once
+    except TypeError as error:
+        raise InputError(
+            f"expected one value in each cell, but {quoted(series.name)} has lists or tables; split it into columns"
+        ) from error
     return np.array([*found, None], dtype=object)[codes]
 
 

@@ -39,13 +39,14 @@ from manual_mlp.training.checkpoints import (
     check_same_rows,
     check_same_size,
     check_same_training,
+    csv_writers,
     restoring,
 )
 from manual_mlp.training.closing import Run, closing
 from manual_mlp.training.commands import command, override
 from manual_mlp.training.config import SCHEDULE, build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
-from manual_mlp.training.folder import alone_in, keep_configuration
+from manual_mlp.training.folder import accepted, alone_in, keep_configuration
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.precedence import Precedence
@@ -123,8 +124,13 @@ def quieten() -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     for advice in IRRELEVANT_ADVICE:
         warnings.filterwarnings("ignore", message=f".*{re.escape(advice)}")
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("💡")  # Lightning's, for its cloud
 
 
 def _set_threads(threads: int | str | None, module: MLPModule, data: DataModule) -> None:
@@ -177,7 +183,7 @@ def _trained(
     started = time.perf_counter()
     with restoring(cfg.ckpt_path):
         interrupted = _interrupted(trainer, module, data, cfg.ckpt_path)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started + (content["continuation"].get("seconds", 0.0) if content else 0.0)
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # the processes of the training can't
         keep_configuration(cfg)
     idle = content is not None and trainer.global_step == content["global_step"] and not interrupted
@@ -186,6 +192,8 @@ def _trained(
     if interrupted and best is None:
         raise InputError("expected at least one whole epoch to keep, but training was interrupted before; start again")
     epoch, figures = _figures(trainer, best)
+    for writer in csv_writers(trainer):
+        writer.kept = epoch
     folder = Path(cfg.run_dir)
     curves = learning_curves(folder, epoch) if trainer.is_global_zero else None
 
@@ -245,6 +253,7 @@ def tested(cfg: DictConfig) -> dict[str, float]:
         facts = run_facts(module, data, trainer, content["epoch"], None)
         print(summary(module, data, facts, figures, cfg.optimized_metric))
         print(files(Path(cfg.run_dir)))
+        accepted()
     return figures
 
 

@@ -169,6 +169,11 @@ def table(
         classes, values = (), _numbers(columns["target"], own["target"], defects)
     weights = _numbers(columns["weight"], own["weight"], defects) if "weight" in own else None
     codes, features, more = preparation.taken(read, rows)
+    if not features:
+        raise InputError(
+            f"expected a feature in {read.path.name}, but beside {readers.listed([*own.values(), *map(str, drop)])} "
+            "there is no column; bring one, or drop less"
+        )
     read.refuse([*defects, *more])
     read.allows(8 * rows * sum(len(column.names()) for column in features))
     repeated = "key" in own and len(labels.distinct(columns["key"])[0]) < rows

@@ -11,7 +11,7 @@ from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.commands import override
+from manual_mlp.training.commands import for_the_shell, override
 from manual_mlp.training.config import check, check_value, in_sweep
 from manual_mlp.training.folder import keep_configuration
 
@@ -31,7 +31,6 @@ def predict(cfg: DictConfig) -> None:
     check_value(max_bytes, float, "data.source.max_bytes")
     check_places(cfg)
     with disk_in_words(cfg):
-        begin(cfg)
         print(*predict_file(given(cfg, "ckpt_path"), given(cfg, "input"), cfg.output, max_bytes), sep="\n")
 
 
@@ -54,7 +53,7 @@ def check_places(cfg: DictConfig) -> None:
         if HydraConfig.initialized() and HydraConfig.get().job.chdir and path and not os.path.exists(path):
             raise InputError(
                 f"expected {key} to lead to a file, but there is no {path} in {os.getcwd()}, where the run looks "
-                f"because of hydra.job.chdir=true; write {override(key, Path(get_original_cwd(), path))}"
+                f"because of hydra.job.chdir=true; write {for_the_shell(override(key, Path(get_original_cwd(), path)))}"
             )
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from manual_mlp.pipes import is_watched, while_read
 from manual_mlp.training.commands import command
 from manual_mlp.training.config import in_sweep, one_sentence
-from manual_mlp.training.folder import nothing_if_refused
+from manual_mlp.training.folder import nothing_but_results
 from manual_mlp.training.resume import with_its_own_overrides
 from manual_mlp.training.shipped import CONF
 from manual_mlp.training.task import predict
@@ -36,6 +36,6 @@ def job(cfg: DictConfig) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the task of a command line, that of this process by default; leave the program if it is refused."""
-    with while_read(), nothing_if_refused(), one_sentence():
+    with while_read(), nothing_but_results(), one_sentence():
         sys.argv[1:] = with_its_own_overrides([*(sys.argv[1:] if arguments is None else arguments)])
         job()
