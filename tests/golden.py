@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,11 +152,11 @@ def digest(parameters: Iterable[Tensor]) -> str:
     return sha.hexdigest()
 
 
-def computed(backprop: str, dtype: str) -> dict[str, str]:
-    """Train all cells of a way and a dtype → for each the SHA-256 and, in float64, the sums of its parameters."""
+def computed(backprop: str, dtype: str, cells: Sequence[Cell] = CELLS) -> dict[str, str]:
+    """Train the cells of a way and a dtype → for each the SHA-256 and, in float64, the sums of its parameters."""
     found = {}
     with one_thread():
-        for cell in CELLS:
+        for cell in cells:
             if backprop in cell.backprop and dtype in cell.dtypes:
                 parameters = list(trained(cell, backprop, DTYPES[dtype]).parameters())
                 assert all(bool(parameter.isfinite().all()) for parameter in parameters), cell.name

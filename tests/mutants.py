@@ -4,10 +4,11 @@
 A mistake in a formula is a wrong row, cost, kernel or function of the sheet, put there before the rest of the package is
 imported. One in what calls the formulas is a changed text, in a copy of the package.
 
-`python -m tests.mutants` prints the mutants that survive, one a line; `0 4` takes every fourth, from the first. torch is
+`python -m tests.mutants` prints the mutants that survive, one a line; `0 2` takes every second, from the first. torch is
 imported once; each mutant is a fork.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -19,8 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import lightning.pytorch  # noqa: F401 -- imported before the fork, as torch is: some proofs import it
 import pytest
-import sympy.parsing.sympy_parser  # noqa: F401 -- imported before the fork, as torch is
+import sklearn.datasets  # noqa: F401 -- and that
+import sympy.parsing.sympy_parser  # noqa: F401 -- and that
 import torch
 import torch._dynamo  # which the first step of a torch.optim optimizer would import, in each fork
 from torch import exp, expm1, where
@@ -55,21 +58,21 @@ def kernel(name: str, saves: str, **wrong: Any) -> Mistake:
     def plant(sheet: ModuleType, kernels: ModuleType) -> None:
         kernels.KERNELS[name, saves] = kernels.KERNELS[name, saves]._replace(**wrong)
 
-    return Mistake(plant, ("kernels",))
+    return Mistake(plant, ("kernels",), name)
 
 
 def cost(name: str, *proofs: str, **wrong: Any) -> Mistake:
     def plant(sheet: ModuleType, kernels: ModuleType) -> None:
         sheet.COSTS[name] = replace(sheet.COSTS[name], **wrong)
 
-    return Mistake(plant, proofs or ("activations",), "" if proofs else "proves")
+    return Mistake(plant, proofs or ("activations",), "" if proofs else f"proves and {name}")
 
 
 def cost_kernel(name: str, **wrong: Any) -> Mistake:
     def plant(sheet: ModuleType, kernels: ModuleType) -> None:
         kernels.COST_KERNELS[name] = kernels.COST_KERNELS[name]._replace(**wrong)
 
-    return Mistake(plant, ("kernels",))
+    return Mistake(plant, ("kernels",), name)
 
 
 def formula(name: str, wrong: Callable[[Any], Callable[..., Any]], *proofs: str, only: str = "") -> Mistake:
@@ -77,14 +80,14 @@ def formula(name: str, wrong: Callable[[Any], Callable[..., Any]], *proofs: str,
     return Mistake(lambda sheet, kernels: setattr(sheet, name, wrong(getattr(sheet, name))), proofs or PROOFS, only)
 
 
-def rule(kind: str, name: str, wrong: Callable[[Any], Callable[..., Any]]) -> Mistake:
+def rule(kind: str, name: str, wrong: Callable[[Any], Callable[..., Any]], only: str = "") -> Mistake:
     """A rule of program.py with a wrong method, as what `wrong` makes of the right one."""
 
     def plant(sheet: ModuleType, kernels: ModuleType) -> None:
         of = getattr(import_module("manual_mlp.program"), kind)
         setattr(of, name, wrong(getattr(of, name)))
 
-    return Mistake(plant, ("network", "program"))
+    return Mistake(plant, ("network", "program"), only)
 
 
 def sigmoid_everywhere(wrong: Callable[..., Any]) -> Mistake:
@@ -111,7 +114,7 @@ MISTAKES: dict[str, Mistake] = {
     "G″ forgotten": formula("moved_delta", lambda right: lambda first, *more: first, "curvature", only="every_quantity"),
     "dropout not rescaled": formula("dropout", lambda right: lambda a, mask, keep: a * mask.to(a.dtype), "cases", only="dropout"),
     "Rosenblatt's sign": formula("perceptron_step", lambda right: lambda prediction, target, a, rate: right(target, prediction, a, rate)),
-    "softplus of a cost with a kink at 0": formula("softplus", lambda right: lambda z: z.clamp(min=0) + torch.log1p(exp(-z.abs())), "cases", only="bce and mean"),
+    "softplus of a cost with a kink at 0": formula("softplus", lambda right: lambda z: z.clamp(min=0) + torch.log1p(exp(-z.abs())), "cases", only="zero and bce_weights and mean"),
     "sigmoid 0.05 % off": row("sigmoid", delta=lambda g, a: (g * (1 - a)) * a * 1.0005),
     "sigmoid factor forgotten": row("sigmoid", delta=lambda g, a: g * (1 - a)),
     "sigmoid in another order": row("sigmoid", "kernels", delta=lambda g, a: g * ((1 - a) * a)),
@@ -127,7 +130,7 @@ MISTAKES: dict[str, Mistake] = {
     "softplus in z without its edge": row("softplus", when_z=(lambda β, t: t < 20 or β == 0, lambda g, z, β, t: g * σ(β * z))),
     "silu's last term": row("silu", delta=lambda g, z: g * (σ(z) * (1 + z * (1 - 1.0005 * σ(z))))),
     "gelu's density": row("gelu", delta=lambda g, z: g * (Φ(z) + φ(z))),
-    "gelu's options exchanged": row("gelu", options=(("approximate", "tanh"),)),
+    "gelu's options exchanged": row("gelu", options=(("approximate", "tanh"),))._replace(only="against_the_twin and gelu"),
     "gelu_tanh's cubic term": formula("du", lambda right: lambda z: (1 + z * z * (2 * 0.044715)) * 0.7978845608028654, "kernels"),
     "relu writes into g": kernel("relu", "a", delta=lambda g, a, many=0: g.masked_fill_(a <= 0, 0)),
     "gelu's tail": kernel("gelu", "z", delta=lambda g, z: g * ((1 + torch.erf(z * 0.7071067811865476)) / 2 + z * φ(z))),
@@ -135,7 +138,7 @@ MISTAKES: dict[str, Mistake] = {
     "tanh in place: a sign": kernel("tanh", "a", delta_=lambda g, a, z, work, mask: g.addcmul_(g, a * a)),
     "relu in place at 0": kernel("relu", "a", delta_=lambda g, a, z, work, mask, many=0: g.masked_fill_(a < 0, 0)),
     "silu into another buffer": kernel("silu", "z", G_=lambda z, out: torch.sigmoid(z, out=out)),
-    "dropout forgotten on the way back": rule("Drop", "backward", lambda right: lambda self, g, saved, *mask, needs: (g,)),
+    "dropout forgotten on the way back": rule("Drop", "backward", lambda right: lambda self, g, saved, *mask, needs: (g,), "dropout"),
     "G′ forgotten": rule("Activate", "backward", lambda right: lambda self, g, saved, needs: (g,)),
     "∂C/∂b without δ": rule("Affine", "backward", lambda right: lambda self, *a, needs: (*right(self, *a, needs=needs)[:2], None)),
     "½ forgotten": cost("quadratic", C=lambda a, target: (a - target) ** 2),
@@ -158,22 +161,23 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "needs_input_grad of the input ignored": ("functions", "if needs_a else None,\n        sheet", "if True else None,\n        sheet"),
     "needs_input_grad of the bias ignored": ("functions", "sheet.grad_bias(delta) if needs_bias", "sheet.grad_bias(delta) if True"),
-    "tangent of the weight forgotten": ("functions", "None if weight_t is None else sheet.affine(a, weight_t)", "None"),
+    "tangent of the weight forgotten": ("functions", "None if weight_t is None else sheet.affine(a, weight_t)", "None", "cases", "battery and affine-bias"),
     "second derivative lost at z": ("functions", "delta_of(g, saved, *ctx.values), g_z)", "delta_of(g, saved, *ctx.values))", "cases", "affine_silu"),
     "undefined gradient not expected": (
         "functions",
         "delta = None if g is None else delta_of(g, saved, *ctx.values)\n        return delta, *",
         "delta = delta_of(g, saved, *ctx.values)\n        return delta, *",
         "cases",
+        "battery and sigmoid-inplace",
     ),
     "program: what arrives does not add up": ("program", "part if arrived[slot] is None else arrived[slot] + part", "part"),
     "program: another node's slots": ("program", "for slot in self.saved[i]]", "for slot in self.saved[i - 1]]"),
     "program: a slot that is needed is freed": ("program", " and slot not in self.kept]", "]"),
-    "network: second derivative of constants": ("network", "if torch.is_grad_enabled() or not slots:", "if not slots:"),
-    "network: g forgotten": ("network", "                gradient.mul_(g)\n", "                pass\n"),
-    "network: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients"),
+    "network: second derivative of constants": ("network", "if torch.is_grad_enabled() or not slots:", "if not slots:", "network", "second_derivatives"),
+    "network: g forgotten": ("network", "                gradient.mul_(g)\n", "                pass\n", "network", "retained"),
+    "network: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", "network", "retained"),
     "network: 1/N forgotten": ("network", "        self.delta.mul_(self.delta_weight)\n", ""),
-    "network: a cut parameter": ("network", " or _shapes(tensors) != plan.shapes", ""),
+    "network: a cut parameter": ("network", " or _shapes(tensors) != plan.shapes", "", "network", "cut"),
     "plan: what arrives does not add up": ("plan", "partial(add, into, delta, out=into) if more else ", ""),
     "plan: one δ in the place of the next": ("plan", "self.arrived[slot] = self.free.pop()", "self.arrived[slot] = self.flats[0]"),
     "plan: the prediction is written over": ("plan", "z is None and a is not self.slots[-1]", "z is None", "engine", "predictions"),
@@ -195,8 +199,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "snapshot: a frozen parameter": ("snapshot", 'attrgetter("shape", "requires_grad")', 'attrgetter("shape")', "honoured", "frozen"),
     "snapshot: a parameter turned at its place": ("snapshot", " if all(map(Tensor.is_contiguous, self.owned)) else Tensor.stride", "", "engine", "turned"),
     "snapshot: a layer moved to another parent": ("snapshot", "            *map(len, self.parents),\n", "", "network", "moved"),
-    "snapshot: a parameter moved to another group": ("snapshot", "            and [*map(len, params)] == self.sizes\n", "", "honoured", "group"),
-    "snapshot: groups that have exchanged their parameters": ("snapshot", "            and all(map(is_, chain.from_iterable(params), self.members))\n", "", "honoured", "group"),
+    "snapshot: a parameter moved to another group": ("snapshot", "            and [*map(len, params)] == self.sizes\n", "", "honoured", "group and step"),
+    "snapshot: groups that have exchanged their parameters": ("snapshot", "            and all(map(is_, chain.from_iterable(params), self.members))\n", "", "honoured", "group and step"),
     "snapshot: a replaced forward": ("snapshot", '            *map(dict.get, self.dicts, repeat("forward")),\n', "", "honoured", "forward and first"),
     "snapshot: another activation": ("snapshot", "            *map(_ACTIVATION, self.fused),\n", "", "honoured", "activation and first"),
     "plan: a that step 4 still reads is scratch": ("plan", " and a is not self.slots[-1] and self.longest is None", " and a is not self.slots[-1]", "sample_norm", "optimizers"),
@@ -274,5 +278,6 @@ def noticed(name: str) -> bool:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # pytest collects garbage at its end: without this each fork walks, and copies, all that torch has made
     first, every = map(int, sys.argv[1:] or (0, 1))
     print("\n".join(name for name in MUTANTS[first::every] if not noticed(name)))

@@ -15,10 +15,16 @@ def skip_elsewhere(content: dict) -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("backprop", "dtype"), golden.groups())
-def test_same_parameters_after_20_steps(backprop: str, dtype: str) -> None:
+def test_same_parameters_after_20_steps(backprop: str, dtype: str, every: int) -> None:
+    """A third of the cells for each way and dtype, another third for the next one: each cell is trained some way."""
     skip_elsewhere(RECORDED)
-    lines = golden.differences(RECORDED[f"{backprop} {dtype}"], golden.computed(backprop, dtype))
+    cells = golden.CELLS[golden.groups().index((backprop, dtype)) % every :: every]
+    left_out = {cell.name for cell in golden.CELLS} - {cell.name for cell in cells}
+    expected = {name: bits for name, bits in RECORDED[f"{backprop} {dtype}"].items() if name not in left_out}
+    assert expected
+    lines = golden.differences(expected, golden.computed(backprop, dtype, cells))
     assert not lines, f"{len(lines)} cells of {backprop} {dtype} differ:\n" + "\n".join(lines)
 
 

@@ -236,7 +236,11 @@ class TestGraph:
 
     # The nets of the presets that are drawn as graphs, and others of their kind.
     @pytest.mark.parametrize(
-        "sizes", [[1, 1], [2, 2], [2, 4, 2], [1, 1, 1, 1], [1, 2, 1], [1, 4, 1], [1, 8, 1], [3, 4, 3]]
+        "sizes",
+        [
+            *([2, 4, 2], [1, 1, 1, 1], [1, 8, 1], [3, 4, 3]),
+            *(pytest.param(few, marks=pytest.mark.slow) for few in ([1, 1], [2, 2], [1, 2, 1], [1, 4, 1])),
+        ],
     )
     def test_no_text_hides_another(self, sizes: list[int]) -> None:
         for _ in range(2):

@@ -16,13 +16,13 @@ import manual_mlp as mm
 from manual_mlp.engine import BackpropEngine
 from manual_mlp.formulas import COSTS
 from manual_mlp.network import network_loss
-from tests.cases import CASES, ROWS, Sizes, cases_of
+from tests.cases import CASES, ROWS, Case, Sizes, cases_of, sampled
 from tests.test_engine import LOSSES, assert_same, torch_twin
 
 SHARE = settings(max_examples=8, derandomize=True, deadline=None, database=None)
 ALL = settings(SHARE, max_examples=200)
 
-names = pytest.mark.parametrize("name", [case.name for case in CASES])
+cases = pytest.mark.parametrize("case", sampled(CASES))
 small = st.integers(0, 4)
 sizes = st.builds(Sizes, st.lists(small, max_size=3).map(tuple), inputs=small, outputs=st.integers(1, 4))
 # What is rounded, in eps: a sum of at most 200 terms; torch rounds what the sheet keeps in float32, and the reverse.
@@ -90,19 +90,19 @@ def check_case(name: str, data: st.DataObject) -> None:
             assert_close(tensor.grad, gradient, TOLERANCES[dtype], magnitude)
 
 
-@names
+@cases
 @SHARE
 @given(data=st.data())
-def test_function(name: str, data: st.DataObject) -> None:
-    check_case(name, data)
+def test_function(case: Case, data: st.DataObject) -> None:
+    check_case(case.name, data)
 
 
 @pytest.mark.slow
-@names
+@cases
 @ALL
 @given(data=st.data())
-def test_function_at_length(name: str, data: st.DataObject) -> None:
-    check_case(name, data)
+def test_function_at_length(case: Case, data: st.DataObject) -> None:
+    check_case(case.name, data)
 
 
 @st.composite

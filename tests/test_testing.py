@@ -14,6 +14,7 @@ from torch.nn import functional as torch_functional
 import manual_mlp as mm
 from manual_mlp import testing
 from manual_mlp.network import network_loss
+from manual_mlp.testing import __main__ as command_line
 from manual_mlp.testing.__main__ import main, package_subjects
 from manual_mlp.testing.checks import CHECKS
 
@@ -180,11 +181,16 @@ class TestCommandLine:
             assert main([path, "--inputs", "tests.test_testing:make_inputs"]) == 2
             assert "expected package.module:name" in capsys.readouterr().err
 
-    def test_on_the_package(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """Every Function passes every check that applies to it."""
+    @pytest.mark.parametrize("share", [12, pytest.param(1, marks=pytest.mark.slow)])
+    def test_on_the_package(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], share: int
+    ) -> None:
+        """Every Function passes every check that applies to it: test_cases asks it of each, beside its twin."""
+        subjects = package_subjects()[::share]
+        monkeypatch.setattr(command_line, "package_subjects", lambda: subjects)
         assert main([]) == 0, capsys.readouterr().out
         lines = capsys.readouterr().out.splitlines()
-        assert lines[-1] == f"{len(package_subjects())} Functions, {len(CHECKS)} checks each: none failed"
+        assert lines[-1] == f"{len(subjects)} Functions, {len(CHECKS)} checks each: none failed"
         assert max(map(len, lines)) <= 80
 
     def test_as_a_program(self) -> None:
