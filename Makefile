@@ -8,15 +8,15 @@ train: $(VENV)/.installed
 	$(BIN)/python train.py $(ARGS)
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-lowest: # the tests with the lowest versions that pyproject declares, in an environment of their own
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[test]"
-	$(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 gpu: # the CUDA tests and the GPU's table, with the Python and torch that are there; installs nothing
 	$(PYTHON) tests/gpu.py $(ARGS)
