@@ -198,9 +198,9 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "snapshot: a cut parameter": ("snapshot", 'attrgetter("shape", "requires_grad")', 'attrgetter("requires_grad")', "engine", "cut"),
     "snapshot: a frozen parameter": ("snapshot", 'attrgetter("shape", "requires_grad")', 'attrgetter("shape")', "honoured", "frozen"),
     "snapshot: a parameter turned at its place": ("snapshot", " if all(map(Tensor.is_contiguous, self.owned)) else Tensor.stride", "", "engine", "turned"),
-    "snapshot: a layer moved to another parent": ("snapshot", "            *map(len, self.parents),\n", "", "network", "moved"),
-    "snapshot: a parameter moved to another group": ("snapshot", "            and [*map(len, params)] == self.sizes\n", "", "honoured", "group and step"),
-    "snapshot: groups that have exchanged their parameters": ("snapshot", "            and all(map(is_, chain.from_iterable(params), self.members))\n", "", "honoured", "group and step"),
+    "snapshot: a layer moved to another parent": ("snapshot", "*map(tuple, map(dict.values, self.parents)),", "*chain.from_iterable(map(dict.values, self.parents)),", "network", "moved"),
+    "snapshot: a parameter moved to another group": ("snapshot", "[[*map(id, group[\"params\"])] for group in optimizer.param_groups] == self.ids", "{id(p) for group in optimizer.param_groups for p in group[\"params\"]} == {*chain(*self.ids)}", "honoured", "group and step"),
+    "snapshot: groups that have exchanged their parameters": ("snapshot", "[[*map(id, group[\"params\"])] for group in optimizer.param_groups] == self.ids", "[len(group[\"params\"]) for group in optimizer.param_groups] == [*map(len, self.ids)]", "honoured", "group and step"),
     "snapshot: a replaced forward": ("snapshot", '            *map(dict.get, self.dicts, repeat("forward")),\n', "", "honoured", "forward and first"),
     "snapshot: another activation": ("snapshot", "            *map(_ACTIVATION, self.fused),\n", "", "honoured", "activation and first"),
     "plan: a that step 4 still reads is scratch": ("plan", " and a is not self.slots[-1] and self.longest is None", " and a is not self.slots[-1]", "sample_norm", "optimizers"),
@@ -216,7 +216,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "engine: a frozen parameter's old gradient": ("engine", "parameter.grad = None  # or", "pass  # or", "honoured", "frozen"),
     "engine: hooks of parameters": ("engine", " or self._training.hooks.any()", "", "honoured"),
     "another initialisation": ("modules", "nn.Linear.reset_parameters(self)", "nn.init.xavier_uniform_(self.weight)", "modules"),
-    "keys shifted by dropout": ("modules", "self.add_module(str(2 * index), layer)", "self.add_module(str(len(self)), layer)"),
+    "keys shifted by dropout": ("modules", "self.add_module(str(2 * index), nn.Sequential", "self.add_module(str(len(self)), nn.Sequential", "modules", "exchange_state"),
 }  # fmt: skip
 MUTANTS = [*MISTAKES, *TEXTS]
 
