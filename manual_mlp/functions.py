@@ -472,22 +472,21 @@ class CrossEntropy(ManualFunction):
             return (None,) * 6
         z, target, class_weight = ctx.saved_tensors
         target, kept, counts = _samples(z, target, class_weight, ctx.ignored)
-        share = _if_kept(sheet.share(g, z.shape[:-1], ctx.reduction, counts), kept)
-        delta = target_delta = None
-        if ctx.needs_input_grad[0]:
-            delta, factor = _class_delta(z, target, class_weight, counts, ctx.smoothing)
-            delta = delta * _weighted(share, factor).unsqueeze(-1)
-        if ctx.needs_input_grad[1]:
-            target_delta = _target_delta(z, target, class_weight, ctx.smoothing) * share.unsqueeze(-1)
-        return delta, target_delta, None, None, None, None
+        share = _if_kept(sheet.share(g, z.shape[:-1], ctx.reduction, counts), kept).unsqueeze(-1)
+        needs_z, needs_target, *_ = ctx.needs_input_grad
+        return (
+            _entropy.delta(z, _shares(z, target, class_weight, ctx.smoothing)) * share if needs_z else None,
+            _target_delta(z, target, class_weight, ctx.smoothing) * share if needs_target else None,
+            *(None,) * 4,
+        )
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
         z, target, class_weight = _primals(ctx)
         target, kept, counts = _samples(z, target, class_weight, ctx.ignored)
-        delta, factor = _class_delta(z, target, class_weight, counts, ctx.smoothing)
+        delta = _entropy.delta(z, _shares(z, target, class_weight, ctx.smoothing))
         costs_t = _sum_of(
-            None if z_t is None else _weighted((delta * z_t).sum(-1), factor),
+            None if z_t is None else (delta * z_t).sum(-1),
             None if target_t is None else (_target_delta(z, target, class_weight, ctx.smoothing) * target_t).sum(-1),
         )
         return sheet.reduce(_if_kept(costs_t, kept), ctx.reduction, counts)
@@ -510,15 +509,6 @@ def _if_kept(values: Tensor, kept: Tensor | None) -> Tensor:
 def _shares(z: Tensor, target: Tensor, class_weight: Tensor | None, smoothing: float) -> Tensor:
     target = target if target.is_floating_point() else sheet.onehot(z, target)
     return sheet.class_shares(target, class_weight, smoothing)
-
-
-def _class_delta(
-    z: Tensor, target: Tensor, class_weight: Tensor | None, counts: Tensor | None, smoothing: float
-) -> tuple[Tensor, Tensor | None]:
-    """Return δ of each sample, and the weight of the sample where δ does not hold it already."""
-    if counts is not None and smoothing == 0:
-        return sheet.cross_entropy_delta_of_class(z, target), counts
-    return _entropy.delta(z, _shares(z, target, class_weight, smoothing)), None
 
 
 def _target_delta(z: Tensor, target: Tensor, class_weight: Tensor | None, smoothing: float) -> Tensor:
