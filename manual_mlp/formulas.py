@@ -270,7 +270,7 @@ COSTS = {cost.name: cost for cost in (
     # The G′ of the sigmoid cancels.
     Cost("bce", lambda z, ŷ: softplus(z) - ŷ * z, lambda z, ŷ: σ(z) - ŷ, lambda z, ŷ: -z, per="N m", logits=True,
          H=lambda z, ŷ, v: σ(z) * σ(-z) * v, root=lambda z, ŷ, v: (σ(z) * σ(-z)) ** 0.5 * v),
-    # Where ŷ is a onehot, Σ(ŷ) = 1.
+    # Where ŷ is a onehot, Σ(ŷ) = 1: δ^L = softmax(z) − ŷ.
     Cost("cross_entropy", lambda z, ŷ: -ŷ * log_softmax(z), lambda z, ŷ: softmax(z) * Σ(ŷ) - ŷ,
          lambda z, ŷ: -log_softmax(z), per="N", logits=True,
          H=lambda z, ŷ, v: Σ(ŷ) * softmax(z) * (v - Σ(softmax(z) * v)),
@@ -298,11 +298,6 @@ def cross_entropy_of_class(z: Tensor, target: Tensor) -> Tensor:
 def onehot(z: Tensor, target: Tensor) -> Tensor:
     """1 at each sample's class, 0 elsewhere, in z's shape and dtype. Scattered: a class out of range is an error."""
     return torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1)
-
-
-def cross_entropy_delta_of_class(z: Tensor, target: Tensor) -> Tensor:
-    """δ^L = softmax(z) − onehot."""
-    return softmax(z) - onehot(z, target)
 
 
 def class_shares(target: Tensor, class_weight: Tensor | None, smoothing: float) -> Tensor:

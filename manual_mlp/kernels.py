@@ -403,9 +403,7 @@ def _sum_of_cross_entropy(z: Tensor, target: Tensor) -> Tensor:
 
 
 def _cross_entropy_delta(z: Tensor, target: Tensor) -> Tensor:
-    if target.dim() == 1:
-        return sheet.cross_entropy_delta_of_class(z, target)
-    return sheet.COSTS["cross_entropy"].delta(z, target)
+    return sheet.COSTS["cross_entropy"].delta(z, sheet.onehot(z, target) if target.dim() == 1 else target)
 
 
 def _both_of_cross_entropy(delta: Tensor) -> Both:

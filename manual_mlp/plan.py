@@ -191,16 +191,13 @@ class Plan:
         read, out = slots[reads[0]], self.slots[i + 1]
         if isinstance(rule, Affine):
             self._affine(read, own[0], own[1], out)
-        elif isinstance(rule, Activate):
+        elif isinstance(rule, Activate) and isinstance(read, Tensor):
             G_, _ = kernels.in_place(rule.row)
             if rule.saves == "output" and read is not out:
                 self._emit(self.up, out.copy_, read)
                 read = out
             to: Any = {"out": out} if rule.saves == "input" else {}
-            if isinstance(read, Tensor):
-                self._emit(self.up, partial(G_, read, *rule.row.values, **to))
-            else:
-                self._emit(self.up, lambda z: G_(z, *rule.row.values, **to), read)
+            self._emit(self.up, partial(G_, read, *rule.row.values, **to))
         elif isinstance(rule, Drop):
             if rule.p > 0:
                 drawn, scale = self.masks[i + 1]
@@ -250,10 +247,8 @@ class Plan:
             if self.longest is None and i + 1 != self.lent:
                 self.free.append(flat)
             return
-        if isinstance(rule, Activate) and rule.saves == "input" and (reads[0] == 0 or not self._alone(i)):
-            # Somebody else still reads z, which the form in place would overwrite.
-            self._emit(self.down, lambda z: delta.copy_(rule.backward(delta, z, needs=())[0]), slots[reads[0]])
-        elif isinstance(rule, Activate):
+        # The form in place would overwrite a z that somebody else still reads.
+        if isinstance(rule, Activate) and (rule.saves == "output" or (reads[0] > 0 and self._alone(i))):
             _, delta_ = kernels.in_place(rule.row)
             a, z = self.slots[i + 1], slots[reads[0]] if rule.saves == "input" else None
             # Step 4 has read a^l, so δ may use it as scratch. The prediction is read later.
