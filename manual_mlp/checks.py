@@ -8,6 +8,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -307,9 +308,34 @@ def some_rows(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
     batch_labels(outputs, target, loss)
 
 
-def buffer(prediction: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+def share_memory(parameters: Iterable[Tensor]) -> bool:
+    """Return True if two parameters begin at one address, or a contiguous one reaches into another."""
+    extents = sorted(
+        (p.data_ptr(), p.data_ptr() + (p.nbytes if p.is_contiguous() else p.element_size()))
+        for p in parameters
+        if p.numel() > 0  # all empty ones lie at 0
+    )
+    return any(end > start for (_, end), (start, _) in pairwise(extents))
+
+
+def order(rows: int, generator: Any) -> Tensor:
+    """Return the rows in random order. Refuses what is no generator, such as a seed."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"expected a torch.Generator; got {type(generator).__name__}: torch.Generator().manual_seed(…) makes one"
+        )
+    return torch.randperm(rows, generator=generator, device=generator.device if generator else None)
+
+
+def buffer(prediction: Tensor, shape: tuple[int, ...], input: Tensor, target: Tensor) -> None:
     """Refuse what can't be filled with the predictions: each number needs a place of its own."""
     tensors(prediction=prediction)
+    given = {data.untyped_storage().data_ptr() for data in (input, target)}
+    if prediction.numel() > 0 and prediction.untyped_storage().data_ptr() in given:
+        raise InputError(
+            "expected a prediction with memory of its own; it shares that of the input or the target, which later "
+            "steps read: make it by input.new_empty"
+        )
     expected = torch.Size(shape), input.dtype, input.device, False
     if (prediction.shape, prediction.dtype, prediction.device, prediction.requires_grad) == expected:
         room = 0  # between the first and the last number of the dimensions before

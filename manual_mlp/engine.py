@@ -285,7 +285,7 @@ class BackpropEngine:
         with self._turn:
             self._ask()
             self._check(input, target)
-            order = torch.randperm(len(input), generator=generator, device=generator.device if generator else None)
+            order = checks.order(len(input), generator)
             return self._train_rows(input, target, batch_size, order.to(input.device), None)
 
     def train_batches(self, input: Tensor, target: Tensor, batch_size: int, prediction: Tensor | None = None) -> Tensor:
@@ -306,7 +306,7 @@ class BackpropEngine:
             self._ask()
             self._check(input, target)
             if prediction is not None:
-                checks.buffer(prediction, (len(input), self._outputs), input)
+                checks.buffer(prediction, (len(input), self._outputs), input, target)
             return self._train_rows(input, target, batch_size, None, prediction)
 
     def _pass(self, input: Tensor, target: Tensor, rates: Rates) -> Tensor:
@@ -467,8 +467,7 @@ class BackpropEngine:
                     f"expected a bias of shape {tuple(layer.weight.shape[:1])}, a number for each row of the weight; "
                     f"got {tuple(layer.bias.shape)} in {layer}: cut both alike"
                 )
-        addresses = [parameter.data_ptr() for parameter in owned if parameter.numel() > 0]  # all empty ones lie at 0
-        if len(set(addresses)) < len(addresses):
+        if checks.share_memory(owned):
             raise InputError("expected layers with parameters of their own; got tied ones: train them by their layers")
         if self.compute_dtype is not None and (self.compute_dtype, first.dtype) != (torch.bfloat16, torch.float32):
             raise InputError(

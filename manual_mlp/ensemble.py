@@ -136,7 +136,7 @@ class EnsembleEngine:
             if not nets:
                 self._prepare()
             given = list(generators or [None] * self._k)  # type: ignore[list-item]
-            orders = torch.stack([_order(len(input), generator) for generator in given])
+            orders = torch.stack([checks.order(len(input), generator) for generator in given])
             if nets:
                 return self._train_natively(nets, input, target, batch_size, orders, prediction)
             whole = len(input) // batch_size * batch_size
@@ -242,8 +242,7 @@ class EnsembleEngine:
 
     def _compare(self) -> None:
         """Note how the nets differ. Raises InputError for nets that would train the same parameter."""
-        addresses = [parameter.data_ptr() for engine in self._engines for parameter in engine._owned]
-        if len(set(addresses)) < len(addresses):
+        if checks.share_memory(parameter for engine in self._engines for parameter in engine._owned):
             raise InputError("expected nets with parameters of their own; got the same in two: copy.deepcopy one")
         first, *others = map(_form, self._engines)
         self._unlike = next(
@@ -268,9 +267,9 @@ class EnsembleEngine:
             came = len(generators) if isinstance(generators, Sequence) else type(generators).__name__
             raise InputError(f"expected {self._k} generators, one for each net; got {came}")
         for engine in self._engines:
-            engine._check_own_memory(input, target, prediction)
             if prediction is not None:
-                checks.buffer(prediction, (self._k, len(input), engine._outputs), input)
+                checks.buffer(prediction, (self._k, len(input), engine._outputs), input, target)
+            engine._check_own_memory(input, target, prediction)
 
     def _planned(self, input: Tensor, target: Tensor, rates: Any) -> BoundPlan:
         """Return the plan for K such batches."""
@@ -336,10 +335,6 @@ class EnsembleEngine:
             engine._give_gradients()
             engine._step_optimizer()
         self._load()
-
-
-def _order(rows: int, generator: torch.Generator | None) -> Tensor:
-    return torch.randperm(rows, generator=generator, device=generator.device if generator else None)
 
 
 _FORM = ("list of layers", "list of sizes", "dtype or device", "set of frozen parameters", "class of optimizer")

@@ -270,6 +270,42 @@ def test_nets_that_differ_are_refused_where_c_does_not_take_them() -> None:
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_memory_that_two_share_is_refused(native: bool) -> None:
+    """Parameters that overlap, in two nets or in one, and predictions that later steps would read as rows."""
+
+    def engine_of(*models: Any) -> Any:
+        optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in models]
+        return mm.EnsembleEngine(models, optimizers, native=native)
+
+    models, buffer, (x, y) = nets(), torch.zeros(100, dtype=double), data()
+    models[0][0].weight.data, models[2][0].weight.data = buffer[:24].view(6, 4), buffer[30:54].view(6, 4)
+    engine_of(*models)  # side by side
+    models[1][0].weight.data = buffer[4:28].view(6, 4)
+    with pytest.raises(mm.InputError, match="parameters of their own"):
+        engine_of(*models)
+    models[0][0].bias.data = buffer[20:26]
+    with pytest.raises(mm.InputError, match="got tied ones"):
+        engine_of(models[0])
+    many, said = engine_of(*nets()), x.new_empty(K, len(x), 3)
+    for given, target, of in ((x, said[0], said), (x, y, [*said])):
+        with pytest.raises(mm.InputError, match="a prediction with memory of its own|Tensor as prediction"):
+            many.train_epoch(given, target, 4, prediction=of)
+    alone = mm.MLP([4, 6, 4], dtype=double)
+    by = mm.BackpropEngine(alone, torch.optim.SGD(alone.parameters(), 0.1), native=native)
+    with pytest.raises(mm.InputError, match="shares that of the input or the target"):
+        by.train_batches(x, x.clone(), 4, x)
+
+
+def test_seeds_are_no_generators() -> None:
+    models, (x, y) = nets(), data()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in models]
+    with pytest.raises(mm.InputError, match=r"expected a torch.Generator; got int: .*manual_seed"):
+        mm.EnsembleEngine(models, optimizers).train_epoch(x, y, 4, [1, 2, 3])  # type: ignore[list-item]
+    with pytest.raises(mm.InputError, match=r"expected a torch\.Generator; got int"):
+        mm.BackpropEngine(models[0], optimizers[0]).train_epoch(x, y, 4, 1)  # type: ignore[arg-type]
+
+
 def test_refused_optimizers() -> None:
     models = nets()
     mixed = [torch.optim.SGD(models[0].parameters(), 0.1), *(torch.optim.Adam(m.parameters()) for m in models[1:])]

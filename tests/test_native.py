@@ -584,6 +584,21 @@ def test_what_follows_an_epoch() -> None:
     assert pickle.loads(pickle.dumps(by)).native is True
 
 
+def test_memory() -> None:
+    """An engine that only steps gathers no rows; plain SGD makes no gradients; in C a net is kept once more, packed."""
+    (x, y), by = data("quadratic", double, 64 * 10, (40, 30, 3)), engine(net(sizes=(40, 30, 3)), native=False)
+    by.step(x[:10], y[:10])
+    by.train_batches(x, y, 10)
+    assert [plan.batches for plan in by._plans.values()] == [[]]
+    by.train_epoch(x, y, 10)
+    assert [len(plan.batches) > 0 for plan in by._plans.values()] == [True]
+    native = engine(net(sizes=(40, 30, 3)))
+    native.train_epoch(x, y, 10)
+    assert (by._gradients, native._gradients, native._plans) == ({}, {}, {})
+    assert native._native is not None
+    assert native._native.room.numel() < 3 * sum(p.numel() for p in native.model.parameters())
+
+
 def test_state_goes_on_with_torch_s_optimizer() -> None:
     """The optimizer's state is torch's: half an epoch by each road, saved and loaded between."""
     x, y = data("quadratic", double)
