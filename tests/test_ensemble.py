@@ -289,7 +289,7 @@ def test_memory_that_two_share_is_refused(native: bool) -> None:
         engine_of(models[0])
     many, said = engine_of(*nets()), x.new_empty(K, len(x), 3)
     for given, target, of in ((x, said[0], said), (x, y, [*said])):
-        with pytest.raises(mm.InputError, match="a prediction with memory of its own|Tensor as prediction"):
+        with pytest.raises(mm.InputError, match=r"a prediction with memory of its own|Tensor as prediction"):
             many.train_epoch(given, target, 4, prediction=of)
     alone = mm.MLP([4, 6, 4], dtype=double)
     by = mm.BackpropEngine(alone, torch.optim.SGD(alone.parameters(), 0.1), native=native)
@@ -300,7 +300,7 @@ def test_memory_that_two_share_is_refused(native: bool) -> None:
 def test_seeds_are_no_generators() -> None:
     models, (x, y) = nets(), data()
     optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in models]
-    with pytest.raises(mm.InputError, match=r"expected a torch.Generator; got int: .*manual_seed"):
+    with pytest.raises(mm.InputError, match=r"expected a torch\.Generator; got int: .*manual_seed"):
         mm.EnsembleEngine(models, optimizers).train_epoch(x, y, 4, [1, 2, 3])  # type: ignore[list-item]
     with pytest.raises(mm.InputError, match=r"expected a torch\.Generator; got int"):
         mm.BackpropEngine(models[0], optimizers[0]).train_epoch(x, y, 4, 1)  # type: ignore[arg-type]
