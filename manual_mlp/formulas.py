@@ -46,9 +46,7 @@ from torch.nn import functional as F
 
 def rows(x: Tensor) -> Tensor:
     """(…, n) as (N, n). With explicit N: −1 is ambiguous for an empty batch, and legacy vmap has no `flatten`."""
-    if x.dim() == 2:
-        return x
-    return rows(x.values()) if x.is_nested else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def affine(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,8 +56,6 @@ def affine(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def grad_input(delta: Tensor, weight: Tensor) -> Tensor:
     """∂C/∂a = δ W, (…, n_out) → (…, n_in)."""
-    if delta.dim() == 1:  # a vector times a DTensor that is cut comes out in a wrong shape
-        return grad_input(delta.unsqueeze(0), weight).squeeze(0)
     return torch.matmul(delta, weight)
 
 

@@ -168,10 +168,22 @@ def _affine_gradients(ctx: Any, delta: Tensor, a: Tensor, weight: Tensor) -> tup
     """∂C/∂a = δ W, ∂C/∂W = δᵀ a, ∂C/∂b = Σ_N δ; None for those that nobody needs."""
     needs_a, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     return (
-        sheet.grad_input(delta, weight) if needs_a else None,
-        sheet.grad_weight(delta, a) if needs_weight else None,
-        sheet.grad_bias(delta) if needs_bias else None,
+        _grad_input(delta, weight) if needs_a else None,
+        sheet.grad_weight(_joined(delta), _joined(a)) if needs_weight else None,
+        sheet.grad_bias(_joined(delta)) if needs_bias else None,
     )
+
+
+def _grad_input(delta: Tensor, weight: Tensor) -> Tensor:
+    if delta.dim() > 1:
+        return sheet.grad_input(delta, weight)
+    # torch gives a vector times a DTensor that is cut a wrong shape.
+    return sheet.grad_input(delta.unsqueeze(0), weight).squeeze(0)
+
+
+def _joined(x: Tensor) -> Tensor:
+    """Return the samples of a nested tensor in one tensor, any other as it is."""
+    return x.values() if x.is_nested else x
 
 
 def _affine_tangent(
