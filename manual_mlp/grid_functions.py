@@ -21,6 +21,22 @@ from manual_mlp.grids import Dims, Geometry, Windows
 # ---------------------------------------------------------------------------------------------------------------------
 
 INPUT, WEIGHT, OUTPUT = range(3)
+_FEW = 1 << 21  # products up to which ∂C/∂W is summed in float64; of up to 2^18 this is the quicker way, too
+
+
+def _conv_weight(a: Tensor, g: Tensor, at: Geometry) -> Tensor:
+    """∂C/∂W; in float32 on the CPU by a sum of few products in float64, rounded once."""
+    products = g.numel() * at.kernel[0] * at.kernel[1] * (a.shape[1] // at.m)
+    if g.dtype == torch.float32 and g.is_cpu and products <= _FEW:
+        return sheet.conv_weight(a.double(), g.double(), at).float()
+    return sheet.conv_weight(a, g, at)
+
+
+def conv_bias(g: Tensor) -> Tensor:
+    """∂C/∂b; in float32 on the CPU by a sum of few numbers in float64, rounded once."""
+    if g.dtype == torch.float32 and g.is_cpu and g.numel() <= _FEW // 64:
+        return sheet.conv_bias(g.double()).float()
+    return sheet.conv_bias(g)
 
 
 class Convolution(ManualFunction):
@@ -36,7 +52,7 @@ class Convolution(ManualFunction):
     ) -> Tensor:
         if role == OUTPUT:
             return sheet.conv(a, weight, bias, at)  # type: ignore[arg-type]
-        return sheet.conv_input(weight, g, at) if role == INPUT else sheet.conv_weight(a, g, at)  # type: ignore[arg-type]
+        return sheet.conv_input(weight, g, at) if role == INPUT else _conv_weight(a, g, at)  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -61,7 +77,7 @@ class Convolution(ManualFunction):
             else None
             for role in range(3)
         ]
-        return None, *gradients, sheet.conv_bias(g) if wanted[4] else None, None
+        return None, *gradients, conv_bias(g) if wanted[4] else None, None
 
     @staticmethod
     def tangent(ctx: Any, _: None, *tangents: Any) -> Tensor:

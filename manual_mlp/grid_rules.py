@@ -51,7 +51,7 @@ class Convolve(GridRule):
         return (
             Convolution.of(INPUT, (None, weight, g), None, at) if needs_a else None,
             Convolution.of(WEIGHT, (a, None, g), None, at) if needs_weight else None,
-            sheet.conv_bias(g) if needs_bias else None,
+            grid_functions.conv_bias(g) if needs_bias else None,
         )
 
 

@@ -185,14 +185,16 @@ def _gelu_tanh_delta(g: Tensor, z: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _sigmoid_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor) -> None:
+def _sigmoid_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, to: Tensor | None = None) -> None:
     """δ = g · (a − a²)."""
-    g.mul_(torch.addcmul(a, a, a, value=-1, out=work))
+    slope = torch.addcmul(a, a, a, value=-1, out=work)
+    g.mul_(slope) if to is None else torch.mul(g, slope, out=to)
 
 
-def _tanh_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor) -> None:
+def _tanh_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, to: Tensor | None = None) -> None:
     """δ = g − g a²."""
-    g.addcmul_(g, torch.mul(a, a, out=work), value=-1)
+    square = torch.mul(a, a, out=work)
+    g.addcmul_(g, square, value=-1) if to is None else torch.addcmul(g, g, square, value=-1, out=to)
 
 
 def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, many: int = MANY) -> None:
@@ -263,6 +265,7 @@ class Kernel(NamedTuple):
     delta_   g, a, z, work, mask, *values: g := δ. All are (N, n_l); work and mask (bool) are scratch. A row that saves
              a leaves a as it is, and its z is None; a row that saves z may overwrite a and z
     rounds   the half-precision dtypes in which delta rounds more than once, as torch does
+    apart    whether delta_ takes to=: then to := δ, and g stays
     """
 
     G: Formula
@@ -270,6 +273,7 @@ class Kernel(NamedTuple):
     G_: InPlace
     delta_: InPlace | None
     rounds: tuple[torch.dtype, ...] = ()
+    apart: bool = False
 
 
 def _gelu_tanh(z: Tensor) -> Tensor:
@@ -281,8 +285,10 @@ def _softplus_(z: Tensor, *values: float) -> Tensor:
 
 
 KERNELS = {
-    ("sigmoid", "a"): Kernel(torch.sigmoid, sigmoid_delta, torch.sigmoid_, _sigmoid_delta_, (torch.float16,)),
-    ("tanh", "a"): Kernel(torch.tanh, _tanh_delta, torch.tanh_, _tanh_delta_),
+    ("sigmoid", "a"): Kernel(
+        torch.sigmoid, sigmoid_delta, torch.sigmoid_, _sigmoid_delta_, (torch.float16,), apart=True
+    ),
+    ("tanh", "a"): Kernel(torch.tanh, _tanh_delta, torch.tanh_, _tanh_delta_, apart=True),
     ("relu", "a"): Kernel(torch.relu, _relu_delta, partial(torch.clamp_min_, min=0), _relu_delta_),
     ("leaky_relu", "a"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu_, _leaky_relu_delta_),
     ("leaky_relu", "z"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu, _leaky_relu_delta_),
@@ -311,6 +317,11 @@ def G(row: Row) -> Formula:
 def delta(row: Row) -> Formula:
     """Return g, saved, *values ↦ δ: the quicker form, or the row's formula."""
     return _kernel(row).delta or rounded_once(row.delta)
+
+
+def apart(row: Row) -> bool:
+    """Return True if the row's delta_ can write δ elsewhere than over g."""
+    return _kernel(row).apart
 
 
 def in_place(row: Row) -> tuple[InPlace, InPlace]:

@@ -258,7 +258,10 @@ class Plan:
                 copy = self._laid(torch.empty_like(self.scratch), i + 1)
                 self._emit(self.down, copy.copy_, a)
                 a = copy
-            self._emit(self.down, partial(delta_, delta, a, z, work, mask, *rule.row.values))
+            into: Any = {"to": self._into(reads[0])[0]} if i + 1 == self.lent else {}
+            self._emit(self.down, partial(delta_, delta, a, z, work, mask, *rule.row.values, **into))
+            if into:
+                return
         elif isinstance(rule, Drop):
             if rule.p > 0:
                 self._emit(self.down, delta.mul_, self.masks[i + 1][1])
@@ -284,14 +287,17 @@ class Plan:
         """Give what arrived at a sum to each slot that it reads, as often as it reads it.
 
         One of them keeps the buffer, and the others get copies, because each δ is made in place of its g. An affine map
-        only reads it, so it borrows the buffer, if it comes next and does not add to it.
+        only reads it, and so do some activations: they borrow the buffer, if they come next and do not add to it.
         """
         g = self._laid(flat, of)
         wanted = [slot for slot in reads if self.wanted[slot]]
         fresh = [slot for slot in wanted if slot not in self.arrived and self.by_columns[slot] == self.by_columns[of]]
         keeps, next_ = min(fresh, default=None), self.program.nodes[of - 2]
-        borrows = isinstance(next_.rule, Affine) and keeps != next_.reads[0] and len({*wanted}) == len(wanted)
-        borrows &= self.longest is None  # or step 4 reads δ when another branch has written over it
+        # With `longest`, step 4 of an affine map reads δ when another branch has written over it.
+        reads_only = isinstance(next_.rule, Affine) and self.longest is None
+        if isinstance(next_.rule, Activate):
+            reads_only = kernels.apart(next_.rule.row) and next_.reads[0] not in self.arrived
+        borrows = reads_only and keeps != next_.reads[0] and len({*wanted}) == len(wanted)
         if keeps != max(fresh, default=None) == of - 1 and borrows:
             self.lent = of - 1
             self.arrived[self.lent] = flat

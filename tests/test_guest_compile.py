@@ -11,6 +11,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import manual_mlp as mm
 from tests.cases import CASES, Case, asks_again
+from tests.grid_cases import GRIDS
 
 # The compiled graph may add and multiply in another order: a few eps of float64, on numbers of order 1.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -91,7 +92,17 @@ def outputs_and_gradients(run: Callable[[list[Any]], list[Tensor]], cases: list[
 )
 def test_every_case_in_one_graph(kind_: str, listed: list[Case], dynamic: bool) -> None:
     """All cases of one kind in one function: values and gradients as in eager, and no derivative of ATen's."""
-    cases = [case for case in listed if kind(case) == kind_]
+    in_one_graph([case for case in listed if kind(case) == kind_], dynamic)
+
+
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_grids_in_one_graph(dynamic: bool) -> None:
+    """Convolution, pools, norms and softmax."""
+    short = ("-same", "-depthwise_nobias", "-none", "-first_of_three")
+    in_one_graph([case for case in GRIDS if not dynamic or not case.name.endswith(short)], dynamic)
+
+
+def in_one_graph(cases: list[Case], dynamic: bool) -> None:
     recorder = Recorder()
 
     def run(inputs: list[Any]) -> list[Tensor]:
