@@ -45,7 +45,8 @@ def meant(name: Any, known: Iterable[str]) -> str:
 
 
 def positive(name: str, value: Any, optional: bool = False) -> None:
-    if not (isinstance(value, int | float) and value > 0) and not (optional and value is None):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and value > 0) and not (optional and value is None):
         raise InputError(f"expected a {name} above 0{', or None' * optional}; got {value!r}")
 
 
@@ -86,9 +87,13 @@ def fraction(name: str, value: float) -> None:
         raise InputError(f"expected a {name} between 0 and 1; got {value}")
 
 
+def count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"expected {name} of at least 1; got {value!r}")
+
+
 def batch_size(value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"expected a batch_size of at least 1; got {value!r}")
+    count("a batch_size", value)
 
 
 def reduction(value: str) -> None:
@@ -117,6 +122,11 @@ def like(name: str, tensor: Tensor, of: Tensor) -> None:
             f"expected {name} of shape {tuple(of.shape)} and {of.dtype} on {of.device}; "
             f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
         )
+
+
+def dense(**named: Tensor) -> None:
+    if sparse := [name for name, tensor in named.items() if tensor.layout != torch.strided]:
+        raise InputError(f"expected dense tensors; got a sparse one as {sparse[0]}: call .to_dense() on it")
 
 
 def real(name: str, tensor: Tensor, whole: bool = False) -> None:
@@ -284,8 +294,7 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
     tensors(input=input, target=target)
     if input.dim() != 2 or input.shape[1] != weight.shape[1]:
         raise InputError(f"expected an input of shape (N, {weight.shape[1]}); got {tuple(input.shape)}: .flatten(1) it")
-    if input.layout != torch.strided or target.layout != torch.strided:
-        raise InputError("expected dense tensors as input and target; got a sparse one: call .to_dense() on it")
+    dense(input=input, target=target)
     if input.dtype != weight.dtype or input.device != weight.device:
         raise InputError(
             f"expected an input of {weight.dtype} on {weight.device}, as the weights; "

@@ -314,11 +314,35 @@ def norm_gradients(
         return None, None, None
     needs_x, needs_weight, needs_bias = needs
     (x̂, r, over), (rows, _) = _normalised(x, last, ε, given, own), _sets(x, last)
+    if over == rows and kernels.plain(g):
+        return _channel_gradients(_float(g), x̂, r, weight, over, x, needs)
     dtype, g, γ = x.dtype, _float(g), _float(_along(weight, x, last))
     return (
         sheet.norm_input(g, x̂, r, γ, over).to(dtype) if needs_x else None,
         sheet.norm_weight(g, x̂, rows).to(weight.dtype) if needs_weight else None,  # type: ignore[union-attr]
         sheet.norm_bias(g, rows) if needs_bias else None,
+    )
+
+
+def _channel_gradients(
+    g: Tensor, x̂: Tensor, r: Tensor, weight: Tensor | None, over: Dims, x: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    """The gradients of `norm_gradients` where each channel is a set: γ is one number of it, so r P(γ g) = γ r P g.
+
+    Its means are those of ∂C/∂γ and ∂C/∂β. In place, because a batch of images is larger than the cache.
+    """
+    products = g * x̂
+    of_weight, of_bias = sheet.total(products, over), sheet.norm_bias(g, over)
+    input: Any = None
+    if needs[0]:
+        share = len(of_bias) / max(x.numel(), 1)  # 1/n
+        centred = torch.sub(g, _along(of_bias, x, 0), alpha=share, out=products)
+        input = centred.sub_(x̂.mul_(_along(of_weight, x, 0)), alpha=share)
+        input = input.mul_(r if weight is None else _along(weight, x, 0) * r).to(x.dtype)
+    return (
+        input,
+        of_weight.to(weight.dtype) if needs[1] and weight is not None else None,
+        of_bias if needs[2] else None,
     )
 
 

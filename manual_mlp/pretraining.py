@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from manual_mlp import checks
 from manual_mlp import formulas as sheet
+from manual_mlp.autocast import autocasting
 from manual_mlp.errors import InputError
 from manual_mlp.network import parameters_of, reading_of
 from manual_mlp.program import Activate, Drop
@@ -34,7 +35,8 @@ def pretrain(
     Momentum is 0.5 in the first five epochs and 0.9 then, weight decay 2e-4; W starts from N(0, 0.01²), biases from 0.
     The bias of the input, c, is no part of the net and is dropped. Train the net on targets afterwards.
 
-    Raises InputError for a net that is no such chain, and for an x outside of [0, 1] or of another shape or dtype.
+    Raises InputError for a net that is no such chain, for an x outside of [0, 1] or of another shape or dtype, and for
+    a learning rate at which a layer's numbers become infinite: then its weights are lost.
 
     >>> import torch, manual_mlp as mm
     >>> net = mm.MLP([4, 3, 2])
@@ -46,15 +48,24 @@ def pretrain(
     layers = _hidden_layers(net)
     checks.positive("learning rate lr", lr)
     checks.batch_size(batch_size)
-    if not isinstance(epochs, int) or epochs < 1:
-        raise InputError(f"expected at least 1 of epochs; got {epochs!r}")
+    checks.count("epochs", epochs)
     checks.tensors(x=x)
+    checks.dense(x=x)
+    if autocasting(x):
+        raise InputError("pretrain ignores autocast: leave its context")
+    if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != x.device.type):
+        came = generator.device if isinstance(generator, torch.Generator) else type(generator).__name__
+        raise InputError(f"expected a torch.Generator on {x.device}, where x is, or None; got {came}: make one there")
     first = layers[0].weight
     if x.dim() != 2 or x.shape[1] != first.shape[1] or (x.dtype, x.device) != (first.dtype, first.device) or not len(x):
         raise InputError(
             f"expected x of shape (N, {first.shape[1]}), N at least 1, and {first.dtype} on {first.device}; "
             f"got {tuple(x.shape)} of {x.dtype} on {x.device}: .flatten(1) it, or call .to() on it"
         )
+    if x.is_meta:
+        raise InputError("expected numbers in x; got a tensor on meta, which holds none: make net and x on a device")
+    if x.isnan().any():
+        raise InputError("expected a number in each place of x; got NaN: fill the gaps first, as with torch.nan_to_num")
     if not ((x >= 0) & (x <= 1)).all():
         raise InputError(
             f"expected an x in [0, 1], because it stands for probabilities; got {x.min():g} to {x.max():g}: scale it, "
@@ -63,6 +74,10 @@ def pretrain(
     errors = []
     for layer in layers:
         errors.append(_pretrain_layer(layer, x, epochs, lr, batch_size, generator))
+        if not errors[-1].isfinite().all():
+            raise InputError(
+                f"expected a learning rate lr at which W stays finite; got {lr}, which diverged: take less"
+            )
         x = sheet.sigmoid(sheet.affine(x, layer.weight, layer.bias))  # probabilities, not samples, go up
     return torch.stack(errors)
 
@@ -89,6 +104,9 @@ def _hidden_layers(net: nn.Module) -> list[Any]:
             )
     if len({*map(id, (p for p in flat if p is not None))}) < sum(p is not None for p in flat):
         raise InputError("expected layers with parameters of their own; got tied ones: give each layer its own")
+    checks.trainable(flat)
+    if len({(p.dtype, p.device) for layer in hidden for p in layer.parameters()}) > 1:
+        raise InputError("expected hidden layers of one dtype on one device: call .to() with both on the net")
     if any(not parameter.requires_grad for layer in hidden for parameter in layer.parameters()):
         raise InputError("expected hidden layers that may change; got a frozen one: call requires_grad_() on the net")
     return hidden

@@ -242,6 +242,7 @@ class Curvature:
             if name is not None:
                 checks.tensors(**{f"v[{name!r}]": of})
                 checks.like(f"v[{name!r}]", of, own)
+                checks.dense(**{f"v[{name!r}]": of})
             direction.append(of)
         return direction
 

@@ -392,6 +392,7 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "target": ({"target": torch.zeros(5, 3, dtype=double)}, r"expected a target of shape \(5, 2\)"),
     "no sample": ({"x": torch.zeros(0, 3, dtype=double), "target": torch.zeros(0, 2, dtype=double)}, "at least one"),
     "loss": ({"loss": "huber"}, "got 'huber'"),
+    "a list as loss": ({"loss": ["quadratic"]}, r"got \['quadratic'\]"),
     "an ignored label": (
         {"target": torch.tensor([0, 1, -100, 0, 1]), "loss": "cross_entropy"},
         "expected class labels from 0 to 1; got labels from -100",
@@ -429,10 +430,11 @@ def test_refused_arguments() -> None:
         ({**v, "0.bias": v["0.bias"][:2]}, r"of shape \(4,\)"),
         ({**v, "0.bias": v["0.bias"].float()}, "float32"),
         ({**v, "0.bias": 1.0}, "a torch.Tensor as"),
+        ({**v, "0.bias": v["0.bias"].to_sparse()}, "sparse one as v"),
     ):
         with pytest.raises(mm.InputError, match=message):
             of.hvp(wrong)
-    for c in (0, -1.0, math.nan, None, "1"):
+    for c in (0, -1.0, math.nan, None, "1", True):
         with pytest.raises(mm.InputError, match="largest norm c above 0"):
             of.clipped(c)
     with pytest.raises(mm.InputError, match="at least two samples"):

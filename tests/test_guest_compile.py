@@ -97,9 +97,39 @@ def test_every_case_in_one_graph(kind_: str, listed: list[Case], dynamic: bool) 
 
 @pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_grids_in_one_graph(dynamic: bool) -> None:
-    """Convolution, pools, norms and softmax."""
-    short = ("-same", "-depthwise_nobias", "-none", "-first_of_three")
-    in_one_graph([case for case in GRIDS if not dynamic or not case.name.endswith(short)], dynamic)
+    """Convolution, pools, norms and softmax; with dynamic shapes one norm of a kind, see below."""
+    left_out = ("-same", "-depthwise_nobias", "-images", "-none", "-first_of_three") if dynamic else ()
+    in_one_graph([case for case in GRIDS if not case.name.endswith(left_out)], dynamic)
+
+
+def test_a_default_number_in_two_dynamic_calls() -> None:
+    """torch's fault: y = k x fails as two norms do that share the default eps. Layers, which hold their eps, work."""
+
+    class Times(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor, k: float) -> Tensor:
+            return x * k
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+            ctx.k = inputs[1]
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:
+            return g * ctx.k, None
+
+    def times(x: Tensor, k: float = 1e-5) -> Tensor:
+        return Times.apply(x, k)
+
+    x = torch.randn(5, 4, requires_grad=True)
+    for function in (times, lambda x: mm.functional.layer_norm(x, (4,))):
+        compiled = torch.compile(lambda a: function(function(a)), fullgraph=True, dynamic=True, backend="aot_eager")  # noqa: B023
+        with pytest.raises(Exception, match="lift_tracked_freevar_to_input"):
+            compiled(x)
+    layers = torch.compile(
+        nn.Sequential(mm.LayerNorm(4), mm.LayerNorm(4)), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    layers(x).sum().backward()
 
 
 def in_one_graph(cases: list[Case], dynamic: bool) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,17 @@ def frozen() -> nn.Module:
     return net
 
 
+def made_for_inference() -> nn.Module:
+    with torch.inference_mode():
+        return mm.MLP([4, 3, 2], dtype=double)
+
+
+def of_two_dtypes() -> nn.Module:
+    net = mm.MLP([4, 3, 3, 2], dtype=double)
+    net[1].float()
+    return net
+
+
 NETS: dict[str, tuple[Callable[[], Any], str]] = {
     "tanh": (lambda: mm.MLP([4, 3, 2], "tanh", dtype=double), "hidden layer 1 has tanh: take activation='sigmoid'"),
     "no activation": (
@@ -166,6 +178,8 @@ NETS: dict[str, tuple[Callable[[], Any], str]] = {
     "frozen": (frozen, "frozen"),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(3, 2)), "Conv2d"),
     "no net": (lambda: torch.tanh, "expected a model"),
+    "inference": (made_for_inference, "made outside torch.inference_mode"),
+    "two dtypes": (of_two_dtypes, "hidden layers of one dtype"),
 }
 
 
@@ -179,15 +193,20 @@ def test_refused_nets(name: str) -> None:
 GIVEN: dict[str, tuple[dict[str, Any], str]] = {
     "below 0": ({"x": torch.full((5, 4), -0.1, dtype=double)}, r"expected an x in \[0, 1\].* got -0.1 to -0.1"),
     "above 1": ({"x": torch.full((5, 4), 16.0, dtype=double)}, r"expected an x in \[0, 1\].* got 16 to 16"),
-    "NaN": ({"x": torch.full((5, 4), torch.nan, dtype=double)}, r"expected an x in \[0, 1\]"),
+    "NaN": ({"x": torch.full((5, 4), torch.nan, dtype=double)}, "got NaN: fill the gaps"),
     "width": ({"x": torch.rand(5, 3, dtype=double)}, r"shape \(N, 4\)"),
     "images": ({"x": torch.rand(5, 2, 2, dtype=double)}, r".flatten\(1\)"),
     "dtype": ({"x": torch.rand(5, 4)}, "float64"),
     "no rows": ({"x": torch.rand(0, 4, dtype=double)}, "N at least 1"),
     "list": ({"x": [[0.5] * 4]}, "torch.Tensor as x"),
-    "epochs": ({"epochs": 0}, "at least 1 of epochs"),
+    "epochs": ({"epochs": 0}, "epochs of at least 1"),
     "batch_size": ({"batch_size": 2.5}, "a batch_size of at least 1"),
     "lr": ({"lr": 0.0}, "learning rate lr above 0"),
+    "a switch as epochs": ({"epochs": True}, "epochs of at least 1; got True"),
+    "a switch as batch_size": ({"batch_size": True}, "a batch_size of at least 1; got True"),
+    "a switch as lr": ({"lr": True}, "learning rate lr above 0; got True"),
+    "sparse": ({"x": torch.eye(4, dtype=double).to_sparse()}, r"sparse one as x: call .to_dense\(\)"),
+    "a seed": ({"generator": 3}, "expected a torch.Generator on cpu, where x is, or None; got int"),
 }
 
 
@@ -200,3 +219,28 @@ def test_refused_arguments(name: str) -> None:
     with pytest.raises(mm.InputError, match=message):
         mm.pretrain(net, **({"x": torch.rand(5, 4, dtype=double)} | given))
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+def test_refused_surroundings() -> None:
+    net, x = mm.MLP([4, 3, 2]), torch.rand(5, 4)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(mm.InputError, match="autocast: leave its context"):
+        mm.pretrain(net, x)
+    with pytest.raises(mm.InputError, match="on meta, which holds none"):
+        mm.pretrain(mm.MLP([4, 3, 2], device="meta"), x.to("meta"))
+    with pytest.raises(mm.InputError, match="lr at which W stays finite; got inf, which diverged"):
+        mm.pretrain(net, x, lr=math.inf)
+
+
+def test_what_draws() -> None:
+    """The same generator or seed gives the same bits, however x lies; a generator leaves torch's own alone."""
+    x, found = torch.rand(7, 4), []
+    for columns, seeded, batch_size in ((False, False, 3), (True, False, 3), (False, True, 3), (False, True, 3)):
+        net, generator = mm.MLP([4, 3, 2]).eval(), torch.Generator().manual_seed(1)
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        mm.pretrain(net, x.t().clone().t() if columns else x, 2, 0.1, batch_size, None if seeded else generator)
+        assert torch.equal(before, torch.get_rng_state()) != seeded
+        found.append(net[0].weight)
+    torch.testing.assert_close(found[1:], found[:1] * 3, rtol=0, atol=0)
+    for rows, batch_size in ((1, 20), (7, 1000)):  # one sample, and a batch larger than x
+        assert mm.pretrain(mm.MLP([4, 3, 2]), x[:rows], 1, batch_size=batch_size).isfinite().all()
