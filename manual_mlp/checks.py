@@ -69,7 +69,8 @@ def some_hidden(hidden: Sequence[int]) -> None:
 
 def images(image_shape: Sequence[int], channels: Sequence[int], kernel: int) -> None:
     """Refuse rows that are no images, and images too small for the convolutions over them."""
-    if len(image_shape) != 2 or not channels or min(*channels, kernel, *image_shape) < 1:
+    whole = all(hasattr(number, "__index__") and number >= 1 for number in (*channels, kernel, *image_shape))
+    if len(image_shape) != 2 or not channels or not whole:
         given = f"{tuple(image_shape)}, {list(channels)} and {kernel}"
         raise InputError(
             "expected images of (H, W) for convolutions of one or more channels with a kernel of 1 or more; "

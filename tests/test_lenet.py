@@ -167,6 +167,14 @@ def test_a_checkpoint_declares_what_the_net_has(channels: list[int], flags: tupl
     assert declared(values) == {f"net.{name}": tuple(tensor.shape) for name, tensor in state.items()}
 
 
+@pytest.mark.parametrize(
+    "arguments", [((4,), [2], [3]), ((4, 4), [], [3]), ((4, 4), [2.5], [3]), ((4, 4), [2], [3], 2.5), ((4, 4), [2], [])]
+)
+def test_wrong_arguments(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(InputError, match="expected (images of|at least two sizes)"):
+        mm.LeNet(*arguments)
+
+
 def test_norms_of_convolutions_alone() -> None:
     net = mm.LeNet((4, 4), [2], [3], kernel=3, batch_norm=True)
     assert [type(layer).__name__ for layer in net.modules() if "Norm" in type(layer).__name__] == ["BatchNorm2d"]
