@@ -171,7 +171,7 @@ def test_a_checkpoint_declares_what_the_net_has(channels: list[int], flags: tupl
     "arguments", [((4,), [2], [3]), ((4, 4), [], [3]), ((4, 4), [2.5], [3]), ((4, 4), [2], [3], 2.5), ((4, 4), [2], [])]
 )
 def test_wrong_arguments(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(InputError, match="expected (images of|at least two sizes)"):
+    with pytest.raises(InputError, match=r"expected (images of|at least two sizes)"):
         mm.LeNet(*arguments)
 
 
