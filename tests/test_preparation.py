@@ -556,6 +556,14 @@ class TestUnplanned:
         said = module(read(text(tmp_path / "t.csv", f"n,t,churn\n{content}"))).said
         assert said["white space"].startswith("'t' has ' ', 'x ', 'churn' has 'a ': kinds of their own")
 
+    def test_decimal_commas_of_another_separator(self, tmp_path: Path) -> None:
+        """They make more cells than the first line has, in every line."""
+        path = text(tmp_path / "t.csv", "n;m;churn\n" + "1,5;2,5;a\n2,5;3,5;b\n" * 20)
+        with pytest.raises(
+            InputError, match=r"first line is 'n;m;churn'; is it separated by ;\? set \"data.source.sep"
+        ):
+            read(path)
+
     def test_no_feature(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"a feature in t.csv, but beside 'churn', 'n' there is no column"):
             read(text(tmp_path / "t.csv", "n,churn\n" + "1,a\n2,b\n" * 20), drop=["n"])

@@ -256,6 +256,10 @@ def _read_csv(table: Table, file: IO[bytes]) -> None:
         try:
             frame = pd.read_csv(file, low_memory=False, **options)
         except (pd.errors.ParserWarning, pd.errors.ParserError) as error:
+            if hint := separated(names):  # decimal commas make cells, too
+                raise InputError(
+                    f"expected several columns in {table.path.name}, but its first line is {listed(names)}; {hint}"
+                ) from error
             lines = [len(cells) for _, cells in table.lines()]
             rest = [(row, count) for row, count in enumerate(lines, -1) if count > len(names)]
             table.refuse([(row, f"{count} cells instead of {len(names)}") for row, count in rest])
