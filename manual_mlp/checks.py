@@ -4,18 +4,22 @@ Every function returns nothing if all is well, and raises InputError otherwise. 
 functions are called only after torch has refused.
 """
 
+import functools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from manual_mlp.errors import InputError
 from manual_mlp.shapes import size_after
+
+P = ParamSpec("P")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers and words
@@ -111,9 +115,21 @@ def tensors(**named: object) -> None:
     """Refuse what is no tensor, such as an array of NumPy (a tracer's proxy has what a tensor has)."""
     for name, value in named.items():
         if not hasattr(value, "requires_grad"):
-            raise InputError(
-                f"expected a torch.Tensor as {name}; got {type(value).__name__}: call torch.as_tensor() on it"
-            )
+            fix = "call torch.as_tensor() on it"
+            if isinstance(value, DataLoader):
+                fix = "pass all rows, input and target, and a batch_size; BackpropEngine.step takes one batch"
+            raise InputError(f"expected a torch.Tensor as {name}; got {type(value).__name__}: {fix}")
+
+
+def rows_are_tensors(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Return the method, which looks at its rows first: for a DataLoader Python would miss a target."""
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **options: P.kwargs) -> Tensor:
+        tensors(**dict(zip(["input"], args[1:], strict=False)))
+        return method(*args, **options)
+
+    return checked
 
 
 def like(name: str, tensor: Tensor, of: Tensor) -> None:

@@ -31,6 +31,9 @@ _NAMES = frozenset(plain.__name__ for plain in OURS) - {nn.Identity.__name__}
 # The classes of torch.nn that compute something nonlinear, by file or name.
 _FILES = "activation|adaptive|batchnorm|distance|instancenorm|normalization|rnn"
 _NONLINEAR = re.compile(rf"torch\.nn\.modules\.(({_FILES})\.|pooling\.\w*(Max|LP)Pool)")
+# The functions of torch with a formula here.
+_FUNCTIONS = {"linear"} | {name for name in vars(functional) if name[0].islower() and name in vars(nn.functional)}
+_FUNCTIONS -= {"torch"}
 _WAS = "_class_before_convert"
 
 logger = logging.getLogger(__name__)
@@ -42,9 +45,8 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
     filter(module, qualified_name) chooses among the layers that could be converted; None takes them all.
     fuse: compute a Linear and the activation after it in an nn.Sequential as one node, if both are converted.
     The logger "manual_mlp.conversion" says how many layers were converted (info), and names the others that compute
-    something, with the reason (warning); `left_alone` returns them. A function that a model's own forward calls
-    (torch.relu, F.linear, the projections of nn.MultiheadAttention) is no module and stays torch's:
-    `testing.assert_manual_backward` finds it.
+    something, with the reason (warning); `left_alone` returns them. A function that a model's own forward calls, such
+    as torch.relu, stays torch's. The warning names it; `mm.testing.assert_manual_backward` finds any.
     Raises InputError for a model that is no nn.Module and a filter that can't be called.
 
     >>> import torch, manual_mlp as mm
@@ -98,8 +100,9 @@ def revert(model: nn.Module) -> nn.Module:
 def left_alone(model: nn.Module) -> dict[str, str]:
     """Return qualified name → reason, for each layer of `model` that `convert` can't convert: it stays torch's.
 
-    These are layers of a known kind that can't be converted faithfully, and those without a formula here that have
-    parameters of their own or compute something nonlinear. Raises InputError for a model that is no nn.Module.
+    These are layers of a known kind that can't be converted faithfully, those without a formula here that have
+    parameters of their own or compute something nonlinear, and those whose own forward calls torch.relu or the like.
+    Raises InputError for a model that is no nn.Module.
 
     >>> import torch, manual_mlp as mm
     >>> mm.left_alone(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ELU(), torch.nn.Flatten()))
@@ -147,6 +150,8 @@ def _stays(module: nn.Module) -> str | None:
     """Return the reason why a layer without a formula of ours stays torch's; None if ours, or if nothing is lost."""
     kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
     ours = _base(module) in OURS or any(kind.startswith("manual_mlp.") for kind in kinds)
+    if called := [] if ours else _called(module):
+        return f"its forward calls {', '.join(called)} itself; mm.testing.assert_manual_backward finds what is torch's"
     parameters = parametrize.is_parametrized(module) or next(module.parameters(recurse=False), None) is not None
     if ours or not (parameters or any(map(_NONLINEAR.match, kinds))):
         return None
@@ -154,6 +159,14 @@ def _stays(module: nn.Module) -> str | None:
     if kind.__module__.startswith("torch.nn.modules."):
         return f"there is no formula for torch.nn.{kind.__name__} here"
     return f"there is no formula for the forward of {kind.__module__}.{kind.__qualname__}"
+
+
+def _called(module: nn.Module) -> list[str]:
+    """Return the names of functions with a formula here that a module's own forward calls, as far as its code says."""
+    if type(module).__module__.startswith("torch.nn."):
+        return []
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    return [name for name in dict.fromkeys(names) if name in _FUNCTIONS and name not in module._modules]
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -221,9 +221,7 @@ class BackpropEngine:
         net = sizes or f"of {sum(p.numel() for p in self.model.parameters()):,} parameters"
         rates = ", ".join(dict.fromkeys(f"lr={group['lr']}" for group in self.optimizer.param_groups))
         _, _, *options = inspect.signature(type(self)).parameters.values()
-        given = {option.name: getattr(self, option.name) for option in options}
-        usual = {option.name: option.default for option in options} | {"loss": None}
-        shown = [f"{name}={value!r}" for name, value in given.items() if value != usual[name]]
+        shown = [f"{o.name}={v!r}" for o in options if (v := getattr(self, o.name)) != o.default or o.name == "loss"]
         words = [f"{type(self.model).__name__} {net}", f"{type(self.optimizer).__name__}({rates})", *shown]
         return f"{type(self).__name__}({', '.join(words)})"
 
@@ -267,6 +265,7 @@ class BackpropEngine:
             self._ask()
             return self._pass(input, target, ())
 
+    @checks.rows_are_tensors
     def train_epoch(
         self, input: Tensor, target: Tensor, batch_size: int, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -288,6 +287,7 @@ class BackpropEngine:
             order = checks.order(len(input), generator)
             return self._train_rows(input, target, batch_size, order.to(input.device), None)
 
+    @checks.rows_are_tensors
     def train_batches(self, input: Tensor, target: Tensor, batch_size: int, prediction: Tensor | None = None) -> Tensor:
         """`train_epoch` on the rows in the order in which they come.
 

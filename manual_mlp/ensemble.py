@@ -103,6 +103,7 @@ class EnsembleEngine:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.models, self.optimizers, self.loss, self.native)
 
+    @checks.rows_are_tensors
     def train_epoch(
         self,
         input: Tensor,

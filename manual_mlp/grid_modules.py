@@ -34,6 +34,7 @@ class Conv2d(nn.Conv2d):
         super().reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return z_{n,o,p} = Σ_{c,k} a_{n,c,sp+dk−q} W_{o,c,k} + b_o: (N, C, H, W) → (N, out_channels, H′, W′)."""
         checks.padding_mode(self.padding_mode)
         places = self.stride, self.padding, self.dilation, self.groups
         return grid_functional.conv2d(input, self.weight, self.bias, *places)
@@ -48,6 +49,7 @@ class MaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Any:
+        """Return a_{n,c,p} = max_k input_{n,c,sp+dk−q}: (N, C, H, W) → (N, C, H′, W′), with return_indices also k."""
         places: Any = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         return grid_functional.max_pool2d(input, *places)
 
@@ -61,6 +63,7 @@ class AvgPool2d(nn.AvgPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return a_{n,c,p} = mean_k input_{n,c,sp+k−q}: (N, C, H, W) → (N, C, H′, W′)."""
         places: Any = self.kernel_size, self.stride, self.padding, self.ceil_mode
         divisor: Any = self.count_include_pad, self.divisor_override
         return grid_functional.avg_pool2d(input, *places, *divisor)
@@ -87,6 +90,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """γ x̂ + β over the set of each channel; in evaluation by the running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return γ x̂ + β, x̂ = (input − μ)/√(v + ε), μ and v of each channel: (N, num_features, …) → the same shape."""
         self._check_input_dim(input)
         tracks = self.training and self.track_running_stats
         κ = counted(self) if tracks else 0.0
@@ -128,6 +132,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return γ ⊙ x̂ + β, x̂ = (input − μ)/√(v + ε): (…, normalized_shape) → the same shape."""
         return grid_functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -140,6 +145,7 @@ class Softmax(nn.Softmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return a = e^z / Σ_c e^z along `dim` of the input z: (…) → (…)."""
         return grid_functional.softmax(input, self.dim, _stacklevel=5)
 
 

@@ -53,6 +53,7 @@ class Affine(nn.Linear):
         super().__init__(n_in, n_out, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return z = input Wᵀ + b: (…, in_features) → (…, out_features)."""
         return functional.apply_affine(functions.Affine, input, *_weight_and_bias(self))
 
 
@@ -74,6 +75,7 @@ class _Activation(nn.Module):
             ACTIVATION_MODULES[theirs] = ACTIVATION_MODULES[cls] = sheet.ACTIVATIONS[row]
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return a = G(z) of each element of the input z: (…) → (…). Backward it gives δ = g ⊙ G′(z)."""
         name, values = name_and_values(self)
         return functional.activation(name, input, *values, inplace=self.inplace)
 
@@ -186,6 +188,7 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return input ⊙ m / (1 − p), the mask m drawn anew by each call in training; else the input: (…) → (…)."""
         return functional.dropout(input, self.p, self.training, self.inplace)
 
 
@@ -215,6 +218,7 @@ class Sum(nn.ModuleList):
         return Sum(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return Σ_k F_k(input): (…) → the one shape that all branches F_k give."""
         return functional.add(*[branch(input) for branch in self])
 
 
@@ -331,6 +335,7 @@ class AffineActivation(nn.Module):
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return G(input Wᵀ + b): (…, in_features) → (…, out_features)."""
         function = functions.fused(self.activation, self.parameter_values)
         return functional.apply_affine(function, input, *_weight_and_bias(self), *self.parameter_values)
 
@@ -354,6 +359,7 @@ class QuadraticLoss(nn.Module):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return C = (1/N) Σ_N Σ_i ½ (a_i − ŷ_i)²: input a, the prediction, and target ŷ, both (…, n_L) → scalar."""
         return functional.quadratic_loss(input, target)
 
 
@@ -367,6 +373,7 @@ class MSELoss(nn.MSELoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the mean or sum of (a − ŷ)², or each for reduction "none": input a and target ŷ of one shape."""
         return functional.mse_loss(input, target, reduction=self.reduction)
 
 
@@ -382,6 +389,7 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return softplus(z) − ŷ z, reduced as in `reduction`: input z, the logits, and target ŷ of one shape."""
         return functional.binary_cross_entropy_with_logits(
             input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
         )
@@ -399,6 +407,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return −log softmax(z)_class, reduced as in `reduction`: input z (N, classes) or (N, classes, …).
+
+        target: class indices (N,) or (N, …), or a probability for each class, of the input's shape.
+        """
         return functional.cross_entropy(
             input,
             target,
@@ -462,6 +474,10 @@ class MLP(nn.Sequential):
             self.add_module(str(2 * index), nn.Sequential(*layers) if len(layers) > 1 else layers[0])
             for drop in drops:
                 self.add_module(str(2 * index + 1), drop)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the prediction a^L, by a^{l+1} = G(a^l (W^l)ᵀ + b^l): input (…, n_1) → (…, n_L)."""
+        return super().forward(input)
 
     def __getitem__(self, index: Any) -> Any:
         """Return a layer; for a slice, an nn.Sequential of those layers, under their keys."""

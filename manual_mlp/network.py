@@ -300,4 +300,5 @@ class NetworkLoss(nn.Module):
         self.model, self.loss = model, loss
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return C of the prediction: input (N, n_1), target (N, n_L) or class indices (N,) → scalar."""
         return network_loss(self.model, input, target, self.loss)

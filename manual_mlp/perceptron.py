@@ -27,6 +27,7 @@ class Perceptron(nn.Module):
         nn.init.zeros_(self.affine.bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return y = 1 where W x + b ≥ 0, else 0: input x (…, in_features) → (…, out_features)."""
         return sheet.threshold(self.affine(input))
 
     @torch.no_grad()

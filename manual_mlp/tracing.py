@@ -86,7 +86,8 @@ class Trace:
     A sum of branches is a layer z^l = Σ_k a^k without weights, and so is a pool. In a graph W^l and b^l lead to layer
     l+1 from the layer that it reads. W^l of a convolution are its kernels; W^l and b^l of a norm are its γ and β.
 
-    `print` gives two tables, and if no layer and no batch is larger than 6, the numbers step by step.
+    `print` gives the numbers step by step, if no layer and no batch is larger than 6; then two tables, of norms, or
+    of the values themselves for one sample through one neuron a layer.
 
     >>> import torch, manual_mlp as mm
     >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
@@ -153,12 +154,12 @@ class Trace:
 
     def __str__(self) -> str:
         printed = map(tables.text, self._tables())
-        return "\n\n".join([textwrap.fill(self._title(), WIDTH), *printed, *self._titled_steps()])
+        return "\n\n".join([textwrap.fill(self._title(), WIDTH), *self._titled_steps(), *printed])
 
     __repr__ = __str__
 
     def to_markdown(self) -> str:
-        """Return the same as tables of Markdown, and the steps as a block of text.
+        """Return the same with the steps as a block of text and the tables in Markdown.
 
         >>> import torch, manual_mlp as mm
         >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
@@ -169,13 +170,13 @@ class Trace:
         """
         steps = "\n\n".join(self._titled_steps())
         return "\n\n".join(
-            [self._title(), *map(tables.markdown, self._tables())] + [f"```text\n{steps}\n```"] * bool(steps)
+            [self._title()] + [f"```text\n{steps}\n```"] * bool(steps) + [*map(tables.markdown, self._tables())]
         )
 
     _repr_markdown_ = to_markdown  # what a notebook shows
 
     def to_latex(self) -> str:
-        r"""Return arrays, and for small nets an align* environment; for amsmath, MathJax and KaTeX.
+        r"""Return for small nets an align* environment, and arrays; for amsmath, MathJax and KaTeX.
 
         >>> import torch, manual_mlp as mm
         >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
@@ -190,7 +191,7 @@ class Trace:
             lines.append(rf"&\textbf{{{title}}}")
             lines += [rf"{_latex(line.symbol)} &= {' = '.join(_latex_sides(line))}" for line in step]
         body = " \\\\\n".join(lines)
-        return "\n".join(arrays + [f"\\begin{{align*}}\n{body}\n\\end{{align*}}"] * bool(lines))
+        return "\n".join([f"\\begin{{align*}}\n{body}\n\\end{{align*}}"] * bool(lines) + arrays)
 
     def formulas(self) -> list[tuple[str, list[tuple[str, str, Any]]]]:
         """Return the givens and the five steps, by title: (symbol, formula, value) of all that each computes.
@@ -210,19 +211,29 @@ class Trace:
         return f"{'-'.join(map(str, self.sizes))}, {self.loss} cost, N = {len(self.a[1])}: C = {self.cost.item():.5g}"
 
     def _tables(self) -> list[list[list[str]]]:
-        is_chain = all(reads == (layer - 1,) for layer, reads in self.reads.items())
+        """Return a row for each layer and for each W: shapes and norms; of numbers only themselves."""
+        is_chain, bar = all(reads == (layer - 1,) for layer, reads in self.reads.items()), "‖" * (not self._is_scalar)
+
+        def shape(values: Tensor) -> list[str]:
+            return [str(tuple(values.shape))] if bar else []
+
+        def cells(*values: Tensor | None) -> list[str]:
+            size = _norm if bar else lambda value: _number(value.item())
+            return ["" if value is None else size(value) for value in values]
+
         own = ["from"] * (not is_chain) + ["rule"] * (not self._is_dense)
-        neurons = [["l", *own, "a^l", "G", "‖z^l‖", "‖a^l‖", "‖δ^l‖", "saturated"]]
+        neurons = [["l", *own, *["a^l"] * bool(bar), "G", *(f"{bar}{letter}^l{bar}" for letter in "zaδ"), "saturated"]]
         for layer, a in self.a.items():
             told = {"from": " + ".join(map(str, self.reads.get(layer, ()))), "rule": self.rule.get(layer, "")}
             G = self.activation.get(layer, "") + " + dropout" * self.drops.get(layer, False)
             saturated = f"{100 * self.saturation[layer]:.3g} %" if layer > 1 else ""
-            norms = [_norm(values.get(layer)) for values in (self.z, self.a, self.delta)]
-            neurons.append([str(layer), *(told[column] for column in own), str(tuple(a.shape)), G, *norms, saturated])
-        weights = [["l", "W^l", "‖W^l‖", "‖b^l‖", "‖∂C/∂W^l‖", "‖∂C/∂b^l‖"]]
-        for layer, weight in self.weight.items():
-            values = (weight, self.bias[layer], self.grad_weight[layer], self.grad_bias[layer])
-            weights.append([str(layer), str(tuple(weight.shape)), *map(_norm, values)])
+            values = cells(self.z.get(layer), a, self.delta.get(layer))
+            neurons.append([str(layer), *(told[column] for column in own), *shape(a), G, *values, saturated])
+        letters = (f"{bar}{letter}^l{bar}" for letter in ("W", "b", "∂C/∂W", "∂C/∂b"))
+        weights = [["l", *["W^l"] * bool(bar), *letters]]
+        for layer, W in self.weight.items():
+            values = cells(W, self.bias[layer], self.grad_weight[layer], self.grad_bias[layer])
+            weights.append([str(layer), *shape(W), *values])
         return [neurons, weights]
 
     def _steps(self) -> list[tuple[str, list[Line]]]:
@@ -354,8 +365,8 @@ def _numbers(value: Tensor) -> list[list[str]]:
     return [[_number(number, 5 if value.numel() == 1 else 4) for number in row] for row in rows]
 
 
-def _norm(values: Tensor | None) -> str:
-    return "" if values is None else f"{values.norm().item():.4g}"
+def _norm(values: Tensor) -> str:
+    return f"{values.norm().item():.4g}"
 
 
 def _substituted(formula: str, known: dict[str, Tensor]) -> str:

@@ -555,6 +555,26 @@ def test_layers_without_a_formula_are_named(case: str, caplog: pytest.LogCapture
     assert left == f"left as it was: odd ({mm.left_alone(model)['odd']})"
 
 
+class Calls(nn.Module):
+    """A net whose own forward calls functions, one of them as a method; `tanh` is a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tanh = nn.Linear(2, 2), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.softmax(torch.relu(self.tanh(self.first(x))).sigmoid(), -1)
+
+
+def test_functions_that_a_forward_calls_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = mm.convert(nn.Sequential(Calls(), nn.Flatten()))
+    reason = "its forward calls softmax, relu, sigmoid itself; mm.testing.assert_manual_backward finds what is torch's"
+    assert mm.left_alone(model) == {"0": reason}
+    assert caplog.messages == [f"left as it was: 0 ({reason})"]
+    with pytest.raises(AssertionError, match="ReluBackward"):
+        mm.testing.assert_manual_backward(model, torch.randn(3, 2))
+
+
 def test_what_the_filter_keeps_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "manual_mlp.conversion"):
         mm.convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), filter=lambda module, name: name == "0")

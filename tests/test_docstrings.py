@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,3 +54,16 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     runner = doctest.DocTestRunner(verbose=False)
     runner.run(test, out=said.append)
     assert runner.failures == 0, "".join(said)
+
+
+MODULES = {name: kind for name, kind in OBJECTS.items() if isinstance(kind, type) and issubclass(kind, torch.nn.Module)}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_forward_is_described(name: str) -> None:
+    """`help(mm.QuadraticLoss.forward)` says what it returns and of which shapes, not what torch says of any module."""
+    forward = MODULES[name].forward
+    assert forward.__module__.startswith("manual_mlp.")
+    first = (forward.__doc__ or "").splitlines()[0]
+    assert first.startswith("Return ")
+    assert re.search(r"\(…|\(N|of one shape", first)

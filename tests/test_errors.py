@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import manual_mlp as mm
 from manual_mlp.engine import BackpropEngine
@@ -125,6 +126,10 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
     "no target": (lambda: mm.QuadraticLoss()(X, None), "a torch.Tensor as target; got NoneType"),
     "lists into a net": (lambda: network_loss(mm.MLP([3, 2]), [[1]], [[2]]), "a torch.Tensor as input; got list"),
     "arrays into the engine": (lambda: engine().step(X.numpy(), X.numpy()), "a torch.Tensor as input; got ndarray"),
+    "a DataLoader into the engine": (
+        lambda: engine().train_epoch(DataLoader(TensorDataset(X, X))),  # type: ignore[arg-type, call-arg]
+        "a torch.Tensor as input; got DataLoader: pass all rows, input and target, and a batch_size",
+    ),
     "lists into the engine": (lambda: engine().train_epoch([[1]], [[2]], 1), "a torch.Tensor as input; got list"),
     "no model": (lambda: network_loss("net", X, X), "a model, an mm.MLP or an nn.Sequential; got str"),
     "reduction": (lambda: F.mse_loss(X, X, "average"), "'none', 'mean' or 'sum'; got 'average'"),

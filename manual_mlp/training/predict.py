@@ -93,6 +93,7 @@ class Predictor(nn.Module):
         return self.net[0] if isinstance(self.net, Members) else self.net
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return P of each class, or the target in its units: (N, n_1), or a DataFrame of raw rows → (N, n_L)."""
         rows = features if isinstance(features, Tensor) else self.prepared(features)
         return self.interpreted(self.prediction(rows))
 
