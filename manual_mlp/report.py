@@ -74,6 +74,7 @@ def page(
     templates = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     templates.finalize = lambda value: shown(value, keep="\n") if type(value) is str else value  # names out of files
     template = templates.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    rows = {tables.words(kind): cells for kind, cells in rows.items()}
     return template.render(given, figures=rows, parts=PARTS, steps=steps, outputs=outputs)
 
 

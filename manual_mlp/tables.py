@@ -42,6 +42,11 @@ def latex(rows: Rows, environment: str = "array") -> str:
     return f"\\begin{{{environment}}}{columns}\n" + " \\\\\n".join(lines) + f"\n\\end{{{environment}}}"
 
 
+def words(name: str) -> str:
+    """Return "val cost" for val_loss: the names of figures are Lightning's, but C is the cost."""
+    return name.replace("_", " ", 1).removesuffix("loss") + "cost" * name.endswith("loss")
+
+
 def figure(name: str, value: float | None) -> str:
     """Return accuracies in per cent, others in four digits, fewer where they are longer than eight characters."""
     if value is None:

@@ -108,7 +108,11 @@ def proofs() -> str:
 
 
 # The pictures that the code of a page makes and the page shows.
-PICTURES = {"README.md": ["flow.png"], "docs/curvature.md": ["largest_norms.png"]}
+PICTURES = {
+    "README.md": ["flow.png"],
+    "docs/curvature.md": ["largest_norms.png"],
+    "docs/lecture.md": ["flow.gif", "boundary.png"],
+}
 
 # What stands between <!-- name --> and <!-- /name -->
 PARTS: dict[str, Callable[[], str]] = {

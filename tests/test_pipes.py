@@ -55,7 +55,7 @@ class TestProgress:
         training.run(configured(tmp_path, "data=line", *words))
         said = capsys.readouterr()
         lines = [line.split(": ") for line in said.out.splitlines() if line.startswith("epoch ")]
-        figures = ["train loss", "train loss, val loss, val r2", "train loss"]
+        figures = ["train cost", "train cost, val cost, val r2", "train cost"]
         for epoch, (line, names) in enumerate(zip(lines, figures, strict=True)):
             assert line[0] == f"epoch {epoch}"
             assert [figure.rpartition(" ")[0] for figure in line[1].split(", ")] == names.split(", ")

@@ -53,13 +53,21 @@ class TestLearningCurves:
         lines = {line.get_label(): line.get_xydata().tolist() for line in loss.get_lines()}
         assert lines == {"train": [[0, 3], [1, 2]], "val": [[0, 2], [1, 1]]}
         assert [line.get_xydata().tolist() for line in accuracy.get_lines()] == [[[0, 0.5], [1, 0.7]]]
-        assert (loss.get_ylabel(), accuracy.get_ylabel(), accuracy.get_xlabel()) == ("loss", "accuracy", "epoch")
+        assert (loss.get_ylabel(), accuracy.get_ylabel(), accuracy.get_xlabel()) == ("cost", "accuracy", "epoch")
 
     def test_the_kept_epoch_is_marked(self, tmp_path: Path) -> None:
         (tmp_path / "metrics.csv").write_text("epoch,train_loss\n0,3\n1,2\n2,1\n")
         (axes,) = plots.learning_curves(tmp_path / "metrics.csv", kept=1).axes
         assert axes.get_lines()[-1].get_xdata() == [1, 1]
         assert "kept, epoch 1" in [text.get_text() for text in axes.get_legend().get_texts()]
+
+    def test_no_curve_is_drawn_twice(self, tmp_path: Path) -> None:
+        """r2 is 1 − rmse² / the variance."""
+        path = tmp_path / "metrics.csv"
+        path.write_text("epoch,train_loss,val_loss,val_rmse,val_r2\n0,3,3,9,0.1\n1,2,2,4,0.5\n")
+        assert [axes.get_ylabel() for axes in plots.learning_curves(path).axes] == ["cost", "r2"]
+        path.write_text("epoch,val_rmse\n0,9\n1,4\n")
+        assert [axes.get_ylabel() for axes in plots.learning_curves(path).axes] == ["rmse"]
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
         (tmp_path / "metrics.csv").write_text("epoch,lr\n0,1\n")
@@ -200,6 +208,7 @@ class TestGraph:
         (axes,) = plots.network(trace).axes
         numbers = [plots.graph._short(w) for layer in (1, 2) for w in trace.weight[layer].ravel()]
         biases = [plots.graph._short(b) for layer in (1, 2) for b in trace.bias[layer]]
+        assert axes.get_title() == "lines: $W^l$; neurons: $x$, then $b^l$"
         assert texts(axes.figure) == [*numbers, "$x_{1}$", "$x_{2}$", *biases]
         strong = [c for c in axes.collections if isinstance(c, LineCollection)][2:]
         for layer, lines in zip((1, 2), strong, strict=True):

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from matplotlib.image import imread
 from packaging.specifiers import SpecifierSet
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from tests.readme import PAGES, PICTURES, ROOT, generated, prepared
 
@@ -34,14 +33,18 @@ def test_code_runs_and_output_is_as_code_makes_it(name: str, tmp_path: Path) -> 
     if "run.dir=runs/iris" in TEXTS[name]:
         prepared(tmp_path)
     assert generated(name, tmp_path) == TEXTS[name], "run `python -m tests.readme`"
-    for picture in (tmp_path / shown for shown in PICTURES.get(name, ())):
-        shown = ROOT / "docs" / picture.name
-        with Image.open(shown) as image:
-            drawn_by = image.info["Software"]
-        if matplotlib.__version__ in drawn_by:  # others draw other letters
-            drawn, kept = imread(picture), imread(shown)
-            assert drawn.shape == kept.shape
-            assert np.abs(drawn - kept).mean() < 1e-3, "run `python -m tests.readme`"
+    with Image.open(ROOT / "docs" / "flow.png") as image:
+        drawn_by = image.info["Software"]
+    for picture in PICTURES.get(name, ()) if matplotlib.__version__ in drawn_by else ():  # others draw other letters
+        drawn, kept = frames(tmp_path / picture), frames(ROOT / "docs" / picture)
+        assert drawn.shape == kept.shape
+        assert np.abs(drawn - kept).mean() < 0.25, "run `python -m tests.readme`"  # of 255 shades
+
+
+def frames(path: Path) -> np.ndarray:
+    """Return the pixels of a picture, or of each picture of an animation."""
+    with Image.open(path) as film:
+        return np.array([np.asarray(frame.convert("RGB"), float) for frame in ImageSequence.Iterator(film)])
 
 
 @pytest.mark.parametrize("command", TRAIN, ids=shlex.join)

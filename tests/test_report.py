@@ -104,7 +104,7 @@ class TestPage:
 
     def test_figures_as_a_table(self) -> None:
         text = Page(make_page()).text()
-        assert "train val test loss 0.1235 – 2e-09 accuracy – – 98.77 %" in text
+        assert "train val test cost 0.1235 – 2e-09 accuracy – – 98.77 %" in text
 
     def test_formulas_with_this_nets_sizes(self) -> None:
         text = Page(make_page()).text()
@@ -305,15 +305,23 @@ class TestRun:
 
 
 def test_the_first_stage_is_before_the_training() -> None:
-    """Of the stages between, those nearest to the kept one stay."""
     net = SimpleNamespace(state_dict=dict)
-    flow = SimpleNamespace(snapshots={at: {} for at in (0, 1, 2, 4, 8, 16, 32, 64)})
+    flow = SimpleNamespace(snapshots={at: {} for at in (0, 1, 2, 64)})
     titles = list(pictures._stages(SimpleNamespace(net=net), flow, 55))  # type: ignore[arg-type]
-    assert titles == [
-        "before training",
-        *(f"after {at} epochs" for at in (4, 8, 16, 32)),
-        "kept, after 56 epochs",
-    ]
+    assert titles == ["before training", "after 1 epoch", "after 2 epochs", "kept, after 56 epochs"]
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_no_two_stages_look_alike(classes: bool) -> None:
+    """The answers change while c is 0 to 5, and no more after it: the panels show where they change, at most six."""
+    x, read = np.linspace(0, 1, 100)[:, None], (np.rint if classes else np.asarray)
+    kind = int if classes else float
+    answers = [lambda x, c=c: read(c * x[:, 0]).astype(kind) for c in [0, 1, 2, 3, 4, *[5] * 7]]
+    stages = {str(c): answer for c, answer in enumerate(answers)}
+    assert list(pictures._telling(stages, x)) == ["0", "1", "2", "3", "4", "11"]
+    constant = {str(c): answers[0] for c in range(9)}
+    assert list(pictures._telling(constant, x)) == ["0", "8"]
+    assert list(pictures._telling({"kept": answers[1]}, x)) == ["kept"]
 
 
 def test_a_run_of_a_sweep_looks_at_no_test_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

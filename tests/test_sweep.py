@@ -11,7 +11,9 @@ from math import nan
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from manual_mlp import InputError
 from manual_mlp.plots import sweep_figure
@@ -149,8 +151,8 @@ class TestFigure:
         (axes,) = drawn(tmp_path, made({("0.01",): 1.0, ("1",): 0.5, ("0.1",): 2.0, ("9",): nan}, "optimizer.lr")).axes
         lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
         assert lines == {
-            "train_loss": [[0.01, 0.5], [0.1, 1.0], [1, 0.25]],
-            "val_loss": [[0.01, 1.0], [0.1, 2.0], [1, 0.5]],
+            "train cost": [[0.01, 0.5], [0.1, 1.0], [1, 0.25]],
+            "val cost": [[0.01, 1.0], [0.1, 2.0], [1, 0.5]],
             "best, run 1": [[1, 0.5]],
         }
         assert axes.get_xscale() == "log"
@@ -163,7 +165,7 @@ class TestFigure:
         assert lines == {"activation relu": [[1, 5], [2, 7]], "activation silus": [[1, 5.5], [2, 7.5]]}
         assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == (
             "length of model.hidden",
-            "val_loss",
+            "val cost",
             "linear",
         )
 
@@ -172,6 +174,17 @@ class TestFigure:
         panels = drawn(tmp_path, made(values, "x", "y", "word")).axes
         assert [axes.get_xlabel() for axes in panels] == ["x", "y", "word"]
         assert [len(axes.get_lines()[0].get_xdata()) for axes in panels] == [20, 20, 20]
+
+    def test_no_text_is_cut_off(self, tmp_path: Path) -> None:
+        """That of the axes too, if few bars leave a low picture."""
+        values = {("sigmoid", "torch"): 1.0, ("relu", "glorot"): 0.5}
+        figure = drawn(tmp_path, made(values, "model.activation", "model.initialisation"))
+        FigureCanvasAgg(figure).draw()
+        width, height = figure.canvas.get_width_height()
+        found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+        boxes = {text.get_text(): text.get_window_extent() for text in found}
+        assert "activation, initialisation (run)" in boxes
+        assert not [text for text, box in boxes.items() if min(*box.p0, width - box.x1, height - box.y1) < 0]
 
     def test_no_number_gives_bars(self, tmp_path: Path) -> None:
         (axes,) = drawn(tmp_path, made({("relu",): 1.0, ("tanh",): 0.5}, "model.activation")).axes

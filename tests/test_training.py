@@ -55,7 +55,7 @@ class TestMainJob:
         summary = job.stdout[job.stdout.index("  data  ") :]
         assert max(map(len, summary.splitlines())) <= 60
         assert len((job.stdout + job.stderr).encode()) < 5000  # nobody watches: no bar, a line an epoch
-        lines = re.findall(r"^epoch (\d+): train loss \S+, val loss \S+, val accuracy \S+ %$", job.stdout, re.MULTILINE)
+        lines = re.findall(r"^epoch (\d+): train cost \S+, val cost \S+, val accuracy \S+ %$", job.stdout, re.MULTILINE)
         assert lines == [str(epoch) for epoch in range(30)]
         assert job.stderr == ""
         assert not re.search("Warning|GPU available|Tip|deprecated", job.stdout + job.stderr)

@@ -29,7 +29,7 @@ def confusion_matrix(target: np.ndarray, prediction: np.ndarray, class_names: Se
 
     n = len(class_names)
     counts = confusion_matrix(target, prediction, labels=range(n))
-    figure, panels = new_panels(1, 1, 4.2)
+    figure, panels = new_panels(1, 1, min(4.2, 1.8 + 0.4 * n))
     axes = panels[0, 0]
     axes.grid(False)
     ConfusionMatrixDisplay(counts, display_labels=short_names(class_names)).plot(

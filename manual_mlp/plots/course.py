@@ -13,14 +13,15 @@ from matplotlib.ticker import MaxNLocator
 
 from manual_mlp.errors import InputError
 from manual_mlp.plots.style import MARKERS, PARTS, array, by_layer, legend_above, legend_of_layers, new_panels, styled
+from manual_mlp.tables import words
 
 
 @styled
 def learning_curves(metrics_csv: str | Path, kept: int | None = None) -> Figure:
-    r"""Draw loss and further figures against the epoch, train and val together, one panel each.
+    r"""Draw the cost and further figures against the epoch, train and val together, one panel each.
 
     metrics_csv: rows with a column `epoch` and columns such as train_loss, val_loss, val_accuracy; a cell may be empty.
-    kept: the epoch whose parameters are kept, to mark it.
+    kept: the epoch whose parameters are kept, to mark it. rmse is left out beside r2, which draws the same curve.
     Raises: InputError if there is nothing to draw.
 
     >>> import manual_mlp as mm
@@ -31,6 +32,7 @@ def learning_curves(metrics_csv: str | Path, kept: int | None = None) -> Figure:
     """
     curves = _read(Path(metrics_csv))
     kinds = sorted({name.partition("_")[2] for name in curves}, key=lambda kind: (kind != "loss", kind))
+    kinds = [kind for kind in kinds if kind != "rmse" or "r2" not in kinds]
     if not kinds:
         raise InputError(
             f"expected columns such as train_loss and val_loss in {metrics_csv}, but there are none; train first"
@@ -44,7 +46,7 @@ def learning_curves(metrics_csv: str | Path, kept: int | None = None) -> Figure:
                 axes.plot(list(points), list(points.values()), label=part, marker=marker, **look)
         if kept is not None:
             axes.axvline(kept, color="0.4", linestyle=":", linewidth=1, label=f"kept, epoch {kept}")
-        axes.set(ylabel=kind)
+        axes.set(ylabel=words(kind))
         axes.legend()
     panels[-1, 0].set(xlabel="epoch")
     panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

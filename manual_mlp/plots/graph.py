@@ -38,6 +38,7 @@ def network(trace: Any) -> Figure:
     True
     """
     figure, (axes,) = _graphs(trace, 1)
+    axes.set_title("lines: $W^l$; neurons: $x$, then $b^l$")
     for layer, weight in trace.weight.items():
         _lines(axes, trace, layer, array(weight))
     inputs = {1: [f"$x_{{{index + 1}}}$" for index in range(trace.sizes[0])]}

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from manual_mlp.errors import InputError
 from manual_mlp.plots.style import COLORS, MARKERS, PARTS, new_panels, styled
+from manual_mlp.tables import words
 
 MAX_LINES = 8  # as many as a legend explains
 MAX_TICKS = 8  # as many places as can be labelled one by one
@@ -57,12 +58,13 @@ def sweep_figure(sweep_csv: str | Path, settings: Sequence[str], metric: str, be
                 _curve(axes, [at[index] for index in own], [runs[index][metric] for index in own], label)
         else:
             for column in dict.fromkeys([*(f"{part}_{metric.partition('_')[2]}" for part in PARTS), metric]):
-                _curve(axes, at, [run.get(column, "") for run in runs], column)
+                _curve(axes, at, [run.get(column, "") for run in runs], words(column))
         for place, run in zip(at, runs, strict=True):
             if run["run"] == best:
                 axes.plot(place, float(run[metric]), "k*", markersize=11, label=f"best, run {best}", zorder=3)
         lengths = any("," in run[name] for run in runs) and places[name]
-        axes.set(xlabel=f"length of {name}" if lengths else name, ylabel=metric if others else metric.partition("_")[2])
+        y = words(metric if others else metric.partition("_")[2])
+        axes.set(xlabel=f"length of {name}" if lengths else name, ylabel=y)
         if places[name] and _even_in_logarithm(places[name]):
             axes.set_xscale("log")
         if places[name] and len(set(places[name])) <= MAX_TICKS:
@@ -95,7 +97,8 @@ def _bars(runs: Sequence[dict[str, str]], settings: Sequence[str], metric: str, 
     axes.bar_label(bars, fmt="%.4g", padding=3)
     axes.margins(x=0.15)
     axes.invert_yaxis()
-    axes.set(xlabel=metric, ylabel=", ".join(map(_end, settings)) + " (run)")
+    axes.set(xlabel=words(metric))
+    figure.suptitle(", ".join(map(_end, settings)) + " (run)", fontsize=9)  # at the side it would not fit
     return figure
 
 

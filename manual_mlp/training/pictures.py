@@ -34,7 +34,7 @@ from manual_mlp.training.precedence import Precedence
 
 FEW = 20  # classes and columns with a line or a figure of their own
 DRAWN = 1000  # rows of the test part, at most
-STAGES = 6  # of the training, at most
+STAGES, SEEN = 6, 0.02  # of the training, at most; how far its answers are from those of any other stage, at least
 Stages = dict[str, dict[str, Tensor]]
 """Parameters of the net in the course of its training, by title."""
 
@@ -126,12 +126,26 @@ def _trace(module: MLPModule, data: DataModule, rows: int) -> Trace | None:
 
 
 def _stages(module: MLPModule, flow: DeltaFlow | None, epoch: int) -> Stages:
-    """Return at most 6 stages: that before the training first, the kept one last, those nearest to it between."""
-    early = {passed: state for passed, state in flow.snapshots.items() if passed <= epoch} if flow else {}
-    passed = sorted(early)
-    chosen = passed[:1] + passed[1:][2 - STAGES :]
-    stages = {f"after {_epochs(at)}" if at else "before training": early[at] for at in chosen}
+    """Return all stages that are known: that before the training first, the kept one last."""
+    early = {at: state for at, state in sorted(flow.snapshots.items()) if at <= epoch} if flow else {}
+    stages = {f"after {_epochs(at)}" if at else "before training": state for at, state in early.items()}
     return stages | {f"kept, after {_epochs(epoch + 1)}": module.net.state_dict()}
+
+
+def _telling(stages: dict[str, plots.answers.Predict], x: np.ndarray) -> dict[str, plots.answers.Predict]:
+    """Return at most 6 stages: the first, the last, and others whose answers at x differ most from all chosen."""
+    answers = {title: predict(x) for title, predict in stages.items()}
+    titles = list(answers)
+    scale = np.ptp(answers[titles[-1]]) or 1.0
+
+    def news(title: str) -> float:
+        apart = [np.abs(answers[title] - answers[other]) for other in chosen]
+        return min(float((gap != 0).mean() if gap.dtype.kind == "i" else gap.mean() / scale) for gap in apart)
+
+    chosen = {titles[0], titles[-1]}
+    while len(chosen) < min(STAGES, len(titles)) and news(best := max(titles, key=news)) > SEEN:
+        chosen.add(best)
+    return {title: stages[title] for title in titles if title in chosen}
 
 
 def _epochs(number: int) -> str:
@@ -152,7 +166,7 @@ class _Answers:
         self.prediction = torch.cat([module(part.to(self.like)) for part in parts]).float()
 
     def by_stage(self, read: Callable[[Tensor], Tensor]) -> dict[str, plots.answers.Predict]:
-        """Return for each stage: features in their units ↦ what `read` makes of the prediction."""
+        """Return for each telling stage: features in their units ↦ what `read` makes of the prediction."""
 
         @torch.no_grad()
         def answers(state: Mapping[str, Tensor], x: np.ndarray) -> np.ndarray:
@@ -160,7 +174,7 @@ class _Answers:
             features = torch.as_tensor((x - self.mean) / self.scale).to(self.like)
             return read(functional_call(self.module.net, parameters, (features,)).float()).cpu().numpy()
 
-        return {title: partial(answers, state) for title, state in self.stages.items()}
+        return _telling({title: partial(answers, state) for title, state in self.stages.items()}, self.x[:DRAWN])
 
     def by_class(self) -> dict[str, str]:
         """Return precision and recall of each class, a line each, if they are few."""

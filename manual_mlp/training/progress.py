@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from manual_mlp.pipes import is_watched
-from manual_mlp.tables import figure
+from manual_mlp.tables import figure, words
 
 SHOWN = ("val_loss", "val_accuracy", "val_r2")
 
@@ -64,7 +64,7 @@ class Progress(TQDMProgressBar):
     def _print(self, trainer: L.Trainer) -> None:
         """Print the line of the epoch that has ended, if any."""
         names, found = ["train_loss", *(SHOWN if self.validated else ())], trainer.callback_metrics
-        figures = [f"{name.replace('_', ' ')} {figure(name, found[name].item())}" for name in names if name in found]
+        figures = [f"{words(name)} {figure(name, found[name].item())}" for name in names if name in found]
         if self.ended is not None and trainer.is_global_zero and not self.watched:
             print(f"epoch {self.ended}: {', '.join(figures)}", flush=True)
         self.ended, self.validated = None, False

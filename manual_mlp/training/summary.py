@@ -123,10 +123,10 @@ def _hint(module: MLPModule, data: DataModule, figures: dict[str, float]) -> lis
 
 
 def _table(figures: dict[str, float]) -> str:
-    """Return a line for each part, such as train loss and train accuracy; more lines where 60 columns are too few."""
+    """Return a line for each part, such as train cost and train accuracy; more lines where 60 columns are too few."""
     cells: dict[str, list[str]] = {}
     for name, value in figures.items():
-        cells.setdefault(name.partition("_")[0], []).extend((name.replace("_", " ", 1), tables.figure(name, value)))
+        cells.setdefault(name.partition("_")[0], []).extend((tables.words(name), tables.figure(name, value)))
     printed = ""
     for most in range(max(map(len, cells.values()), default=0), 0, -2):
         rows = [part[at : at + most] for part in cells.values() for at in range(0, len(part), most)]
