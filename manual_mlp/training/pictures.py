@@ -266,10 +266,8 @@ def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> It
         return
     first, last = min(flow.norms), max(flow.norms)
     ratio = flow.norms[first][-1] / (flow.norms[last][-1] or math.nan)
-    text = (
-        f"‖δ‖ of a sample by layer, on the same {len(trace.target)} rows each time. At the end that of layer {first} "
-        f"is {ratio:.3g} times that of layer {last}."
-    )
+    text = f"‖δ‖ of a sample by layer, on the same {len(trace.target)} rows each time."
+    text += f" At the end that of layer {first} is {ratio:.3g} times that of layer {last}." * (first < last)
     yield Picture("Flow of δ", text, plots.delta_flow(flow.epochs, flow.norms))
     text = "z, a, |δ| of these rows before the first step, and with the parameters that are kept; the highest bin is 1."
     yield Picture("Histograms", text, plots.histograms({"before": SimpleNamespace(**flow.first), "kept": trace}))
