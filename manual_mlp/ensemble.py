@@ -68,18 +68,52 @@ class EnsembleEngine:
 
     @property
     def models(self) -> list[nn.Module]:
+        """Return the nets, in their order.
+
+        >>> import torch, manual_mlp as mm
+        >>> nets = [mm.MLP([2, 3, 1]) for _ in range(3)]
+        >>> engine = mm.EnsembleEngine(nets, [torch.optim.SGD(net.parameters(), lr=1.0) for net in nets])
+        >>> engine.models == nets
+        True
+        """
         return [engine.model for engine in self._engines]
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizer of each net.
+
+        >>> import torch, manual_mlp as mm
+        >>> nets = [mm.MLP([2, 3, 1]) for _ in range(3)]
+        >>> engine = mm.EnsembleEngine(nets, [torch.optim.SGD(net.parameters(), lr=1.0) for net in nets])
+        >>> [optimizer.param_groups[0]["lr"] for optimizer in engine.optimizers]
+        [1.0, 1.0, 1.0]
+        """
         return [engine.optimizer for engine in self._engines]
 
     @property
     def loss(self) -> str:
+        """Return the name of the cost that all nets share.
+
+        >>> import torch, manual_mlp as mm
+        >>> nets = [mm.MLP([2, 3, 1]) for _ in range(3)]
+        >>> engine = mm.EnsembleEngine(nets, [torch.optim.SGD(net.parameters(), lr=1.0) for net in nets])
+        >>> engine.loss
+        'quadratic'
+        """
         return self._engines[0].loss
 
     @property
     def native(self) -> bool | str:
+        """Return "auto", True or False, as given; it can be set.
+
+        >>> import torch, manual_mlp as mm
+        >>> nets = [mm.MLP([2, 3, 1]) for _ in range(3)]
+        >>> engine = mm.EnsembleEngine(nets, [torch.optim.SGD(net.parameters(), lr=1.0) for net in nets])
+        >>> engine.native = False
+        >>> _ = engine.train_epoch(torch.zeros(4, 2), torch.zeros(4, 1), batch_size=2)
+        >>> engine.native, engine.road
+        (False, 'torch')
+        """
         return self._engines[0].native
 
     @native.setter

@@ -46,6 +46,10 @@ class Curvature:
     hvp(v)          {name: …}: the Hessian of C times v
 
     It holds copies of the batch and of the parameters, so what is trained later does not change it.
+
+    >>> import torch, manual_mlp as mm
+    >>> mm.curvature(mm.MLP([2, 3, 1]), torch.zeros(5, 2), torch.zeros(5, 1))
+    Curvature(quadratic cost, N = 5, 13 parameters)
     """
 
     def __init__(
@@ -66,6 +70,15 @@ class Curvature:
     @property
     @torch.no_grad()
     def gradients(self) -> Named:
+        """Return the gradient of each sample's own cost: {name: (N, …)}.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], output_activation="identity", bias=False)
+        >>> _ = torch.nn.init.ones_(net[0].weight)
+        >>> of = mm.curvature(net, torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))  # C_n = ½ (w x_n)²
+        >>> of.gradients["0.weight"].tolist()  # w x_n²
+        [[[1.0]], [[4.0]]]
+        """
         found: Named = {}
         for weight, bias, delta, a in self._maps:
             if weight is not None:
@@ -77,6 +90,15 @@ class Curvature:
     @cached_property
     @torch.no_grad()
     def norms(self) -> Tensor:
+        """Return ‖g_n‖ of each sample over all parameters: (N,).
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], output_activation="identity", bias=False)
+        >>> _ = torch.nn.init.ones_(net[0].weight)
+        >>> of = mm.curvature(net, torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))  # C_n = ½ (w x_n)²
+        >>> of.norms.tolist()
+        [1.0, 4.0]
+        """
         squares = [
             sheet.squared_norms(delta) * ((0 if weight is None else sheet.squared_norms(a)) + (bias is not None))
             for weight, bias, delta, a in self._maps
@@ -86,6 +108,15 @@ class Curvature:
     @property
     @torch.no_grad()
     def variance(self) -> Named:
+        """Return (1/N) Σ_n g_n² − G² of each parameter: {name: …}.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], output_activation="identity", bias=False)
+        >>> _ = torch.nn.init.ones_(net[0].weight)
+        >>> of = mm.curvature(net, torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))  # C_n = ½ (w x_n)²
+        >>> of.variance["0.weight"].tolist()  # (1 + 16) / 2 − 2.5²
+        [[2.25]]
+        """
         found: dict[Any, Tensor] = {}
         for weight, bias, delta, a in self._maps:
             found |= dict(zip((weight, bias), sheet.variances(delta, a), strict=True))
@@ -94,6 +125,17 @@ class Curvature:
     @property
     @torch.no_grad()
     def noise_scale(self) -> Tensor:
+        """Return tr Σ/|G|², both estimated without bias: a scalar.
+
+        Raises InputError for one sample.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], output_activation="identity", bias=False)
+        >>> _ = torch.nn.init.ones_(net[0].weight)
+        >>> of = mm.curvature(net, torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))  # C_n = ½ (w x_n)²
+        >>> of.noise_scale.item()  # 4.5 / (2.5² − 4.5 / 2)
+        1.125
+        """
         if self._n < 2:
             raise InputError("expected at least two samples for a noise scale, because one has no variance; got one")
         trace, square = (
@@ -104,7 +146,15 @@ class Curvature:
 
     @torch.no_grad()
     def clipped(self, c: float) -> Named:
-        """Return the mean of the samples' gradients, each shortened to the length c at most: {name: …}."""
+        """Return the mean of the samples' gradients, each shortened to the length c at most: {name: …}.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], output_activation="identity", bias=False)
+        >>> _ = torch.nn.init.ones_(net[0].weight)
+        >>> of = mm.curvature(net, torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))  # C_n = ½ (w x_n)²
+        >>> of.clipped(2.0)["0.weight"].tolist()  # (1 + 2) / 2
+        [[1.5]]
+        """
         checks.positive("largest norm c", c)
         factor = sheet.clip_factor(self.norms, c).unsqueeze(1)
         return self._means(of._replace(delta=factor * of.delta) for of in self._maps)
@@ -114,6 +164,13 @@ class Curvature:
         """Return the diagonal of the generalised Gauss-Newton matrix, (1/N) Σ_k (S_k ⊙ S_k)ᵀ (a ⊙ a): {name: …}.
 
         It takes n_L passes of steps 2 and 3. Raises InputError for a cost without its second derivative.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], output_activation="identity", bias=False)
+        >>> _ = torch.nn.init.ones_(net[0].weight)
+        >>> of = mm.curvature(net, torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))  # C_n = ½ (w x_n)²
+        >>> of.ggn_diagonal()["0.weight"].tolist()  # the mean of x²
+        [[2.5]]
         """
         total: Named = {}
         for maps in self._roots():
@@ -126,6 +183,14 @@ class Curvature:
         """Return A = (1/N) Σ_n (a, 1)(a, 1)ᵀ and B = (1/N) Σ_n Σ_k S_k S_kᵀ of each weight: {name: (A, B)}.
 
         A has no row for a bias that is missing or frozen. Passes and errors as `ggn_diagonal`.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], output_activation="identity", bias=False)
+        >>> _ = torch.nn.init.ones_(net[0].weight)
+        >>> of = mm.curvature(net, torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))  # C_n = ½ (w x_n)²
+        >>> A, B = of.kfac()["0.weight"]
+        >>> A.tolist(), B.tolist()
+        ([[2.5]], [[1.0]])
         """
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for maps in self._roots():
@@ -146,6 +211,13 @@ class Curvature:
 
         Raises InputError for other names, shapes or dtypes, for a row without G″, by its name, and for a cost without
         its second derivative.
+
+        >>> import torch, manual_mlp as mm
+        >>> net = mm.MLP([1, 1], output_activation="identity", bias=False)
+        >>> _ = torch.nn.init.ones_(net[0].weight)
+        >>> of = mm.curvature(net, torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))  # C_n = ½ (w x_n)²
+        >>> of.hvp({"0.weight": torch.tensor([[2.0]])})["0.weight"].tolist()  # 2.5 · 2
+        [[5.0]]
         """
         if self._cost.H is None:
             raise _no_second_derivative("cost", self._cost.name, "H")

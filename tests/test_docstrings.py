@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import manual_mlp as mm
+from manual_mlp.second_order import Curvature
 
 SUBMODULES = (mm.functional, mm.network, mm.plots, mm.testing)
+RETURNED = {"Curvature": Curvature}  # by mm.curvature
 # Public only to the files beside them.
 INTERNAL = {f"functional.{name}" for name in ("apply_affine", "autocasting", "bound_row", "name_and_values")}
 INTERNAL |= {f"network.{name}" for name in ("Reading", "reading_of", "parameters_of", "LossPlan", "NetworkCost")}
@@ -22,22 +24,27 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def public(module: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the public names of a submodule with what they name: what it exports, or what it defines."""
-    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    """Yield the public names of a submodule with what they name: what it exports, or what it defines.
+
+    mm.functional also has, from another file, what torch.nn.functional has for grids.
+    """
+    homes = {module.__name__, "manual_mlp.grid_functional"} if module is mm.functional else {module.__name__}
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") in homes]
     for name in getattr(module, "__all__", own):
         if not name.startswith("_"):
             yield f"{module.__name__.partition('.')[2]}.{name}", getattr(module, name)
 
 
 def members(name: str, kind: type) -> Iterator[tuple[str, Any]]:
-    """Yield the public methods and properties of a class that have a docstring of their own."""
+    """Yield the public methods and properties that a class defines, but torch's own hooks."""
     for member, value in vars(kind).items():
-        function = getattr(value, "__func__", getattr(value, "fget", value))
-        if not member.startswith("_") and inspect.isroutine(function) and function.__doc__ and member != "forward":
+        function = next((getattr(value, of) for of in ("__func__", "fget", "func") if hasattr(value, of)), value)
+        if not member.startswith("_") and inspect.isroutine(function) and member not in ("forward", "extra_repr"):
             yield f"{name}.{member}", function
 
 
 OBJECTS: dict[str, Any] = {name: getattr(mm, name) for name in mm.__all__ if callable(getattr(mm, name))}
+OBJECTS |= RETURNED
 OBJECTS |= dict(pair for module in SUBMODULES for pair in public(module) if pair[0] not in INTERNAL)
 OBJECTS |= dict(pair for name, value in OBJECTS.items() if isinstance(value, type) for pair in members(name, value))
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from manual_mlp import InputError
 from manual_mlp.plots import sweep_figure
@@ -181,7 +180,8 @@ class TestFigure:
         figure = drawn(tmp_path, made(values, "model.activation", "model.initialisation"))
         FigureCanvasAgg(figure).draw()
         width, height = figure.canvas.get_width_height()
-        found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+        (axes,) = figure.axes
+        found = [*figure.texts, *axes.texts, axes.xaxis.label, *axes.get_yticklabels()]
         boxes = {text.get_text(): text.get_window_extent() for text in found}
         assert "activation, initialisation (run)" in boxes
         assert not [text for text, box in boxes.items() if min(*box.p0, width - box.x1, height - box.y1) < 0]

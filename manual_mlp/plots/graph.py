@@ -22,6 +22,7 @@ MAX_DRAWN = 8  # neurons of a layer, and layers, of a net drawn as a graph
 MAX_NUMBERS = 12  # on the lines between two layers; more would cover each other
 POSITIVE, NEGATIVE = "#B35806", "#542788"  # the ends of PuOr
 UNIT, APART = 0.55, 0.9  # inches from one neuron to the next, from layer to layer
+ROUNDS = 50  # in which numbers move apart
 SHARES = sorted(np.linspace(0.26, 0.66, 21), key=lambda share: abs(share - 0.46))  # of a line, for its number
 PAPER: Any = {"facecolor": "white", "linewidth": 0, "pad": 1.5}  # behind a number on a line
 
@@ -225,23 +226,33 @@ def _lines(axes: Axes, trace: Any, layer: int, weight: np.ndarray, arrow: str = 
             axes.scatter([x], [y], marker=arrow, s=22, color=color, zorder=2)
 
 
-def _apart(axes: Axes, ways: Sequence[np.ndarray], texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """Yield a place on each line for its text, where it covers none of those before, or as far from them as can be."""
+def _apart(axes: Axes, ways: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
+    """Return a place on each line for its text, where no text covers another, as far as there is room for all.
+
+    They begin in the middle of their lines. Then those that cover others move away, round by round.
+    """
+    if not texts:
+        return np.empty((0, 2))
+    there = [(text.get_position(), text.get_text()) for text in axes.texts]
     low, high = axes.get_xlim()
     inches = np.array([axes.figure.get_figwidth() / (high - low), UNIT])  # type: ignore[union-attr]
-    placed: list[tuple[np.ndarray, float]] = []
-    for way, text in zip(ways, texts, strict=False):
-        width = 0.1 + 0.06 * len(text)
+    size = np.array([[0.12 + 0.06 * len(text), 0.19] for text in [*texts, *(text for _, text in there)]])
+    way = np.array([[_at(way, share) for share in SHARES] for way, _ in zip(ways, texts, strict=False)]) * inches
+    at = np.array([*(places[0] for places in way), *(np.array(place) * inches for place, _ in there)]).reshape(-1, 2)
 
-        def room(place: np.ndarray, width: float = width) -> float:
-            sizes = [((width + other) / 2, 0.17) for _, other in placed]
-            gaps = [np.abs(place - at) * inches / size for (at, _), size in zip(placed, sizes, strict=True)]
-            return min(map(max, gaps), default=9.0)
+    def room(index: int, places: np.ndarray) -> np.ndarray:
+        gaps = np.abs(places[:, None] - at) / ((size[index] + size) / 2)
+        gaps[:, index] = 9
+        return gaps.max(2).min(1)
 
-        places = [_at(way, share) for share in SHARES]
-        best = next((place for place in places if room(place) >= 1), max(places, key=room))
-        placed.append((best, width))
-        yield best
+    for _ in range(ROUNDS):
+        covered = [index for index in range(len(way)) if room(index, at[[index]]) < 1]
+        for index in covered:
+            rooms = np.minimum(room(index, way[index]), 1)
+            at[index] = way[index][rooms.argmax()]
+        if not covered:
+            break
+    return at[: len(way)] / inches
 
 
 def _neurons(axes: Axes, sizes: Sequence[int], texts: Mapping[int, Sequence[str]]) -> None:

@@ -64,6 +64,14 @@ class Report:
 
     @property
     def failed(self) -> tuple[Row, ...]:
+        """Return the rows of all checks that failed.
+
+        >>> import torch, manual_mlp as mm
+        >>> half = lambda x: x.detach() * x  # half of (x²)′
+        >>> report = mm.testing.check_gradients(half, torch.tensor([[0.5, -1.0]]))
+        >>> "first derivative" in [row.check for row in report.failed]
+        True
+        """
         return tuple(row for row in self.rows if row.outcome == "failed")
 
     def __getitem__(self, check: str) -> Row:
@@ -112,6 +120,14 @@ class Report:
         return "\n".join([*verdict, *lines(self.rows, width), self.totals()])
 
     def totals(self) -> str:
+        """Return how many checks ended how, in one line.
+
+        >>> import torch, manual_mlp as mm
+        >>> half = lambda x: x.detach() * x  # half of (x²)′
+        >>> report = mm.testing.check_gradients(half, torch.tensor([[0.5, -1.0]]))
+        >>> " wrong, " in report.totals()
+        True
+        """
         found: list[str] = [row.level or row.outcome for row in self.rows]
         counts = {name: found.count(name) for name in ("passed", *LEVELS, "n/a")}
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
