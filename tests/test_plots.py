@@ -13,6 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 
 import manual_mlp as mm
 from manual_mlp import InputError, plots
@@ -41,6 +42,25 @@ def small_trace(sizes: list[int], samples: int = 2) -> SimpleNamespace:
         new_weight={layer: w - 100 for layer, w in weight.items()},
         new_bias={layer: RNG.normal(size=sizes[layer]) for layer in layers[:-1]},
     )
+
+
+GRAPHS: dict[str, Callable[[], nn.Module]] = {
+    "residual net": lambda: mm.MLP([2, 3, 3, 1], residual=True),
+    "residual block": lambda: nn.Sequential(mm.Residual(mm.Affine(2, 2), mm.Tanh(), mm.Affine(2, 2)), mm.Affine(2, 1)),
+    "three branches": lambda: nn.Sequential(
+        mm.Sum(mm.Affine(2, 2), mm.Affine(2, 2), mm.Identity()), mm.Tanh(), mm.Affine(2, 1)
+    ),
+}
+
+
+def hidden(figure: Figure) -> list[tuple[str, str]]:
+    """Return the texts that cover one another: numbers, titles, the legend."""
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    texts = [*(text for axes in figure.axes for text in [*axes.texts, axes.title]), *figure.legends[0].get_texts()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    pairs = itertools.combinations([(text, box) for text, box in boxes if box.width > 0], 2)
+    return [(text, other) for (text, box), (other, of_other) in pairs if box.overlaps(of_other)]
 
 
 class TestLearningCurves:
@@ -247,21 +267,24 @@ class TestGraph:
     @pytest.mark.parametrize(
         "sizes",
         [
-            *([2, 4, 2], [1, 1, 1, 1], [1, 8, 1], [3, 4, 3]),
+            *([2, 4, 2], [1, 1, 1, 1], [1, 8, 1], [3, 4, 3], [3, 3, 3, 3]),
             *(pytest.param(few, marks=pytest.mark.slow) for few in ([1, 1], [2, 2], [1, 2, 1], [1, 4, 1])),
         ],
     )
     def test_no_text_hides_another(self, sizes: list[int]) -> None:
         for _ in range(2):
             trace = small_trace(sizes)
-            for figure in (plots.network(trace), plots.flow(trace)):
-                FigureCanvasAgg(figure)
-                figure.draw_without_rendering()
-                boxes = [text.get_window_extent() for axes in figure.axes for text in [*axes.texts, axes.title]]
-                boxes += [text.get_window_extent() for text in figure.legends[0].get_texts()]
-                boxes = [box for box in boxes if box.width > 0]
-                hidden = [one for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
-                assert not hidden
+            assert not hidden(plots.network(trace))
+            assert not hidden(plots.flow(trace))
+
+    @pytest.mark.parametrize("name", GRAPHS)
+    def test_no_text_hides_another_in_a_graph(self, name: str) -> None:
+        """Lines that pass over a layer have their numbers beside its neurons, and beside those of its own lines."""
+        torch.manual_seed(0)
+        net = GRAPHS[name]().apply(lambda layer: [nn.init.normal_(p) for p in layer.parameters(recurse=False)])
+        trace = mm.trace(net, torch.randn(1, 2), torch.rand(1, 1))
+        assert not hidden(plots.network(trace))
+        assert not hidden(plots.flow(trace))
 
     def test_animation_has_a_frame_for_each_panel(self, tmp_path: Path) -> None:
         trace = small_trace([1, 1, 1])

@@ -218,7 +218,7 @@ def _lines(axes: Axes, trace: Any, layer: int, weight: np.ndarray, arrow: str = 
     widths = 0.8 + 2.5 * np.abs(weights) / (np.abs(weights).max() or 1.0)
     axes.add_collection(LineCollection(ways, colors=colors, linewidths=widths))
     texts = [_short(weight) for weight in weights] if len(ways) <= MAX_NUMBERS else []
-    for text, (x, y) in zip(texts, _apart(axes, ways, texts), strict=True):
+    for text, (x, y) in zip(texts, _apart(axes, trace.sizes, ways, texts), strict=True):
         axes.text(x, y, text, ha="center", va="center", fontsize=7, bbox=PAPER)
     for way, color in zip(ways, colors, strict=True):
         if arrow:
@@ -226,14 +226,15 @@ def _lines(axes: Axes, trace: Any, layer: int, weight: np.ndarray, arrow: str = 
             axes.scatter([x], [y], marker=arrow, s=22, color=color, zorder=2)
 
 
-def _apart(axes: Axes, ways: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
-    """Return a place on each line for its text, where no text covers another, as far as there is room for all.
+def _apart(axes: Axes, sizes: Sequence[int], ways: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
+    """Return a place on each line for its text, where it covers no other and no neuron, as far as there is room.
 
     They begin in the middle of their lines. Then those that cover others move away, round by round.
     """
     if not texts:
         return np.empty((0, 2))
     there = [(text.get_position(), text.get_text()) for text in axes.texts]
+    there += [(place, "-.002") for layer in range(1, len(sizes) + 1) for place in _places(sizes, layer)]
     low, high = axes.get_xlim()
     inches = np.array([axes.figure.get_figwidth() / (high - low), UNIT])  # type: ignore[union-attr]
     size = np.array([[0.12 + 0.06 * len(text), 0.19] for text in [*texts, *(text for _, text in there)]])
