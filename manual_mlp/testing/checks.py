@@ -167,9 +167,9 @@ def _gradcheck(check: Callable[..., bool], subject: Subject, **flags: bool) -> N
 
 
 def sentence(error: BaseException) -> str:
-    """Return the first line of an error that says something, with its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:240]}"
+    """Return what an error says, with its type, without the matrices that gradcheck prints."""
+    lines = [line.strip() for line in str(error).partition("numerical:")[0].splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines).removesuffix(',')[:240]}"
 
 
 def _equals(derive: Callable[..., Tensors], what: str, subject: Subject) -> Measured:
