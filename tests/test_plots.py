@@ -206,10 +206,12 @@ class TestAnswers:
 
     def test_the_legend_covers_no_curve(self) -> None:
         stages = {f"after {n} epochs": (lambda x, n=n: x[:, 0] * n) for n in range(6)}
-        layers = {f"sigmoid, gain {n}": {2: 10.0**-n, 20: 10.0**n} for n in range(6)}
+        layers = {f"activation=sigmoid, initialisation={n}": {2: 10.0**-n, 20: 10.0**n} for n in range(6)}
         for figure in (plots.fitted_curve(stages, *RNG.normal(size=(2, 20))), plots.delta_by_layer(layers)):
             FigureCanvasAgg(figure).draw()
-            assert figure.legends[0].get_window_extent().y0 >= figure.axes[0].get_window_extent().y1
+            (legend,) = figure.legends
+            assert legend.get_window_extent().y0 >= figure.axes[0].get_window_extent().y1
+            assert 0 <= legend.get_window_extent().x0 < legend.get_window_extent().x1 <= figure.bbox.width
 
     def test_predicted_against_true(self) -> None:
         target, prediction = RNG.normal(size=9), RNG.normal(size=9)

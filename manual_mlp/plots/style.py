@@ -81,5 +81,8 @@ def legend_of_layers(figure: Figure, axes: Axes) -> None:
 
 
 def legend_above(figure: Figure, axes: Axes, columns: int = 2) -> None:
-    """Draw the legend above the panels, where it covers no curve."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
+    """Draw the legend above the panels, where it covers no curve, in as many columns as fit."""
+    legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
+    if columns > 1 and legend.get_window_extent().width > figure.bbox.width:
+        legend.remove()
+        legend_above(figure, axes, columns - 1)
