@@ -165,6 +165,11 @@ class TestAnswers:
         assert np.isnan(tiles[2]).all()
         assert image.get_clim() == (-np.abs(weight).max(), np.abs(weight).max())
 
+    def test_images_of_weights_leave_no_empty_band(self) -> None:
+        figure = plots.first_layer_weights(RNG.normal(size=(30, 64)), (8, 8))
+        FigureCanvasAgg(figure).draw()
+        assert figure.axes[0].get_window_extent().height > 0.9 * figure.bbox.height
+
     def test_weights_as_a_table(self) -> None:
         weight = RNG.normal(size=(70, 6))
         (image,) = plots.first_layer_weights(weight).axes[0].get_images()

@@ -105,6 +105,7 @@ def first_layer_weights(
         columns = min(8, int(np.ceil(len(weight) ** 0.5)))
         height, width = image_shape
         figure, axes = tiled(len(weight), columns, (height + 1) / (width + 1))
+        figure.set_figheight(0.8 * figure.get_figheight())  # the bar of colours takes a fifth of the width
         tiles = np.full((-(-len(weight) // columns) * (height + 1), columns * (width + 1)), np.nan)
         for index, row in enumerate(weight):
             top, left = index // columns * (height + 1), index % columns * (width + 1)
