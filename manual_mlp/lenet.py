@@ -11,11 +11,11 @@ from torch import nn
 
 from manual_mlp import checks
 from manual_mlp.grid_modules import BatchNorm2d, Conv2d, MaxPool2d
-from manual_mlp.modules import MLP, activation_module, in_torch, mlp_of, of_layers, restored
+from manual_mlp.modules import MLP, _Chain, activation_module, in_torch, mlp_of, of_layers, restored
 from manual_mlp.shapes import size_after
 
 
-class LeNet(nn.Sequential):
+class LeNet(_Chain):
     """Convolutions, each with an activation and a max pool of 2, then an MLP: rows (N, H·W) → prediction (N, n_L).
 
     image_shape: (H, W) of the image that a row holds. channels: of each convolution. sizes: of the MLP's layers, the

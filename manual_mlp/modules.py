@@ -421,7 +421,13 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
-class MLP(nn.Sequential):
+class _Chain(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the prediction a^L, layer by layer, a^{l+1} = G(z^{l+1}): input (…, n_1) → (…, n_L)."""
+        return super().forward(input)
+
+
+class MLP(_Chain):
     """A multi-layer perceptron of fused layers: sizes [n_1, …, n_L], input (…, n_1) → prediction (…, n_L).
 
     activation: a name or an activation module, or a list with one for each hidden layer; output_activation likewise.
@@ -474,10 +480,6 @@ class MLP(nn.Sequential):
             self.add_module(str(2 * index), nn.Sequential(*layers) if len(layers) > 1 else layers[0])
             for drop in drops:
                 self.add_module(str(2 * index + 1), drop)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the prediction a^L, by a^{l+1} = G(a^l (W^l)ᵀ + b^l): input (…, n_1) → (…, n_L)."""
-        return super().forward(input)
 
     def __getitem__(self, index: Any) -> Any:
         """Return a layer; for a slice, an nn.Sequential of those layers, under their keys."""

@@ -435,7 +435,7 @@ def _check_call(module: nn.Module, name: str) -> None:
             "or train with backprop=layers"
         )
     kind: Any = getattr(module, "plain", type(module))  # of a fused nn.Sequential, the class it was
-    container = next((of for of in (modules.MLP, nn.Sequential, modules.Sum) if issubclass(kind, of)), kind)
+    container = next((of for of in (modules._Chain, nn.Sequential, modules.Sum) if issubclass(kind, of)), kind)
     forward = _FORWARDS.get(kind, _FORWARDS.get(container, kind.forward))
     if "forward" in vars(module) or kind.forward is not forward or kind.__call__ is not _CALL:
         raise InputError(
@@ -445,7 +445,7 @@ def _check_call(module: nn.Module, name: str) -> None:
 
 
 _LAYERS: tuple[Any, ...] = (*_AFFINE, *_DROPOUT, modules.AffineActivation, *modules.ACTIVATION_MODULES, *RULES)
-_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (*_LAYERS, nn.Sequential, modules.MLP, modules.Sum)}
+_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (*_LAYERS, nn.Sequential, modules._Chain, modules.Sum)}
 _CALL = nn.Module.__call__
 
 
