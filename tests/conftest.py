@@ -41,7 +41,7 @@ def _torch_s_road(request: pytest.FixtureRequest, _patch: pytest.MonkeyPatch) ->
 
 
 # The tests that ask what a run's pictures show, and what a whole run leaves.
-PAINTED = ("test_folder", "test_plots", "test_report", "test_sweep", "test_training")
+PAINTED = ("test_plots", "test_report", "test_sweep")
 
 
 @pytest.fixture(autouse=True, scope="module")
