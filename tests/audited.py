@@ -258,7 +258,7 @@ def _texts(tree: Any) -> set[str]:
         return {text for pair in tree.items() for part in pair for text in _texts(part)}
     if isinstance(tree, list | tuple):
         return {text for part in tree for text in _texts(part)}
-    return {tree} if isinstance(tree, str) and "/" in tree else set()
+    return {tree} if isinstance(tree, str) and ("/" in tree or tree.endswith(".ckpt")) else set()
 
 
 def _replace(tree: Any, old: str, new: str) -> None:

@@ -98,7 +98,7 @@ class TestPaths:
         go_on(folder, *more)
         assert before <= everything(folder.parent)
         state = state_of_best(read_checkpoint(folder / "last.ckpt"))
-        assert {state["best_model_path"], *state["best_k_models"]} == {str(folder / "best.ckpt")}
+        assert {state["best_model_path"], *state["best_k_models"]} == {"best.ckpt"}
 
     @pytest.mark.parametrize(
         "path",
@@ -125,7 +125,7 @@ class TestPaths:
         before, moved = (folder / "best.ckpt").read_bytes(), folder.rename(folder.with_name("moved"))
         go_on(moved)
         assert (moved / "best.ckpt").read_bytes() == before
-        assert state_of_best(read_checkpoint(moved / "last.ckpt"))["best_model_path"] == str(moved / "best.ckpt")
+        assert state_of_best(read_checkpoint(moved / "last.ckpt"))["best_model_path"] == "best.ckpt"
 
     def test_best_beside_the_checkpoint_is_kept_in_a_new_folder(self, folder: Path, tmp_path: Path) -> None:
         far = torch.tensor(-9.0)
@@ -133,7 +133,8 @@ class TestPaths:
         words = (*RUN, "trainer.max_epochs=4", f"ckpt_path={folder}/last.ckpt")
         training.run(configured(tmp_path / "new", *words))
         state = state_of_best(read_checkpoint(tmp_path / "new" / "last.ckpt"))
-        assert state["best_model_path"] == str(folder / "best.ckpt")
+        assert state["best_k_models"] == {"best.ckpt": far}
+        assert not (tmp_path / "new" / "best.ckpt").exists()
 
     @pytest.mark.parametrize("lost", ["best.ckpt", "other.ckpt"])
     def test_best_ones_that_are_lost(self, folder: Path, lost: str) -> None:
