@@ -175,10 +175,9 @@ def _affine_gradients(ctx: Any, delta: Tensor, a: Tensor, weight: Tensor) -> tup
 
 
 def _grad_input(delta: Tensor, weight: Tensor) -> Tensor:
-    if delta.dim() > 1:
-        return sheet.grad_input(delta, weight)
-    # torch gives a vector times a DTensor that is cut a wrong shape.
-    return sheet.grad_input(delta.unsqueeze(0), weight).squeeze(0)
+    is_vector = delta.dim() == 1  # torch gives a vector times a DTensor that is cut a wrong shape
+    product = sheet.grad_input(delta.unsqueeze(0) if is_vector else delta, weight)
+    return product.squeeze(0) if is_vector else product
 
 
 def _joined(x: Tensor) -> Tensor:
