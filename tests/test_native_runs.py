@@ -114,7 +114,7 @@ def test_records_of_delta_in_an_epoch_of_105_mini_batches(tmp_path: Path, words:
     ]
 
 
-@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("members", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_interrupted_in_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: int) -> None:
     """Ctrl-C comes after the first call of C in the second epoch."""
     words = [*WAYS["adam"], f"members={members}", "data.batch_size=2"]
@@ -192,7 +192,7 @@ def test_refused_where_its_road_is_missing(tmp_path: Path, monkeypatch: pytest.M
     training.run(configured(tmp_path, *layers))  # another backprop is free to choose, as it was
 
 
-@pytest.mark.parametrize("road_then", ["torch", None], ids=["torch", "of 0.1"])
+@pytest.mark.parametrize("road_then", [pytest.param("torch", marks=pytest.mark.slow), None], ids=["torch", "of 0.1"])
 def test_a_run_of_torch_s_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, road_then: str | None) -> None:
     whole = run(tmp_path / "whole", "native=false", epochs=2)["state_dict"]
     run(tmp_path, "native=false")
@@ -204,6 +204,22 @@ def test_a_run_of_torch_s_stays_there(tmp_path: Path, monkeypatch: pytest.Monkey
     now = run(tmp_path, f"ckpt_path='{tmp_path / 'copy.ckpt'}'", epochs=2)
     assert now["road"] == "torch"
     torch.testing.assert_close(now["state_dict"], whole, rtol=0, atol=0)
+
+
+def test_a_run_of_0_1_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """Its training steps take as many mini-batches as they did then, and not as many as in C."""
+    middle = [
+        "+callbacks.last.every_n_train_steps=1",
+        "+callbacks.last.save_top_k=-1",
+        "callbacks.last.filename='{step}'",
+    ]
+    training.run(configured(tmp_path, *ENGINE, "data=digits", "native=false", *middle))
+    (tmp_path / "step=1.ckpt").rename(tmp_path / "last.ckpt")
+    changed(tmp_path, road=None)
+    now, whole = (
+        run(tmp_path, "data=digits", *words)["state_dict"] for words in ([going_on(tmp_path)], ["native=false"])
+    )
+    torch.testing.assert_close(now, whole, rtol=0, atol=0)
 
 
 def test_a_run_by_layers_may_go_on_natively(tmp_path: Path) -> None:
