@@ -63,6 +63,9 @@ class Comparison(OfSweep):
         if (sentence := explain(job_return._return_value)) is not None:
             print("Error: " + shown(sentence, keep="\n"), file=sys.stderr)
             path = Path(config.hydra.runtime.output_dir, FIGURES)
+            kept = path.parent / ".hydra" / "overrides.yaml"  # without it the table would lack a run refused early
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(OmegaConf.to_yaml(config.hydra.overrides.task))
             path.write_text(json.dumps({"metric": config.optimized_metric, "figures": {}, "error": sentence}))
             job_return.return_value, job_return.status = None, JobStatus.COMPLETED  # Optuna drops a run without a value
 
