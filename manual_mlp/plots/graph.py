@@ -218,7 +218,7 @@ def _lines(axes: Axes, trace: Any, layer: int, weight: np.ndarray, arrow: str = 
     widths = 0.8 + 2.5 * np.abs(weights) / (np.abs(weights).max() or 1.0)
     axes.add_collection(LineCollection(ways, colors=colors, linewidths=widths))
     texts = [_short(weight) for weight in weights] if len(ways) <= MAX_NUMBERS else []
-    for text, (x, y) in zip(texts, _apart(axes, trace.sizes, ways, texts), strict=True):
+    for text, (x, y) in zip(texts, _apart(axes, trace.sizes, ways, texts) if texts else (), strict=True):
         axes.text(x, y, text, ha="center", va="center", fontsize=7, bbox=PAPER)
     for way, color in zip(ways, colors, strict=True):
         if arrow:
@@ -231,8 +231,6 @@ def _apart(axes: Axes, sizes: Sequence[int], ways: Sequence[np.ndarray], texts: 
 
     They begin in the middle of their lines. Then those that cover others move away, round by round.
     """
-    if not texts:
-        return np.empty((0, 2))
     there = [(text.get_position(), text.get_text()) for text in axes.texts]
     there += [(place, "-.002") for layer in range(1, len(sizes) + 1) for place in _places(sizes, layer)]
     low, high = axes.get_xlim()

@@ -85,4 +85,5 @@ def legend_above(figure: Figure, axes: Axes, columns: int = 2) -> None:
     legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
     if columns > 1 and legend.get_window_extent().width > figure.bbox.width:
         legend.remove()
+        figure.set_figheight(figure.get_figheight() + 0.17 * len(legend.texts) / columns / (columns - 1))
         legend_above(figure, axes, columns - 1)
