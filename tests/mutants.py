@@ -206,6 +206,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "plan: a that step 4 still reads is scratch": ("plan", " and a is not self.slots[-1] and self.longest is None", " and a is not self.slots[-1]", "sample_norm", "optimizers"),
     "plan: z's form overwrites a": ("plan", "            if z is not None and self.longest is not None:", "            if False:", "sample_norm", "every_row and silu"),
     "plan: the bias is not in a sample's norm": ("plan", "torch.full_like(norms, bias is not None)", "torch.full_like(norms, False)", "sample_norm", "optimizers"),
+    "plan: a borrowed g is overwritten": ("plan", '{"to": self._into(reads[0])[0]} if i + 1 == self.lent else {}', "{}", "graph", "random_nets and not 500"),
     "plan: a lent δ that step 4 still reads": ("plan", "isinstance(next_.rule, Affine) and self.longest is None", "isinstance(next_.rule, Affine)", "sample_norm", "sums"),
     "plan: the sample's own gradient": ("plan", "of_sample = self.n * kernels", "of_sample = kernels", "sample_norm", "optimizers"),
     "second_order: δ V forgotten": ("second_order", "needs = *(wanted if any(self._needs[span]) else [False]), ", "needs = False, ", "curvature", "every_quantity"),
