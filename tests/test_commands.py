@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from manual_mlp import InputError
 from manual_mlp.errors import shown
 from manual_mlp.training.commands import command, override, python
+from manual_mlp.training.config import shipped
 from manual_mlp.training.resume import MOST, PLACE, WORD, read_overrides, with_its_own_overrides
-from manual_mlp.training.shipped import shipped
 from tests.configs import CONF, ROOT, configured
 
 PARSE = OverridesParser.create().parse_overrides

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from manual_mlp.training import progress
+from manual_mlp.training import callbacks
 from manual_mlp.training import run as training
 from tests.configs import ROOT, configured
 
@@ -69,8 +69,8 @@ class TestProgress:
     def test_bars_go_to_stderr(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], watched: bool
     ) -> None:
-        monkeypatch.setattr(progress, "is_watched", lambda: watched)
-        bar = progress.Progress()
+        monkeypatch.setattr(callbacks, "is_watched", lambda: watched)
+        bar = callbacks.Progress()
         bar._trainer = SimpleNamespace(sanity_checking=False, state=SimpleNamespace(fn="fit"))
         for made in (bar.init_train_tqdm(), bar.init_validation_tqdm(), bar.init_test_tqdm()):
             made.refresh()

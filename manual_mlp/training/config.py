@@ -1,4 +1,4 @@
-"""Mistakes in the configuration, each in one sentence: what was expected, what came, the likely fix."""
+"""The configuration: what is shipped, and each mistake in a sentence: what was expected, what came, the likely fix."""
 
 import inspect
 import signal
@@ -7,11 +7,13 @@ import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from pydoc import locate
 from traceback import walk_tb
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
@@ -28,8 +30,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from manual_mlp.errors import InputError, shown
 from manual_mlp.training.commands import for_the_shell, install, override
-from manual_mlp.training.shipped import shipped
 
+PACKAGE = Path(__file__).parents[1]
+# A wheel carries it in the package. In a clone, and installed from one as editable, it lies beside the package.
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if (folder / "config.yaml").is_file())
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 WORDS[type(None)] = "null"
 PLURALS: dict[Any, str] = {int: " of whole numbers", float: " of numbers", str: " of texts"}
@@ -304,3 +308,38 @@ def _before_the_job(error: Exception) -> str | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@cache
+def shipped() -> tuple[dict[str, list[str]], dict[str, bool]]:
+    """Return {group: its choices}, and {key: True if it has keys of its own} over all files of conf/."""
+    groups: dict[str, list[str]] = {}
+    keys: dict[str, bool] = {}
+    for path in sorted(CONF.rglob("*.yaml")):
+        name = path.relative_to(CONF).with_suffix("").as_posix()
+        group, _, choice = name.rpartition("/")
+        if group:
+            groups.setdefault(group, []).append(choice)
+        keys |= keys_of(name)
+    return groups, keys
+
+
+def keys_of(name: str) -> dict[str, bool]:
+    """Return {key: True if it has keys of its own} for a file of conf/ and those of its group that it includes."""
+    text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+    tree = yaml.safe_load(text)
+    group = name.rpartition("/")[0]
+    package = "" if "@package _global_" in text else group
+    keys = dict(_flat(tree, package and f"{package}."))
+    for default in tree.get("defaults", ()):
+        if group and isinstance(default, str):
+            keys |= keys_of(f"{group}/{default}")
+    return keys
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, bool]]:
+    for name, value in tree.items():
+        if not name.startswith("_") and prefix + name not in ("defaults", "hydra") and name != "defaults":
+            yield prefix + name, isinstance(value, dict)
+            if isinstance(value, dict):
+                yield from _flat(value, f"{prefix}{name}.")

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from manual_mlp import functional
 from manual_mlp.modules import MLP
-from manual_mlp.training.config import build
+from manual_mlp.training.config import CONF, build
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.run import FIGURES, quieten, run
-from manual_mlp.training.shipped import CONF
 from manual_mlp.training.strategies import BACKPROP
 
 EXPERIMENT = ("experiment=nielsen_fashion", "trainer.max_epochs=5")

@@ -18,7 +18,7 @@ from manual_mlp.errors import InputError, shown
 from manual_mlp.formulas import probability
 from manual_mlp.lenet import LeNet, net_of
 from manual_mlp.modules import MLP, restored
-from manual_mlp.training import labels, preparation, readers
+from manual_mlp.training import preparation, readers
 from manual_mlp.training.members import Members
 from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, brief, listed
 
@@ -304,7 +304,7 @@ def _key_in_words(predictor: Predictor, key: dict[str, np.ndarray]) -> list[str]
     if not key:
         return [f"there is no {listed([predictor.key])}: the predictions stand in the order of the rows"]
     values = key[predictor.key]
-    repeats = len(values) - len(labels.distinct(values)[0])
+    repeats = len(values) - len(preparation.distinct(values)[0])
     return [f"{listed([predictor.key])} repeats in {preparation.counted(repeats, 'row')}"] if repeats else []
 
 
@@ -322,7 +322,7 @@ def _score(table: Table, predictor: Predictor, values: np.ndarray, chosen: Seque
         return [
             f"rmse {error:.4g} over {preparation.counted(int(there.sum()), 'row')} with {listed([predictor.target])}"
         ]
-    names, codes = labels.classes(truth, predictor.target)
+    names, codes = preparation.classes(truth, predictor.target)
     there = codes >= 0
     if not there.any():
         return []

@@ -1,4 +1,4 @@
-"""Prepare the rows of a table for a net: fill the gaps, give each kind of text a column of 0 and 1.
+"""Prepare the rows of a table for a net: fill the gaps, give each kind of text a column of 0 and 1, name the classes.
 
 What is filled in, and which kinds there are, is fitted on the training rows by scikit-learn, and kept as plain values.
 """
@@ -12,9 +12,11 @@ import numpy as np
 
 from manual_mlp.errors import InputError
 from manual_mlp.training.commands import for_the_shell, listing, override
-from manual_mlp.training.labels import distinct, text
-from manual_mlp.training.readers import LARGEST, Table, check_names, column_names, listed, quoted
+from manual_mlp.training.readers import LARGEST, Table, check_names, column_names, example, listed, quoted
 
+LARGEST_FLOAT = 2**53  # above it not every whole number has a float of its own
+MOST_CLASSES, LONGEST_NAME = 10_000, 1000
+WHOLE = re.compile("0|-?[1-9][0-9]*").fullmatch
 MOST_KINDS = 50
 AT_ONCE = 64  # columns; an imputer copies them several times
 COMMA = re.compile(r"[-+]?\d+,\d+").fullmatch  # a number with a decimal comma
@@ -332,3 +334,60 @@ def _too_large(block: np.ndarray, names: Sequence[str]) -> Defects:
     wrong = np.argwhere(~(np.abs(block) <= LARGEST) & ~np.isnan(block)).tolist()
     limit = f"which is not finite, or above {LARGEST:.1e}: rescale it"
     return [(row, f"{quoted(names[place])} holds {block[row, place]}, {limit}") for row, place in wrong]
+
+
+def classes(values: np.ndarray, target: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of the classes in order, and for each row the index of its class, −1 where it has none.
+
+    Whole numbers (also 1.0) and booleans are named as in Python and ordered by size; so is text that is all whole
+    numbers. Other text stays as it is.
+    """
+    try:
+        if values.dtype.kind not in "biufOSU":
+            raise ValueError(f"values such as {example(values)}")
+        found, indices = distinct(values)
+        if len(found) > MOST_CLASSES:
+            raise ValueError(f"{len(found)} different ones")
+        labels = [label(value) for value in found]
+    except ValueError as error:
+        raise InputError(
+            f"expected class labels in the target {quoted(target)}, but got {error}; write them as whole numbers or "
+            "short text in UTF-8; for a regression set data.source.task=regression"
+        ) from error
+    known = {name for name in labels if name is not None}
+    order: Any = int if all(not isinstance(name, str) or WHOLE(name) for name in known) else str
+    names = sorted(known, key=order)
+    place = {name: index for index, name in enumerate(names)} | {None: -1}
+    return tuple(map(str, names)), np.array([place[name] for name in labels], dtype=np.int64)[indices]
+
+
+def distinct(values: np.ndarray) -> tuple[list[Any], np.ndarray]:
+    """Return the different values, and for each row the index of its own."""
+    if values.dtype.kind != "O":
+        found, indices = np.unique(values, return_inverse=True)
+        return found.tolist(), indices
+    codes = {value: code for code, value in enumerate(dict.fromkeys(values.tolist()))}
+    # text keeps its hash: a long one in many rows costs no time
+    return [*codes], np.fromiter(map(codes.__getitem__, values.tolist()), dtype=np.int64, count=len(values))
+
+
+def label(value: Any) -> bool | int | str | None:
+    """Return the label that a value stands for; None if it is missing. Raises ValueError with the kind of value."""
+    if isinstance(value, float):
+        if not np.isnan(value) and (not value.is_integer() or abs(value) >= LARGEST_FLOAT):
+            raise ValueError(f"numbers such as {value}")
+        return None if np.isnan(value) else int(value)
+    if not isinstance(value, str | bytes):
+        return value if isinstance(value, int | None) else str(value)  # a date
+    return text(value)
+
+
+def text(value: str | bytes) -> str | None:
+    """Return a text as str, None if it is empty. Raises ValueError for one that is too long, or no UTF-8."""
+    try:
+        decoded = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise ValueError(f"bytes that are no text ({error})") from error
+    if len(decoded.encode()) > LONGEST_NAME or "\0" in decoded:
+        raise ValueError(f"text of more than {LONGEST_NAME} bytes, or with NUL in it: {quoted(decoded)}")
+    return decoded or None

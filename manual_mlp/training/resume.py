@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from manual_mlp.errors import InputError
 from manual_mlp.training.commands import command, override
-from manual_mlp.training.shipped import keys_of, shipped
+from manual_mlp.training.config import keys_of, shipped
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn import datasets  # type: ignore[import-untyped]
 
 from manual_mlp.errors import InputError
-from manual_mlp.training import labels, preparation, readers
+from manual_mlp.training import preparation, readers
 from manual_mlp.training.commands import install
 from manual_mlp.training.preparation import Column, Defects
 from manual_mlp.training.readers import MAX_BYTES, quoted, read_idx
@@ -163,7 +163,7 @@ def table(
     columns = {option: _taken(read, name, option) for option, name in own.items()}
     rows, defects = len(columns["target"]), Defects()
     if task == "classification":
-        classes, values = labels.classes(columns["target"], own["target"])
+        classes, values = preparation.classes(columns["target"], own["target"])
         defects += [(row, f"{quoted(own['target'])} is empty") for row in np.flatnonzero(values < 0).tolist()]
     else:
         classes, values = (), _numbers(columns["target"], own["target"], defects)
@@ -176,7 +176,7 @@ def table(
         )
     read.refuse([*defects, *more])
     read.allows(8 * rows * sum(len(column.names()) for column in features))
-    repeated = "key" in own and len(labels.distinct(columns["key"])[0]) < rows
+    repeated = "key" in own and len(preparation.distinct(columns["key"])[0]) < rows
     raw = Raw(tuple(features), own["target"], own.get("key"), repeated, separator, decimal)
     names = tuple(column.name for column in features)
     return Samples(codes, values, classes, None, names, weights, tuple(read.left_out), raw)

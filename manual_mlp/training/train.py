@@ -10,10 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from manual_mlp.pipes import is_watched, while_read
 from manual_mlp.training.commands import command
-from manual_mlp.training.config import in_sweep, one_sentence
+from manual_mlp.training.config import CONF, in_sweep, one_sentence
 from manual_mlp.training.folder import nothing_but_results
 from manual_mlp.training.resume import with_its_own_overrides
-from manual_mlp.training.shipped import CONF
 from manual_mlp.training.task import predict
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, instead of Hydra printing its own excerpt
