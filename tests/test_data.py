@@ -231,7 +231,7 @@ class TestTables:
             ("a;y\n1;0\n2;1\n", "y", "classification", "its columns are 'a;y'; is it separated by ;"),
             (",".join(map(str, range(99))), "y", "classification", r"are '0', '1', .{,120}, … \(99 in all\); name"),
             ("", "y", "classification", "expected a readable csv file .*No columns"),
-            ('a,y\n"1,0\n', "y", "classification", "expected a readable csv file"),
+            ('a,y\n"1,0\n', "y", "classification", "line 2: a quotation mark opens here and never closes"),
             (
                 "a,y\n1,2,3\n4,5,6\n",
                 "y",
@@ -259,7 +259,7 @@ class TestTables:
             ("a,y\n1,0\n1e300,1\n", "line 3: 'a' holds 1e\\+300, .* above 3.4e\\+38: rescale it"),
             ("a,y\n1,p\n2,p\n", "expected at least two classes, but every row is of the class p"),
             ("a,y\n", "the data is empty"),
-            ("y\n0\n1\n", "the data is empty, of shape \\(2, 0\\)"),
+            ("y\n0\n1\n", "expected a feature in t.csv, but beside 'y' there is no column"),
         ],
     )
     def test_gaps_and_emptiness(self, tmp_path: Path, content: str, sentence: str) -> None:

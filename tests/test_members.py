@@ -88,7 +88,7 @@ def test_figures_are_those_of_the_kept_nets(trained: Path) -> None:
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value.item(), rel=1e-5, abs=1e-7), name
     page = (trained / "report.html").read_text()
-    assert "spread_accuracy" in page
+    assert "spread accuracy" in page
     assert "3, best epochs" in page
     assert "member 0 of 3" in page
 
