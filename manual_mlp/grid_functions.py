@@ -21,22 +21,6 @@ from manual_mlp.grids import Dims, Geometry, Windows
 # ---------------------------------------------------------------------------------------------------------------------
 
 INPUT, WEIGHT, OUTPUT = range(3)
-_FEW = 1 << 21  # products up to which ∂C/∂W is summed in float64; of up to 2^18 this is the quicker way, too
-
-
-def _conv_weight(a: Tensor, g: Tensor, at: Geometry) -> Tensor:
-    """∂C/∂W; in float32 on the CPU by a sum of few products in float64, rounded once."""
-    products = g.numel() * at.kernel[0] * at.kernel[1] * (a.shape[1] // at.m)
-    if g.dtype == torch.float32 and g.is_cpu and products <= _FEW:
-        return sheet.conv_weight(a.double(), g.double(), at).float()
-    return sheet.conv_weight(a, g, at)
-
-
-def conv_bias(g: Tensor) -> Tensor:
-    """∂C/∂b; in float32 on the CPU by a sum of few numbers in float64, rounded once."""
-    if g.dtype == torch.float32 and g.is_cpu and g.numel() <= _FEW // 64:
-        return sheet.conv_bias(g.double()).float()
-    return sheet.conv_bias(g)
 
 
 class Convolution(ManualFunction):
@@ -52,7 +36,7 @@ class Convolution(ManualFunction):
     ) -> Tensor:
         if role == OUTPUT:
             return sheet.conv(a, weight, bias, at)  # type: ignore[arg-type]
-        return sheet.conv_input(weight, g, at) if role == INPUT else _conv_weight(a, g, at)  # type: ignore[arg-type]
+        return sheet.conv_input(weight, g, at) if role == INPUT else kernels.conv_weight(a, g, at)  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -77,7 +61,7 @@ class Convolution(ManualFunction):
             else None
             for role in range(3)
         ]
-        return None, *gradients, conv_bias(g) if wanted[4] else None, None
+        return None, *gradients, kernels.conv_bias(g) if wanted[4] else None, None
 
     @staticmethod
     def tangent(ctx: Any, _: None, *tangents: Any) -> Tensor:
@@ -312,38 +296,19 @@ def norm_gradients(
     """
     if g is None:
         return None, None, None
-    needs_x, needs_weight, needs_bias = needs
     (x̂, r, over), (rows, _) = _normalised(x, last, ε, given, own), _sets(x, last)
+    g, γ = _float(g), _float(_along(weight, x, last))
+    gradients: tuple[Any, ...]
     if over == rows and kernels.plain(g):
-        return _channel_gradients(_float(g), x̂, r, weight, over, x, needs)
-    dtype, g, γ = x.dtype, _float(g), _float(_along(weight, x, last))
-    return (
-        sheet.norm_input(g, x̂, r, γ, over).to(dtype) if needs_x else None,
-        sheet.norm_weight(g, x̂, rows).to(weight.dtype) if needs_weight else None,  # type: ignore[union-attr]
-        sheet.norm_bias(g, rows) if needs_bias else None,
-    )
-
-
-def _channel_gradients(
-    g: Tensor, x̂: Tensor, r: Tensor, weight: Tensor | None, over: Dims, x: Tensor, needs: Sequence[bool]
-) -> Gradients:
-    """The gradients of `norm_gradients` where each channel is a set: γ is one number of it, so r P(γ g) = γ r P g.
-
-    Its means are those of ∂C/∂γ and ∂C/∂β. In place, because a batch of images is larger than the cache.
-    """
-    products = g * x̂
-    of_weight, of_bias = sheet.total(products, over), sheet.norm_bias(g, over)
-    input: Any = None
-    if needs[0]:
-        share = len(of_bias) / max(x.numel(), 1)  # 1/n
-        centred = torch.sub(g, _along(of_bias, x, 0), alpha=share, out=products)
-        input = centred.sub_(x̂.mul_(_along(of_weight, x, 0)), alpha=share)
-        input = input.mul_(r if weight is None else _along(weight, x, 0) * r).to(x.dtype)
-    return (
-        input,
-        of_weight.to(weight.dtype) if needs[1] and weight is not None else None,
-        of_bias if needs[2] else None,
-    )
+        gradients = kernels.channel_gradients(g, x̂, r, γ, over, needs[0])
+    else:
+        gradients = (
+            sheet.norm_input(g, x̂, r, γ, over) if needs[0] else None,
+            sheet.norm_weight(g, x̂, rows) if needs[1] else None,
+            sheet.norm_bias(g, rows) if needs[2] else None,
+        )
+    wanted = zip(gradients, needs, (x, weight, g), strict=True)
+    return tuple(of.to(like.dtype) if need and like is not None else None for of, need, like in wanted)  # type: ignore[union-attr]
 
 
 def _norm_tangent(x: Tensor, weight: Tensor | None, last: int, ε: float, given: Any, tangents: Sequence[Any]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manual_mlp import grid_functional, grid_functions, grid_modules
+from manual_mlp import grid_functional, grid_functions, grid_modules, kernels
 from manual_mlp import grids as sheet
 from manual_mlp.functions import apply
 from manual_mlp.grid_functions import INPUT, WEIGHT, Convolution
@@ -51,7 +51,7 @@ class Convolve(GridRule):
         return (
             Convolution.of(INPUT, (None, weight, g), None, at) if needs_a else None,
             Convolution.of(WEIGHT, (a, None, g), None, at) if needs_weight else None,
-            grid_functions.conv_bias(g) if needs_bias else None,
+            kernels.conv_bias(g) if needs_bias else None,
         )
 
 

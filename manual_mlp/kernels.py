@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from manual_mlp import formulas as sheet
+from manual_mlp import grids
 from manual_mlp.formulas import Cost, Formula, Row
 
 _nn: Any = torch._C._nn  # torch.nn.functional's own operators, whose stubs don't know out=
@@ -495,3 +496,43 @@ def weights(cost: Cost, n: int, outputs: int) -> tuple[float, float]:
     per, kernel = n if cost.per == "N" else n * outputs, cost_kernel(cost)
     of_each = 1 / per if per else math.nan  # the mean of nothing
     return kernel.total_share * of_each, kernel.delta_share * of_each
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The second page
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FEW = 1 << 21  # products up to which ∂C/∂W is summed in float64; of up to 2^18 this is the quicker way, too
+
+
+def conv_weight(a: Tensor, g: Tensor, at: grids.Geometry) -> Tensor:
+    """∂C/∂W; in float32 on the CPU by a sum of few products in float64, rounded once."""
+    products = g.numel() * at.kernel[0] * at.kernel[1] * (a.shape[1] // at.m)
+    if g.dtype == torch.float32 and g.is_cpu and products <= _FEW:
+        return grids.conv_weight(a.double(), g.double(), at).float()
+    return grids.conv_weight(a, g, at)
+
+
+def conv_bias(g: Tensor) -> Tensor:
+    """∂C/∂b; in float32 on the CPU by a sum of few numbers in float64, rounded once."""
+    if g.dtype == torch.float32 and g.is_cpu and g.numel() <= _FEW // 64:
+        return grids.conv_bias(g.double()).float()
+    return grids.conv_bias(g)
+
+
+def channel_gradients(
+    g: Tensor, x̂: Tensor, r: Tensor, weight: Tensor | None, over: grids.Dims, needs_input: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """∂C/∂x, ∂C/∂γ, ∂C/∂β of a norm whose sets are the channels: γ is one number of a set, so r P(γ g) = γ r P g.
+
+    The means of P are those of ∂C/∂γ and ∂C/∂β. x̂ is overwritten, because a batch of images is larger than the cache.
+    """
+    products = g * x̂
+    of_weight, of_bias = (grids.total(terms, over) for terms in (products, g))
+    if not needs_input:
+        return None, of_weight, of_bias
+    share = len(of_bias) / max(g.numel(), 1)  # 1/n
+    of_set = (1, -1, *(1,) * (g.dim() - 2))
+    centred = torch.sub(g, of_bias.view(of_set), alpha=share, out=products)
+    input = centred.sub_(x̂.mul_(of_weight.view(of_set)), alpha=share)
+    return input.mul_(r if weight is None else weight * r), of_weight, of_bias

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from manual_mlp import formulas as sheet
-from manual_mlp import kernels
+from manual_mlp import grids, kernels
 from manual_mlp.formulas import Cost, Row
 from tests.cases import ROWS, label, rows
 
@@ -293,3 +293,20 @@ def test_a_cost_without_a_kernel_is_its_formulas() -> None:
 def test_the_mean_of_nothing_is_nan() -> None:
     for cost in sheet.COSTS.values():
         assert all(weight != weight for weight in kernels.weights(cost, 0, 3))
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (1, 4), (4, 3, 5, 2), (0, 3)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_channel_gradients_are_the_sheets(shape: tuple[int, ...], affine: bool) -> None:
+    torch.manual_seed(0)
+    x, g = torch.randn(2, *shape, dtype=torch.float64)
+    over = tuple(d for d in range(x.dim()) if d != 1)
+    weight = torch.randn(shape[1], *(1,) * (x.dim() - 2), dtype=torch.float64) if affine else None
+    μ, r = grids.moments(x, over, 1e-5)
+    x̂ = grids.normalised(x, μ, r)
+    expected = grids.norm_input(g, x̂, r, weight, over), grids.norm_weight(g, x̂, over), grids.norm_bias(g, over)
+    found = kernels.channel_gradients(g, x̂.clone(), r, weight, over, True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+    no_input, *others = kernels.channel_gradients(g, x̂.clone(), r, weight, over, False)
+    assert no_input is None
+    torch.testing.assert_close(others, list(expected[1:]), rtol=1e-12, atol=1e-12)
