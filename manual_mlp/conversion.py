@@ -9,11 +9,14 @@ forward that computes such a pair as one node. Indexing, slicing and iterating r
 called layer by layer, whenever the hook is added, and fused again when it is removed.
 """
 
+import dis
 import functools
+import inspect
 import logging
 import re
 from collections.abc import Callable
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -162,11 +165,23 @@ def _stays(module: nn.Module) -> str | None:
 
 
 def _called(module: nn.Module) -> list[str]:
-    """Return the names of functions with a formula here that a module's own forward calls, as far as its code says."""
-    if type(module).__module__.startswith("torch.nn."):
+    """Return the names of functions with a formula here that a module's own forward calls, as far as its code says.
+
+    Those of ours are left out, by whatever name, and so are modules inside.
+    """
+    forward = inspect.getattr_static(type(module), "forward", None)
+    if type(module).__module__.startswith("torch.nn.") or not inspect.isfunction(forward):  # none of TorchScript
         return []
-    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
-    return [name for name in dict.fromkeys(names) if name in _FUNCTIONS and name not in module._modules]
+    inside = {part for name, _ in module.named_modules() for part in name.split(".")}
+    value, called = None, {}
+    for step in dis.get_instructions(forward):
+        name, is_global = step.argval, step.opname == "LOAD_GLOBAL"
+        if not is_global and step.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            continue
+        value = (forward.__globals__ if is_global else vars(value) if isinstance(value, ModuleType) else {}).get(name)
+        if name in _FUNCTIONS - inside and not str(getattr(value, "__module__", "")).startswith("manual_mlp."):
+            called[name] = value
+    return [*called]
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:

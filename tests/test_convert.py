@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import manual_mlp as mm
+from manual_mlp import functional
 from manual_mlp.conversion import FusedSequential
+from manual_mlp.functional import tanh as our_tanh
 from manual_mlp.testing.checks import nodes_of
 
 # The same formulas in another order of operations: a few eps of float64, on numbers of order 1.
@@ -573,6 +575,30 @@ def test_functions_that_a_forward_calls_are_named(caplog: pytest.LogCaptureFixtu
     assert caplog.messages == [f"left as it was: 0 ({reason})"]
     with pytest.raises(AssertionError, match="ReluBackward"):
         mm.testing.assert_manual_backward(model, torch.randn(3, 2))
+
+
+class CallsOurs(nn.Module):
+    """A net whose own forward calls functions of ours, and a `linear` that is a module two levels inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Module()
+        self.block.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mm.functional.softmax(functional.relu(our_tanh(self.block.linear(x))), -1)
+
+
+def test_functions_of_ours_that_a_forward_calls_are_not_named() -> None:
+    model = mm.convert(CallsOurs())
+    assert mm.left_alone(model) == {}
+    mm.testing.assert_manual_backward(model, torch.randn(3, 2))
+
+
+def test_a_scripted_model_is_no_reason_to_fail() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Flatten()))
+    assert mm.convert(scripted) is scripted
+    assert mm.left_alone(scripted) == {}
 
 
 def test_what_the_filter_keeps_is_counted(caplog: pytest.LogCaptureFixture) -> None:
