@@ -127,14 +127,17 @@ class TestPaths:
         assert (moved / "best.ckpt").read_bytes() == before
         assert state_of_best(read_checkpoint(moved / "last.ckpt"))["best_model_path"] == "best.ckpt"
 
-    def test_best_beside_the_checkpoint_is_kept_in_a_new_folder(self, folder: Path, tmp_path: Path) -> None:
+    def test_best_beside_the_checkpoint_is_kept_in_new_folders(self, folder: Path, tmp_path: Path) -> None:
+        """Also in one after another."""
         far = torch.tensor(-9.0)
         rewrite(folder, lambda content: state_of_best(content).update(best_k_models={"/old/best.ckpt": far}))
-        words = (*RUN, "trainer.max_epochs=4", f"ckpt_path={folder}/last.ckpt")
-        training.run(configured(tmp_path / "new", *words))
-        state = state_of_best(read_checkpoint(tmp_path / "new" / "last.ckpt"))
-        assert state["best_k_models"] == {"best.ckpt": far}
-        assert not (tmp_path / "new" / "best.ckpt").exists()
+        before, last = (folder / "best.ckpt").read_bytes(), folder
+        for name, epochs in ("new", 4), ("newer", 5):
+            words = (*RUN, f"trainer.max_epochs={epochs}", f"ckpt_path={last}/last.ckpt")
+            last = tmp_path / name
+            training.run(configured(last, *words))
+            assert state_of_best(read_checkpoint(last / "last.ckpt"))["best_k_models"] == {"best.ckpt": far}
+            assert (last / "best.ckpt").read_bytes() == before
 
     @pytest.mark.parametrize("lost", ["best.ckpt", "other.ckpt"])
     def test_best_ones_that_are_lost(self, folder: Path, lost: str) -> None:

@@ -93,6 +93,17 @@ class EpochCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Do nothing: the epoch is not over."""
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring the best one into the run's own folder, so that a run can go on from there, too."""
+        super().on_train_start(trainer, pl_module)
+        best, own = self.best_model_path, str(Path(self.dirpath or "", os.path.basename(self.best_model_path)))
+        if best not in ("", own):
+            if trainer.is_global_zero:
+                write_whole(own, Path(best).read_bytes())
+            self.best_k_models = {own if path == best else path: score for path, score in self.best_k_models.items()}
+            self.kth_best_model_path = own if self.kth_best_model_path == best else self.kth_best_model_path
+            self.best_model_path = own
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save_due(trainer, pl_module)
 
