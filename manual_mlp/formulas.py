@@ -1,4 +1,6 @@
-"""THE SHEET: every formula of the package, forward and δ, on plain tensors. No autograd, no modules, no state.
+"""THE SHEET: the formulas of the package, forward and δ, on plain tensors. No autograd, no modules, no state.
+
+This is its first page. The second, `grids.py`, has convolution, pooling, normalisation and softmax.
 
 Letters and indices, here and in all code that calls this file (L layers, the input layer is layer 1, N rows):
 

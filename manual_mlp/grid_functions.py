@@ -299,7 +299,7 @@ def norm_gradients(
     (x̂, r, over), (rows, _) = _normalised(x, last, ε, given, own), _sets(x, last)
     g, γ = _float(g), _float(_along(weight, x, last))
     gradients: tuple[Any, ...]
-    if over == rows and kernels.plain(g):
+    if over == rows and kernels.plain(g):  # batch norm in training, whose sets are the channels
         gradients = kernels.channel_gradients(g, x̂, r, γ, over, needs[0])
     else:
         gradients = (
