@@ -71,11 +71,13 @@ def some_hidden(hidden: Sequence[int]) -> None:
         )
 
 
-def images(image_shape: Sequence[int], channels: Sequence[int], kernel: int) -> None:
+def images(image_shape: Any, channels: Any, kernel: Any) -> None:
     """Refuse rows that are no images, and images too small for the convolutions over them."""
-    whole = all(hasattr(number, "__index__") and number >= 1 for number in (*channels, kernel, *image_shape))
-    if len(image_shape) != 2 or not channels or not whole:
-        given = f"{tuple(image_shape)}, {list(channels)} and {kernel}"
+    lists = all(isinstance(of, Sequence) for of in (image_shape, channels))
+    numbers = (*image_shape, *channels, kernel) if lists else ()
+    whole = numbers and all(hasattr(number, "__index__") and number >= 1 for number in numbers)
+    if not whole or len(image_shape) != 2 or not channels:
+        given = f"{image_shape}, {channels} and {kernel}"
         raise InputError(
             "expected images of (H, W) for convolutions of one or more channels with a kernel of 1 or more; "
             f"got {given}: take images, such as data=digits, or no channels"

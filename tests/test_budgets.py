@@ -15,8 +15,8 @@ import pytest
 from tests.readme import ROOT
 
 PACKAGE = ROOT / "manual_mlp"
-WHOLE = 12293  # to be 6000
-CORE = 3761  # to be 1850
+WHOLE = 12295  # to be 6000
+CORE = 3763  # to be 1850
 LARGEST = 420
 # What the nets, the derivatives and the training engine are made of.
 CORE_FILES = {"errors", "formulas", "functions", "functional", "modules", "plan", "network", "engine"}

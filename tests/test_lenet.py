@@ -168,7 +168,11 @@ def test_a_checkpoint_declares_what_the_net_has(channels: list[int], flags: tupl
 
 
 @pytest.mark.parametrize(
-    "arguments", [((4,), [2], [3]), ((4, 4), [], [3]), ((4, 4), [2.5], [3]), ((4, 4), [2], [3], 2.5), ((4, 4), [2], [])]
+    "arguments",
+    [
+        *(((4,), [2], [3]), ((4, 4), [], [3]), ((4, 4), [2.5], [3]), ((4, 4), [2], [3], 2.5), ((4, 4), [2], [])),
+        *((28, [6], [3]), ((8, 8), 6, [3]), ("88", [6], [3]), ((8, 8), None, [3])),
+    ],
 )
 def test_wrong_arguments(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(InputError, match=r"expected (images of|at least two sizes)"):
