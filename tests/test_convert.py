@@ -569,6 +569,7 @@ class Calls(nn.Module):
 
 
 def test_functions_that_a_forward_calls_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "manual_mlp")  # another test may have asked for more
     model = mm.convert(nn.Sequential(Calls(), nn.Flatten()))
     reason = "its forward calls softmax, relu, sigmoid itself; mm.testing.assert_manual_backward finds what is torch's"
     assert mm.left_alone(model) == {"0": reason}
