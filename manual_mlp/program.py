@@ -389,7 +389,7 @@ class _Reader:
         if isinstance(node.rule, Drop) and end is _GRID:
             raise InputError(
                 f"expected dropout after an affine map only; got one at {_place(name)} that follows a grid: "
-                "train it with backprop=layers"
+                + _BY_LAYERS
             )
         if isinstance(node.rule, GridRule) and not node.rule.keeps_width:
             self.nodes.append(node)
@@ -420,6 +420,7 @@ class _Reader:
         return self.first and self.first.weight.shape[1]
 
 
+_BY_LAYERS = "only its own layers run it (backprop=layers)"  # what a caller of trace or curvature can read, too
 _GRID: Any = object()  # of a slot whose width no affine map says
 
 
@@ -440,7 +441,7 @@ def _check_call(module: nn.Module, name: str) -> None:
     if "forward" in vars(module) or kind.forward is not forward or kind.__call__ is not _CALL:
         raise InputError(
             f"expected modules with the forward of torch.nn or manual_mlp; {name or 'the model'!r} has its own: "
-            "train it with backprop=layers"
+            + _BY_LAYERS
         )
 
 
@@ -465,11 +466,10 @@ def _rules(before: Any, name: str, module: Any, grids: bool) -> list[tuple[Any, 
         return [(Activate(modules.activation_row(module)), None)]
     if kind in _DROPOUT and isinstance(before, Affine | Activate | Add | Normalise):
         return [(Drop(module), None)]
-    taken = kind in RULES and not grids
-    hint = "take mm.network.network_loss (backprop=network)" if taken else "train it with backprop=layers"
+    by_program = "mm.trace and mm.network.network_loss (backprop=network) run it"
     raise InputError(
         "expected affine maps, each with at most one activation and one dropout after it; "
-        f"got {kind.__name__} at {_place(name)}: {hint}"
+        f"got {kind.__name__} at {_place(name)}: {by_program if kind in RULES and not grids else _BY_LAYERS}"
     )
 
 

@@ -710,7 +710,8 @@ def test_unflatten() -> None:
 def test_who_takes_grids_and_who_refuses() -> None:
     model, x = nets()["lenet"]
     target = randn(4, 5)
-    with pytest.raises(mm.InputError, match=r"got Conv2d at '0': take mm\.network\.network_loss \(backprop=network\)"):
+    sentence = r"got Conv2d at '0': mm\.trace and mm\.network\.network_loss \(backprop=network\) run it"
+    with pytest.raises(mm.InputError, match=sentence):
         mm.BackpropEngine(model, torch.optim.SGD(model.parameters(), 0.1))
     for target, sentence in (
         (randn(4, 4), "target of shape"),
@@ -728,7 +729,7 @@ def test_who_takes_grids_and_who_refuses() -> None:
     with pytest.raises(mm.InputError, match="ends in softmax"):
         mm.network.network_loss(nets()["rows"][0], randn(4, 7), randn(4, 5), "cross_entropy")
     dropped = nn.Sequential(mm.Conv2d(2, 3, 1), mm.Tanh(), nn.Dropout(), nn.Flatten(), mm.Affine(108, 5)).double()
-    with pytest.raises(mm.InputError, match="follows a grid: train it with backprop=layers"):
+    with pytest.raises(mm.InputError, match=r"follows a grid: only its own layers run it \(backprop=layers\)"):
         mm.network.network_loss(dropped, x, randn(4, 5))
     with pytest.raises(mm.InputError, match="backprop=layers"):
         mm.network.network_loss(nn.Sequential(nn.Linear(7, 7), nn.RNN(7, 5)).double(), randn(4, 7), randn(4, 5))
