@@ -8,7 +8,7 @@ is the median of the ratios within a round. A step is zero_grad, prediction, cos
 
 import argparse
 import csv
-import importlib.util
+import importlib
 import math
 import operator
 import os
@@ -18,9 +18,10 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ from manual_mlp.pipes import while_read
 
 Step = Callable[[], Any]
 Times = dict[str, list[float]]
+Optimizer = Callable[..., torch.optim.Optimizer]
+Clocks = Mapping[str, Callable[[], float]]
 
 
 class Case(NamedTuple):
@@ -62,15 +65,13 @@ CASES = [
     Case("20 x 256-10, 128", (*[256] * 20, 10), 128),
 ]
 EPOCHS = [  # of --epochs
-    Case("784-30-10, 10", (784, 30, 10), 10),
+    *CASES[:3],
     Case("64-30-10, 10", (64, 30, 10), 10),
-    Case("64-128-10, 64", (64, 128, 10), 64),
     Case("2-8-1, 4", (2, 8, 1), 4),
     Case("96-200-200-5, 32", (96, 200, 200, 5), 32),
-    Case("784-256-128-10, 64", (784, 256, 128, 10), 64),
 ]
 NETS = 16  # at once
-LAYERS = [(16, 64, 64), (64, 128, 128), (64, 256, 256), (256, 512, 512), (512, 1024, 1024)]
+LAYERS = [(16, 64, 64), (64, 128, 128), (64, 256, 256), (256, 512, 512), (512, 1024, 1024)]  # rows, inputs, neurons
 WIDTHS = [64, 128, 256, 512, 1024, 2048, 4096]
 EPOCH = 64  # batches; its time is divided by them
 
@@ -106,9 +107,11 @@ def batch_of(case: Case, batches: int = 1) -> tuple[Tensor, Tensor]:
     return x.to(case.device), y.to(case.device)
 
 
-def autograd_step(model: nn.Module, cost: Callable[[Tensor, Tensor], Tensor], case: Case) -> Step:
-    """Return a step with cost(x, y) and torch's fused SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+def autograd_step(
+    model: nn.Module, cost: Callable[[Tensor, Tensor], Tensor], case: Case, make: Optimizer = torch.optim.SGD
+) -> Step:
+    """Return a step with cost(x, y) and torch's fused optimizer."""
+    optimizer = make(model.parameters(), lr=0.01, fused=True)
     x, y = batch_of(case)
 
     def step() -> None:
@@ -119,7 +122,7 @@ def autograd_step(model: nn.Module, cost: Callable[[Tensor, Tensor], Tensor], ca
     return step
 
 
-def eager(case: Case, bfloat16: bool = False, compiled: bool = False) -> Step:
+def eager(case: Case, bfloat16: bool = False, compiled: bool = False, make: Optimizer = torch.optim.SGD) -> Step:
     """Return a step of nn.Linear and nn.Sigmoid. bfloat16: products by autocast."""
     model, loss = torch_net(case), nn.MSELoss()
 
@@ -129,7 +132,7 @@ def eager(case: Case, bfloat16: bool = False, compiled: bool = False) -> Step:
         with torch.autocast(case.device, torch.bfloat16):
             return loss(model(x).float(), y)
 
-    return autograd_step(model, torch.compile(cost) if compiled else cost, case)
+    return autograd_step(model, torch.compile(cost) if compiled else cost, case, make)
 
 
 def layers(case: Case, fuse: bool) -> Step:
@@ -142,10 +145,10 @@ def network(case: Case) -> Step:
     return autograd_step(model, partial(network_loss, model), case)
 
 
-def engine(case: Case, method: str = "step", **options: Any) -> Step:
+def engine(case: Case, method: str = "step", make: Optimizer = torch.optim.SGD, **options: Any) -> Step:
     """Return a call of an engine's method."""
     model = torch_net(case)
-    call = getattr(BackpropEngine(model, torch.optim.SGD(model.parameters(), lr=0.01), **options), method)
+    call = getattr(BackpropEngine(model, make(model.parameters(), lr=0.01), **options), method)
     return partial(call, *batch_of(case)) if method == "step" else partial(call, *batch_of(case, EPOCH), case.batch)
 
 
@@ -227,18 +230,14 @@ def many(case: Case, **options: Any) -> Step:
     return partial(engine.train_epoch, *batch_of(case, EPOCH), case.batch)
 
 
-def adam(case: Case, native: bool) -> Step:
-    """Return an epoch by the engine with Adam, or a step of eager torch with its fused Adam."""
-    model, loss = torch_net(case), nn.MSELoss()
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    if native:
-        return partial(BackpropEngine(model, optimizer, native=True).train_epoch, *batch_of(case, EPOCH), case.batch)
-    x, y = batch_of(case)
+def layer(case: Case, model: nn.Module) -> Step:
+    """Return one layer forward and backward, with its input gradient."""
+    x, g = torch.randn(case.batch, case.sizes[0], requires_grad=True), torch.randn(case.batch, case.sizes[1])
 
     def step() -> None:
-        optimizer.zero_grad()
-        loss(model(x), y).backward()
-        optimizer.step()
+        model.zero_grad()
+        x.grad = None
+        model(x).backward(g)
 
     return step
 
@@ -252,11 +251,15 @@ def sklearn_step(case: Case) -> Step:
 
 
 class Contender(NamedTuple):
-    """Makes a step. short: its name in the README's table, where it has a column. batches: of a step."""
+    """Makes a step. short: its name in the README's table, where it has a column. batches: of a step.
+
+    needs: a package, without which it is left out; it runs on the CPU alone.
+    """
 
     make: Callable[[Case], Step]
     short: str = ""
     batches: int = 1
+    needs: str = ""
 
 
 CONTENDERS = {
@@ -271,8 +274,8 @@ CONTENDERS = {
     "eager torch, bfloat16": Contender(partial(eager, bfloat16=True)),
     "torch.compile, bfloat16": Contender(partial(eager, bfloat16=True, compiled=True)),
     "engine.step, bfloat16": Contender(partial(engine, compute_dtype=torch.bfloat16), "bf16"),
-    "JAX jit": Contender(jax_jit, "JAX"),
-    "scikit-learn": Contender(sklearn_step, "sklearn"),
+    "JAX jit": Contender(jax_jit, "JAX", needs="jax"),
+    "scikit-learn": Contender(sklearn_step, "sklearn", needs="sklearn"),
     "products": Contender(products),
 }
 EPOCH_CONTENDERS = {
@@ -280,17 +283,18 @@ EPOCH_CONTENDERS = {
     "engine.step": Contender(partial(engine, native=False)),
     "train_epoch, torch": Contender(partial(engine, method="train_epoch", native=False), batches=EPOCH),
     "train_epoch, native": Contender(partial(engine, method="train_epoch", native=True), batches=EPOCH),
-    "JAX scan": Contender(jax_scan, batches=EPOCH),
-    "Adam, eager": Contender(partial(adam, native=False)),
-    "Adam, native": Contender(partial(adam, native=True), batches=EPOCH),
+    "JAX scan": Contender(jax_scan, batches=EPOCH, needs="jax"),
+    "Adam, eager": Contender(partial(eager, make=torch.optim.Adam)),
+    "Adam, native": Contender(partial(engine, method="train_epoch", make=torch.optim.Adam, native=True), batches=EPOCH),
     "16 nets, torch": Contender(partial(many, native=False), batches=EPOCH * NETS),
     "16 nets, native": Contender(partial(many, native=True), batches=EPOCH * NETS),
-    "16 nets, JAX vmap + scan": Contender(partial(jax_scan, nets=NETS), batches=EPOCH * NETS),
+    "16 nets, JAX vmap + scan": Contender(partial(jax_scan, nets=NETS), batches=EPOCH * NETS, needs="jax"),
 }
-EXTRAS = {
-    **dict.fromkeys(("JAX jit", "JAX scan", "16 nets, JAX vmap + scan"), "jax"),
-    "scikit-learn": "sklearn",
-}  # on the CPU, where installed
+LAYER_CONTENDERS = {
+    "eager torch": Contender(lambda case: layer(case, torch_net(case))),
+    "fused layers": Contender(lambda case: layer(case, modules.AffineActivation(*case.sizes)), "fused"),
+    "two Functions a layer": Contender(lambda case: layer(case, convert(torch_net(case), fuse=False)), "2 Functions"),
+}
 MEMORY = ("eager torch", "two Functions a layer", "fused layers", "network Function", "engine.step")
 
 
@@ -299,17 +303,21 @@ MEMORY = ("eager torch", "two Functions a layer", "fused layers", "network Funct
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def interleaved(steps: dict[str, Step], seconds: float, clock: Callable[[], float] = time.perf_counter) -> Times:
-    """Return µs per call of each, measured in turns for about so many seconds in all; ten rounds at least."""
-    options: Any = {"num_threads": torch.get_num_threads(), "timer": clock}
-    timers = {name: Timer("step()", globals={"step": step}, **options) for name, step in steps.items()}
-    # as many calls as take a few milliseconds; each timeit begins with calls that bring its own data into the cache
-    repeats = {name: max(1, math.ceil(2e-3 / max(timer.timeit(3).mean, 1e-6))) for name, timer in timers.items()}
-    times: Times = {name: [] for name in steps}
+def timed(step: Step, batches: int, clock: Callable[[], float]) -> Callable[[], float]:
+    """Return a call that returns µs for a batch: the mean of as many steps as take a few milliseconds."""
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads(), timer=clock)
+    # each timeit begins with calls that bring its own data into the cache
+    repeats = max(1, math.ceil(2e-3 / max(timer.timeit(3).mean, 1e-6)))
+    return lambda: timer.timeit(repeats).mean * 1e6 / batches
+
+
+def interleaved(calls: Mapping[str, Callable[[], float]], seconds: float, least: int = 10) -> Times:
+    """Return what each returns, called in turns for about so many seconds in all; so many rounds at least."""
+    times: Times = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 10:
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(repeats[name]).mean * 1e6)
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+        for name, call in calls.items():
+            times[name].append(call())
     return times
 
 
@@ -364,53 +372,24 @@ def results(case: str, times: Times, steps: dict[str, Step]) -> list[Row]:
     return rows
 
 
-def measure(case: Case, names: Iterable[str], seconds: float) -> list[Row]:
-    """Measure every contender that can be made here."""
+def measure(case: Case, contenders: Mapping[str, Contender], seconds: float, clocks: Clocks) -> list[Row]:
+    """Measure every contender that can be made here, by each clock in lines of its own."""
     torch.compiler.reset()  # after eight nets torch.compile would give up, and run them as they are
-    here = {name for name, module in EXTRAS.items() if case.device == "cpu" and importlib.util.find_spec(module)}
-    steps = {name: CONTENDERS[name].make(case) for name in names if name not in EXTRAS.keys() - here}
-    times = interleaved(steps, seconds)
-    return results(case.name, {name: [t / CONTENDERS[name].batches for t in times[name]] for name in times}, steps)
-
-
-def measure_epochs(case: Case, seconds: float) -> list[Row]:
-    """Measure epochs, shuffle and checks included: by the wall's clock and, in lines of their own, by CPU time."""
-    here = {name for name, module in EXTRAS.items() if importlib.util.find_spec(module)}
-    makers = {name: of for name, of in EPOCH_CONTENDERS.items() if name not in EXTRAS.keys() - here}
-    steps, rows = {name: of.make(case) for name, of in makers.items()}, []
-    for what, clock in (("wall", time.perf_counter), ("CPU", time.process_time)):
-        times = interleaved(steps, seconds / 2, clock)
-        rows += results(f"{case.name}, {what}", {n: [t / makers[n].batches for t in times[n]] for n in times}, {})
+    here = {n: c for n, c in contenders.items() if not c.needs or (case.device == "cpu" and find_spec(c.needs))}
+    steps, rows = {name: contender.make(case) for name, contender in here.items()}, []
+    for name, clock in clocks.items():
+        calls = {n: timed(step, here[n].batches, clock) for n, step in steps.items()}
+        rows += results(case.name + name, interleaved(calls, seconds / len(clocks)), steps)
     return rows
 
 
-def measure_layer(sizes: tuple[int, int, int], seconds: float) -> list[Row]:
-    """Measure one layer forward and backward, with its input gradient: fused and as two Functions, beside nn's two."""
-    rows, n_in, n_out = sizes
-
-    def step_of(layer: nn.Module) -> Step:
-        x, g = torch.randn(rows, n_in, requires_grad=True), torch.randn(rows, n_out)
-
-        def step() -> None:
-            layer.zero_grad()
-            x.grad = None
-            layer(x).backward(g)
-
-        return step
-
-    steps = {
-        "eager torch": step_of(nn.Sequential(nn.Linear(n_in, n_out), nn.Sigmoid())),
-        "fused layers": step_of(modules.AffineActivation(n_in, n_out)),
-        "two Functions a layer": step_of(nn.Sequential(modules.Affine(n_in, n_out), modules.Sigmoid())),
-    }
-    return results(f"layer {rows} x {n_in} x {n_out}", interleaved(steps, seconds), steps)
-
-
 def measure_training(seconds: float) -> list[Row]:
-    """Measure `train.py` beside a plain loop: whole trainings in turns."""
-    from manual_mlp.training import end_to_end  # which brings Lightning and Hydra
+    """Measure `train.py` beside a plain loop: whole trainings in turns, µs for a step."""
+    from manual_mlp.training.end_to_end import EXPERIMENT, trainings  # which brings Lightning and Hydra
 
-    return results(" ".join(end_to_end.EXPERIMENT), end_to_end.interleaved(seconds, *end_to_end.EXPERIMENT), {})
+    steps, trains = trainings(*EXPERIMENT)
+    calls = {name: (lambda train=train: train() / steps * 1e6) for name, train in trains.items()}
+    return results(" ".join(EXPERIMENT), interleaved(calls, seconds, least=3), {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -506,12 +485,12 @@ def write_plot(rows: list[Row], path: Path, widths: bool) -> None:
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Measure what the arguments choose, print the table, and return its rows."""
     options = _options(arguments)
-    rows: list[Row] = []
+    measures, rows = _measures(options), list[Row]()
     with pinned(options.threads):
         stated = conditions(options.device == "cuda" or (options.widths and torch.cuda.is_available()))
         print(stated, file=sys.stderr)
-        for case in _cases(options):
-            rows += case()
+        for measured in measures:
+            rows += measured()
             print(f"{rows[-1].case} done", file=sys.stderr)
     print(f"{stated}.\n\n{markdown(rows) if options.markdown else table(rows)}")
     if options.csv:
@@ -527,39 +506,45 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--nets", default="", help="only nets whose name contains this")
     parser.add_argument("--contenders", nargs="+", help=f"some of: {'; '.join(CONTENDERS)}. All if left out")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each case")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--layers", action="store_true", help="single layers instead of nets, on the CPU")
-    parser.add_argument("--epochs", action="store_true", help="epochs in C, by torch and by JAX's scan, and many nets")
-    parser.add_argument("--end-to-end", action="store_true", help="whole trainings by train.py, on the CPU; minutes")
-    parser.add_argument("--widths", action="store_true", help="wider and wider nets, on the CPU and, if there, on CUDA")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the nets of the table run")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and NumPy; one thread gets one core")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--layers", action="store_true", help="single layers instead of nets, on the CPU")
+    what.add_argument("--epochs", action="store_true", help="epochs in C, by torch and by JAX's scan, and many nets")
+    what.add_argument("--end-to-end", action="store_true", help="whole trainings by train.py, on the CPU; minutes")
+    what.add_argument("--widths", action="store_true", help="wider and wider nets, on the CPU and, if there, on CUDA")
     parser.add_argument("--markdown", action="store_true", help="a line for each case, as in the README")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--csv", type=Path, help="write all that was measured to this file")
+    parser.add_argument("--plot", type=Path, help="draw the times into this file")
     options = parser.parse_args(arguments)
-    if unknown := set(options.contenders or ()) - CONTENDERS.keys():
-        raise InputError(f"expected contenders among {'; '.join(CONTENDERS)}. Got {'; '.join(sorted(unknown))}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("expected a CUDA device for --device cuda; torch finds none: leave --device out")
-    if not any(options.nets in case.name for case in [*CASES, *EPOCHS]):
-        raise InputError(f"expected --nets in one of {'; '.join(case.name for case in CASES)}; got {options.nets!r}")
     if options.threads < 1:
         raise InputError(f"expected at least one of --threads; got {options.threads}")
     return options
 
 
-def _cases(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
+def _measures(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
+    """Return a call for each case that was chosen."""
     if options.end_to_end:
         return [partial(measure_training, options.seconds)]
+    cases, contenders = [case._replace(device=options.device) for case in CASES], CONTENDERS
+    clocks = {"": time.perf_counter}
     if options.epochs:
-        return [partial(measure_epochs, case, options.seconds) for case in EPOCHS if options.nets in case.name]
-    if options.layers:
-        return [partial(measure_layer, sizes, options.seconds) for sizes in LAYERS]
-    cases = [case._replace(device=options.device) for case in CASES if options.nets in case.name]
-    if options.widths:
+        cases, contenders = EPOCHS, EPOCH_CONTENDERS
+        clocks = {", wall": time.perf_counter, ", CPU": time.process_time}
+    elif options.layers:
+        cases, contenders = [Case(f"layer {n} x {i} x {o}", (i, o), n) for n, i, o in LAYERS], LAYER_CONTENDERS
+    elif options.widths:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         cases = [Case(f"width {n} on {device}", (n, n, n, 10), 256, device) for device in devices for n in WIDTHS]
-    return [partial(measure, case, options.contenders or CONTENDERS, options.seconds) for case in cases]
+    names = "; ".join(case.name for case in cases)
+    if not (cases := [case for case in cases if options.nets in case.name]):
+        raise InputError(f"expected --nets in one of {names}; got {options.nets!r}")
+    if unknown := set(options.contenders or ()) - contenders.keys():
+        raise InputError(f"expected contenders among {'; '.join(contenders)}. Got {'; '.join(sorted(unknown))}")
+    chosen = {name: contenders[name] for name in options.contenders or contenders}
+    return [partial(measure, case, chosen, options.seconds, clocks) for case in cases]
 
 
 if __name__ == "__main__":

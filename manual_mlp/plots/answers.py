@@ -1,5 +1,6 @@
 """Pictures of the answers of a net, and of the weights of its first layer."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from manual_mlp.errors import InputError
-from manual_mlp.plots.style import COLORS, MARKERS, legend_above, new_panels, short_names, styled, tiled
+from manual_mlp.plots.style import COLORS, MARKERS, WIDTH, legend_above, new_panels, short_names, styled
 
 IN_A_LINE = 17  # characters above an image
 MAX_NEURONS = 64  # with their weights shown as images
@@ -65,10 +66,14 @@ def worst_mistakes(
     worst = [row for row in np.argsort(-behind, kind="stable") if prediction[row] != target[row]][:most]
     if not worst:
         raise InputError("expected at least one mistake to draw, but every answer is right; draw something else")
-    names, columns = short_names(class_names), 4
-    figure, axes = tiled(len(worst), columns, 1.35)
+    names, columns, height = short_names(class_names), 4, 1.35  # of a tile, whose width is 1
+    lines = -(-len(worst) // columns)
+    figure, panels = new_panels(1, 1, max(1.2, lines * height * WIDTH / columns))
+    axes = panels[0, 0]  # one for all tiles: many take longer to draw
+    axes.set(xlim=(0, columns), ylim=(lines * height, 0))
+    axes.set_axis_off()
     for place, row in enumerate(worst):
-        x, y = place % columns, place // columns * 1.35
+        x, y = place % columns, place // columns * height
         axes.imshow(images[row], cmap="Greys", extent=(x, x + 0.94, y + 1.3, y + 0.36))
         answer, truth = f"predicted {names[prediction[row]]},", f"is {names[target[row]]}"
         gap = " " if len(answer + truth) <= IN_A_LINE else "\n"
@@ -90,29 +95,28 @@ def first_layer_weights(
     >>> figure.axes[0].get_images()[0].get_clim()  # white is 0
     (-2.0, 2.0)
     """
-    weight = weight[:MAX_NEURONS]
-    if not image_shape:
+    weight = drawn = weight[:MAX_NEURONS]
+    if image_shape:
+        (height, width), columns = image_shape, min(8, math.ceil(len(weight) ** 0.5))
+        tiles = np.full((-(-len(weight) // columns) * columns, height + 1, width + 1), np.nan)  # with an edge each
+        tiles[: len(weight), :-1, :-1] = weight.reshape(-1, height, width)
+        drawn = np.block([[*line] for line in tiles.reshape(-1, columns, height + 1, width + 1)])
+        # the bar of colours takes a fifth of the width
+        figure, panels = new_panels(1, 1, 0.8 * max(1.2, WIDTH * len(drawn) / drawn.shape[1]))
+        axes, aspect = panels[0, 0], "equal"
+        axes.set_axis_off()
+    else:
         figure, panels = new_panels(1, 1, min(6.0, 1.2 + 0.12 * len(weight)))
-        axes, tiles = panels[0, 0], weight
+        axes, aspect = panels[0, 0], "auto"
+        axes.grid(False)
         axes.set(xlabel="feature", ylabel="neuron")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if 0 < len(feature_names) <= MAX_NEURONS:
             axes.set(xlabel="")
             axes.set_xticks(range(len(feature_names)), short_names(feature_names), rotation="vertical", fontsize=7)
-        axes.grid(False)
-    else:
-        columns = min(8, int(np.ceil(len(weight) ** 0.5)))
-        height, width = image_shape
-        figure, axes = tiled(len(weight), columns, (height + 1) / (width + 1))
-        figure.set_figheight(0.8 * figure.get_figheight())  # the bar of colours takes a fifth of the width
-        tiles = np.full((-(-len(weight) // columns) * (height + 1), columns * (width + 1)), np.nan)
-        for index, row in enumerate(weight):
-            top, left = index // columns * (height + 1), index % columns * (width + 1)
-            tiles[top : top + height, left : left + width] = row.reshape(height, width)
     limit = np.abs(weight).max() or 1.0
-    place = {"extent": (*axes.get_xlim(), *axes.get_ylim())} if image_shape else {"aspect": "auto"}
-    image = axes.imshow(tiles, cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest", **place)
+    image = axes.imshow(drawn, cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest", aspect=aspect)
     figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
     return figure
 

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.artist import Artist
+from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -75,18 +73,15 @@ def animation(trace: Any, path: str | PathLike[str], sample: int = 0, seconds: f
     b'GIF89a'
     """
     steps = list(_steps(trace, sample))
+    film = PillowWriter(fps=1 / seconds)  # type: ignore[arg-type] # it takes fractions
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _graphs(trace, 1)
-        FigureCanvasAgg(figure)
-
-        def show(step: Step) -> list[Artist]:
-            axes.clear()
-            _empty(axes, trace)
-            _draw(axes, trace, step)
-            return []
-
-        film = FuncAnimation(figure, show, frames=steps, init_func=list, cache_frame_data=False)
-        film.save(path, writer=PillowWriter(fps=1 / seconds), dpi=100)  # type: ignore[arg-type] # it takes fractions
+        with film.saving(figure, path, dpi=100):
+            for step in steps:
+                axes.clear()
+                _empty(axes, trace)
+                _draw(axes, trace, step)
+                film.grab_frame()
 
 
 class Step(NamedTuple):
@@ -220,10 +215,8 @@ def _lines(axes: Axes, trace: Any, layer: int, weight: np.ndarray, arrow: str = 
     texts = [_short(weight) for weight in weights] if len(ways) <= MAX_NUMBERS else []
     for text, (x, y) in zip(texts, _apart(axes, trace.sizes, ways, texts) if texts else (), strict=True):
         axes.text(x, y, text, ha="center", va="center", fontsize=7, bbox=PAPER)
-    for way, color in zip(ways, colors, strict=True):
-        if arrow:
-            x, y = _at(way, 0.74)
-            axes.scatter([x], [y], marker=arrow, s=22, color=color, zorder=2)
+    if arrow:
+        axes.scatter(*np.transpose([_at(way, 0.74) for way in ways]), marker=arrow, s=22, color=colors, zorder=2)
 
 
 def _apart(axes: Axes, sizes: Sequence[int], ways: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:

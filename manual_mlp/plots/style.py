@@ -48,16 +48,6 @@ def new_panels(rows: int, columns: int, height: float, **options: Any) -> tuple[
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def tiled(number: int, columns: int, height: float) -> tuple[Figure, Axes]:
-    """Return a figure for tiles of width 1 and the given height. They share one pair of axes: faster than many."""
-    rows = -(-number // columns)
-    figure, panels = new_panels(1, 1, max(1.2, rows * height * WIDTH / columns))
-    axes = panels[0, 0]
-    axes.set_axis_off()
-    axes.set(xlim=(0, columns), ylim=(rows * height, 0))
-    return figure, axes
-
-
 def short_names(class_names: Sequence[str]) -> list[str]:
     """Return names that are short enough for a tick, have a shape for each letter, and are never read as a formula."""
     short = (name if len(name) <= 14 else f"{name[:13]}…" for name in map(shown, class_names))

@@ -39,17 +39,6 @@ def trainings(*overrides: str) -> tuple[int, dict[str, Callable[[], float]]]:
     return steps, each
 
 
-def interleaved(seconds: float, *overrides: str) -> dict[str, list[float]]:
-    """Return µs per step of each, whole trainings in turns for about so many seconds in all; three of each at least."""
-    steps, each = trainings(*overrides)
-    times: dict[str, list[float]] = {name: [] for name in each}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[PLAIN]) < 3:
-        for name, train in each.items():
-            times[name].append(train() / steps * 1e6)
-    return times
-
-
 def _config(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", ["threads=1", "report=false", *overrides])
