@@ -17,7 +17,6 @@ import re
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -29,8 +28,6 @@ from typing import Any, NamedTuple
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # scikit-learn's own
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 
 from manual_mlp import functional, modules, tables
@@ -77,7 +74,7 @@ EPOCH = 64  # batches; its time is divided by them
 
 
 class Row(NamedTuple):
-    """One line of the results: times in µs; bytes of a step's new tensors, as `memory`."""
+    """One line of the results: times in µs."""
 
     case: str
     contender: str
@@ -86,8 +83,6 @@ class Row(NamedTuple):
     high: float
     to_eager: float
     to_products: float
-    kept: int | None = None
-    peak: int | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,10 +287,9 @@ EPOCH_CONTENDERS = {
 }
 LAYER_CONTENDERS = {
     "eager torch": Contender(lambda case: layer(case, torch_net(case))),
-    "fused layers": Contender(lambda case: layer(case, modules.AffineActivation(*case.sizes)), "fused"),
+    "fused layers": Contender(lambda case: layer(case, modules.MLP(case.sizes)), "fused"),
     "two Functions a layer": Contender(lambda case: layer(case, convert(torch_net(case), fuse=False)), "2 Functions"),
 }
-MEMORY = ("eager torch", "two Functions a layer", "fused layers", "network Function", "engine.step")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,54 +315,14 @@ def interleaved(calls: Mapping[str, Callable[[], float]], seconds: float, least:
     return times
 
 
-class _Allocated(TorchDispatchMode):
-    """Counts the bytes of the tensors made under it that live now, the most at once, and when backward began."""
-
-    held = peak = begun = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-        for storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors(result)}.values():
-            if storage._cdata not in given:
-                self.held += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage.nbytes())
-        self.peak = max(self.peak, self.held)
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.held -= size
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def memory(step: Step) -> tuple[int, int]:
-    """Return bytes of a step's new tensors: those that live when the backward pass begins, and the most at once.
-
-    Buffers that were made once, and stay, are not among them.
-    """
-    step()
-
-    def unpack(tensor: Tensor) -> Tensor:
-        allocated.begun = allocated.begun or allocated.held
-        return tensor
-
-    with _Allocated() as allocated, torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
-        step()
-    return allocated.begun, allocated.peak
-
-
-def results(case: str, times: Times, steps: dict[str, Step]) -> list[Row]:
+def results(case: str, times: Times) -> list[Row]:
     """Return a row for each contender. A ratio is the median of those within a round, which no slow minute changes."""
     rows = []
     for name, values in times.items():
         median, cuts = statistics.median, statistics.quantiles(values, n=5)
         bases = (times.get(base) for base in ("eager torch", "products"))
         ratios = [median(map(operator.truediv, values, base)) if base else math.nan for base in bases]
-        kept, peak = memory(steps[name]) if name in MEMORY and name in steps else (None, None)
-        rows.append(Row(case, name, median(values), cuts[0], cuts[-1], ratios[0], ratios[1], kept, peak))
+        rows.append(Row(case, name, median(values), cuts[0], cuts[-1], *ratios))
     return rows
 
 
@@ -379,7 +333,7 @@ def measure(case: Case, contenders: Mapping[str, Contender], seconds: float, clo
     steps, rows = {name: contender.make(case) for name, contender in here.items()}, []
     for name, clock in clocks.items():
         calls = {n: timed(step, here[n].batches, clock) for n, step in steps.items()}
-        rows += results(case.name + name, interleaved(calls, seconds / len(clocks)), steps)
+        rows += results(case.name + name, interleaved(calls, seconds / len(clocks)))
     return rows
 
 
@@ -389,7 +343,7 @@ def measure_training(seconds: float) -> list[Row]:
 
     steps, trains = trainings(*EXPERIMENT)
     calls = {name: (lambda train=train: train() / steps * 1e6) for name, train in trains.items()}
-    return results(" ".join(EXPERIMENT), interleaved(calls, seconds, least=3), {})
+    return results(" ".join(EXPERIMENT), interleaved(calls, seconds, least=3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,19 +389,15 @@ def table(rows: list[Row]) -> str:
     """Return all that was measured, a line for each contender of each case."""
     lines: list[list[str]] = []
     for case, of in by_case(rows).items():
-        lines += [[""] * 8] * bool(lines) + [[case, "µs", "20 %", "80 %", "/ eager", "/ products", "kept", "peak"]]
+        lines += [[""] * 6] * bool(lines) + [[case, "µs", "20 %", "80 %", "/ eager", "/ products"]]
         for row in of.values():
-            times = [f"{value:.1f}" for value in row[2:5]]
-            lines.append([row.contender, *times, *map(_digits, row[5:7]), *map(_size, row[7:])])
-    return tables.text(lines, align="lrrrrrrr", indent="", gap="   ")
+            times = [f"{value:.1f}" for value in (row.median, row.low, row.high)]
+            lines.append([row.contender, *times, _digits(row.to_eager), _digits(row.to_products)])
+    return tables.text(lines, align="lrrrrr", indent="", gap="   ")
 
 
 def _digits(number: float) -> str:
     return "" if math.isnan(number) else f"{number:.2f}"
-
-
-def _size(size: int | None) -> str:
-    return "" if size is None else f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} B"
 
 
 def markdown(rows: list[Row]) -> str:

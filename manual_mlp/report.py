@@ -5,9 +5,9 @@ import io
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 from jinja2 import Environment, StrictUndefined
@@ -26,27 +26,29 @@ TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PARTS = ("train", "val", "test")
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure with its title, and a sentence that says what is seen on it."""
 
     title: str
     text: str
     figure: Figure
-    png: bytes = b""  # where it has been rendered already
-
-    @property
-    def width(self) -> int:
-        return round(100 * self.figure.get_figwidth())
-
-    @property
-    def height(self) -> int:
-        return round(100 * self.figure.get_figheight())
 
     def source(self) -> str:
         """Return the picture as a data: address. Lines are SVG, which stays sharp in print; the rest is PNG."""
-        kind, content = ("png", self.png) if self.png else _rendered(self.figure)
+        svg = io.BytesIO()
+        if not any(axes.images for axes in self.figure.axes):
+            with matplotlib.rc_context({"svg.hashsalt": "manual_mlp"}):
+                self.figure.savefig(svg, format="svg", metadata={"Date": None})
+        lines = 0 < len(svg.getvalue()) <= LARGEST_SVG
+        kind, content = ("svg+xml", svg.getvalue()) if lines else ("png", png(self.figure))
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def page(
@@ -87,23 +89,6 @@ def versions() -> str:
         except PackageNotFoundError:  # a copy that was never installed, or an optional one
             continue
     return ", ".join(found)
-
-
-def png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
-
-
-def _rendered(figure: Figure) -> tuple[str, bytes]:
-    if not any(axes.images for axes in figure.axes):
-        buffer = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": "manual_mlp"}):
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-        if len(buffer.getvalue()) <= LARGEST_SVG:
-            return "svg+xml", buffer.getvalue()
-    return "png", png(figure)
 
 
 def _steps(trace: Trace, step: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:

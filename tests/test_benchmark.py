@@ -40,37 +40,9 @@ def test_table_csv_and_plot(
         assert 0 < row.low <= row.median <= row.high
         assert row.to_products > 0
     assert rows[0].to_eager == 1
-    assert rows[1].kept is not None
-    assert rows[2].kept == 0
-    assert rows[2].peak == 4  # the cost
     with (tmp_path / "a.csv").open() as file:
         assert [line["contender"] for line in csv.DictReader(file)] == chosen
     assert (tmp_path / "a.png").stat().st_size > 1000
-
-
-def test_memory_is_what_it_is_said_to_be() -> None:
-    """Kept: the new tensors that live when the backward pass begins. Peak: those that live at once."""
-    x = torch.randn(100, 10, requires_grad=True)
-
-    def forward() -> torch.Tensor:
-        a = x * 2  # 4000 bytes, let go
-        b = a.sum(0)
-        del a
-        return (x.exp() + b).sum()  # exp keeps its result: 4000; with b as much; the sum
-
-    def step() -> None:
-        x.grad = None
-        forward().backward()
-
-    assert benchmark.memory(forward) == (0, 4000 + 4000 + 40 + 4)
-    assert benchmark.memory(step)[0] == 4000 + 4 + 4 + 40  # the sum, and what backward has made up to there
-
-
-def test_memory_of_the_whole_net() -> None:
-    """It holds its gradients between the passes; what it keeps from step to step is not a step's."""
-    kept, peak = benchmark.memory(benchmark.network(TINY))
-    gradients = sum(4 * p.numel() for p in benchmark.torch_net(TINY).parameters())
-    assert (kept, peak) == (gradients + 4 + 4, gradients + 4 + 4)
 
 
 def test_readme_table_and_widths(
@@ -92,7 +64,7 @@ def test_readme_table_and_widths(
 
 def test_whole_trainings_in_a_line() -> None:
     """Contenders of a name that the nets' table doesn't have keep it."""
-    times = {"low": 1.0, "high": 1.0, "to_products": math.nan, "kept": None, "peak": None}
+    times = {"low": 1.0, "high": 1.0, "to_products": math.nan}
     named = {"eager torch": 1.0, "train.py engine": 0.25}
     rows = [benchmark.Row("e", name, 300 * of, to_eager=of, **times) for name, of in named.items()]
     lines = benchmark.markdown(rows).splitlines()
@@ -112,9 +84,10 @@ def test_single_layers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr(benchmark, "LAYERS", [(2, 3, 4)])
     rows = benchmark.main(["--seconds=0", "--layers"])
     assert [row.case for row in rows] == ["layer 2 x 3 x 4"] * 3
-    assert all(row.kept and row.peak for row in rows)
     assert all(math.isnan(row.to_products) for row in rows)
     assert "nan" not in capsys.readouterr().out
+    rows = benchmark.main(["--seconds=0", "--layers", "--nets=2 x", "--contenders", "fused layers"])
+    assert [row.contender for row in rows] == ["fused layers"]
 
 
 def test_epochs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +106,10 @@ def test_refused() -> None:
         benchmark.main(["--contenders", "abacus"])
     with pytest.raises(InputError, match="expected --nets in one of"):
         benchmark.main(["--nets", "7-7"])
+    with pytest.raises(InputError, match=r"expected contenders among products; .*Got eager torch$"):
+        benchmark.main(["--epochs", "--contenders", "eager torch"])
+    with pytest.raises(SystemExit):
+        benchmark.main(["--epochs", "--layers"])
     with pytest.raises(InputError, match="at least one of --threads"):
         benchmark.main(["--threads", "0"])
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -76,7 +77,7 @@ def animation(trace: Any, path: str | PathLike[str], sample: int = 0, seconds: f
     film = PillowWriter(fps=1 / seconds)  # type: ignore[arg-type] # it takes fractions
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _graphs(trace, 1)
-        with film.saving(figure, path, dpi=100):
+        with film.saving(figure, Path(path), dpi=100):
             for step in steps:
                 axes.clear()
                 _empty(axes, trace)
@@ -216,7 +217,8 @@ def _lines(axes: Axes, trace: Any, layer: int, weight: np.ndarray, arrow: str = 
     for text, (x, y) in zip(texts, _apart(axes, trace.sizes, ways, texts) if texts else (), strict=True):
         axes.text(x, y, text, ha="center", va="center", fontsize=7, bbox=PAPER)
     if arrow:
-        axes.scatter(*np.transpose([_at(way, 0.74) for way in ways]), marker=arrow, s=22, color=colors, zorder=2)
+        x, y = np.transpose([_at(way, 0.74) for way in ways])
+        axes.scatter(x, y, marker=arrow, s=22, color=colors, zorder=2)
 
 
 def _apart(axes: Axes, sizes: Sequence[int], ways: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:

@@ -44,10 +44,9 @@ def learning_curves(folder: Path, kept: int) -> Picture | None:
     if not (folder / "metrics.csv").is_file():
         return None
     figure = plots.learning_curves(folder / "metrics.csv", kept)
-    png = report.png(figure)
-    (folder / "learning_curves.png").write_bytes(png)
+    (folder / "learning_curves.png").write_bytes(report.png(figure))
     text = "What was measured in each epoch: in training a mean over the epoch, on the validation part after it."
-    return Picture("Learning curves", text, figure, png)
+    return Picture("Learning curves", text, figure)
 
 
 def leave_report(
