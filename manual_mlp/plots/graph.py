@@ -20,7 +20,7 @@ from manual_mlp.plots.style import STYLE, WIDTH, array, new_panels, styled
 MAX_DRAWN = 8  # neurons of a layer, and layers, of a net drawn as a graph
 MAX_NUMBERS = 12  # on the lines between two layers; more would cover each other
 POSITIVE, NEGATIVE = "#B35806", "#542788"  # the ends of PuOr
-UNIT, APART = 0.55, 0.9  # inches from one neuron to the next, from layer to layer
+UNIT, APART = 0.55, WIDTH / 4  # inches from one neuron to the next, from layer to layer
 ROUNDS = 50  # in which numbers move apart
 SHARES = sorted(np.linspace(0.26, 0.66, 21), key=lambda share: abs(share - 0.46))  # of a line, for its number
 PAPER: Any = {"facecolor": "white", "linewidth": 0, "pad": 1.5}  # behind a number on a line
