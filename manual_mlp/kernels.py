@@ -186,16 +186,14 @@ def _gelu_tanh_delta(g: Tensor, z: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _sigmoid_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, to: Tensor | None = None) -> None:
+def _sigmoid_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor) -> None:
     """δ = g · (a − a²)."""
-    slope = torch.addcmul(a, a, a, value=-1, out=work)
-    g.mul_(slope) if to is None else torch.mul(g, slope, out=to)
+    g.mul_(torch.addcmul(a, a, a, value=-1, out=work))
 
 
-def _tanh_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, to: Tensor | None = None) -> None:
+def _tanh_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor) -> None:
     """δ = g − g a²."""
-    square = torch.mul(a, a, out=work)
-    g.addcmul_(g, square, value=-1) if to is None else torch.addcmul(g, g, square, value=-1, out=to)
+    g.addcmul_(g, torch.mul(a, a, out=work), value=-1)
 
 
 def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, many: int = MANY) -> None:
@@ -266,7 +264,6 @@ class Kernel(NamedTuple):
     delta_   g, a, z, work, mask, *values: g := δ. All are (N, n_l); work and mask (bool) are scratch. A row that saves
              a leaves a as it is, and its z is None; a row that saves z may overwrite a and z
     rounds   the half-precision dtypes in which delta rounds more than once, as torch does
-    apart    whether delta_ takes to=: then to := δ, and g stays
     """
 
     G: Formula
@@ -274,7 +271,6 @@ class Kernel(NamedTuple):
     G_: InPlace
     delta_: InPlace | None
     rounds: tuple[torch.dtype, ...] = ()
-    apart: bool = False
 
 
 def _gelu_tanh(z: Tensor) -> Tensor:
@@ -286,10 +282,8 @@ def _softplus_(z: Tensor, *values: float) -> Tensor:
 
 
 KERNELS = {
-    ("sigmoid", "a"): Kernel(
-        torch.sigmoid, sigmoid_delta, torch.sigmoid_, _sigmoid_delta_, (torch.float16,), apart=True
-    ),
-    ("tanh", "a"): Kernel(torch.tanh, _tanh_delta, torch.tanh_, _tanh_delta_, apart=True),
+    ("sigmoid", "a"): Kernel(torch.sigmoid, sigmoid_delta, torch.sigmoid_, _sigmoid_delta_, (torch.float16,)),
+    ("tanh", "a"): Kernel(torch.tanh, _tanh_delta, torch.tanh_, _tanh_delta_),
     ("relu", "a"): Kernel(torch.relu, _relu_delta, partial(torch.clamp_min_, min=0), _relu_delta_),
     ("leaky_relu", "a"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu_, _leaky_relu_delta_),
     ("leaky_relu", "z"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu, _leaky_relu_delta_),
@@ -318,11 +312,6 @@ def G(row: Row) -> Formula:
 def delta(row: Row) -> Formula:
     """Return g, saved, *values ↦ δ: the quicker form, or the row's formula."""
     return _kernel(row).delta or rounded_once(row.delta)
-
-
-def apart(row: Row) -> bool:
-    """Return True if the row's delta_ can write δ elsewhere than over g."""
-    return _kernel(row).apart
 
 
 def in_place(row: Row) -> tuple[InPlace, InPlace]:
@@ -496,6 +485,11 @@ def weights(cost: Cost, n: int, outputs: int) -> tuple[float, float]:
     per, kernel = n if cost.per == "N" else n * outputs, cost_kernel(cost)
     of_each = 1 / per if per else math.nan  # the mean of nothing
     return kernel.total_share * of_each, kernel.delta_share * of_each
+
+
+def clip_factor_(squares: Tensor, c: Tensor) -> None:
+    """squares := min(1, c/√squares): the sheet's `clip_factor`, from squared norms."""
+    squares.rsqrt_().mul_(c).clamp_max_(number(1, squares))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ Call = Callable[..., Any]
 Operand = Tensor | int | None
 """A tensor that stays where it is, or the position of one in the list that each run gets; the input is number 0."""
 
-_MANY = 1 << 15  # numbers from which norms of rows are faster than the square of each number, which takes memory
 _linear: Any = torch._C._nn.linear  # F.linear, whose stub does not know out=
 
 
@@ -43,16 +42,6 @@ class Sink(NamedTuple):
     alpha: float = 1.0
     decay: Tensor | None = None
     rate: Tensor | None = None
-
-
-class Later(NamedTuple):
-    """Step 4 of one affine map, which waits for the norms of all maps: δ, a, their slots, and where step 4 goes."""
-
-    delta: Tensor
-    a: Operand
-    sinks: Sequence[Sink | None]
-    slot: int
-    read: int
 
 
 class Plan:
@@ -88,8 +77,8 @@ class Plan:
         for i in range(len(program.nodes)):
             self.slots.append(self._slot(i))
         drops = [i for i, node in enumerate(program.nodes, start=1) if isinstance(node.rule, Drop) and node.rule.p > 0]
-        dropped = [(i, self.slots[i]) for i in drops]
-        self.masks = {i: (torch.empty_like(a, dtype=torch.bool), torch.empty_like(a)) for i, a in dropped}
+        like = torch.empty_like
+        self.masks = {i: (like(self.slots[i], dtype=torch.bool), like(self.slots[i])) for i in drops}
         self.flats = [self.like.new_empty(largest)]
         a, delta = self.slots[-1], self._laid(self.flats[0], len(program.nodes))
         # The cost works in the parameters' dtype, and its softmax wants the numbers of a row side by side.
@@ -165,8 +154,8 @@ class Plan:
         for i in range(len(nodes)):
             self._step_1(i, slots, operands[self.program.spans[i]])
         self.wanted = self.program.wanted([sink is not None for sink in sinks])
-        self.free, self.lent = self.flats[1:], -1
-        self.later: list[Later] = []
+        self.free = self.flats[1:]
+        self.later: list[tuple[Tensor, Operand, Sequence[Sink | None], int, int]] = []
         self.arrived: dict[int, Tensor] = {len(nodes): self.flats[0]}
         if self.copied:
             self._emit(self.up, self.prediction.copy_, slots[-1])
@@ -242,10 +231,9 @@ class Plan:
                 self._step_3(delta, own[0], reads[0])
             if self.longest is None:
                 self._steps_4(delta, slots[reads[0]], sinks, i + 1)
-            elif any(sink is not None for sink in sinks):
-                self.later.append(Later(delta, slots[reads[0]], sinks, i + 1, reads[0]))
-            if self.longest is None and i + 1 != self.lent:
                 self.free.append(flat)
+            elif any(sink is not None for sink in sinks):
+                self.later.append((delta, slots[reads[0]], sinks, i + 1, reads[0]))
             return
         # The form in place would overwrite a z that somebody else still reads.
         if isinstance(rule, Activate) and (rule.saves == "output" or (reads[0] > 0 and self._alone(i))):
@@ -258,50 +246,26 @@ class Plan:
                 copy = self._laid(torch.empty_like(self.scratch), i + 1)
                 self._emit(self.down, copy.copy_, a)
                 a = copy
-            into: Any = {"to": self._into(reads[0])[0]} if i + 1 == self.lent else {}
-            self._emit(self.down, partial(delta_, delta, a, z, work, mask, *rule.row.values, **into))
-            if into:
-                return
+            self._emit(self.down, partial(delta_, delta, a, z, work, mask, *rule.row.values))
         elif isinstance(rule, Drop):
             if rule.p > 0:
                 self._emit(self.down, delta.mul_, self.masks[i + 1][1])
-        elif isinstance(rule, Add):
-            self._part(flat, i + 1, reads)
-            return
-        else:
+        elif not isinstance(rule, Add):
             self._any_rule(i, delta, slots)
             self.free.append(flat)
             return
-        self._pass_on(flat, reads[0])
-
-    def _pass_on(self, flat: Tensor, slot: int) -> None:
-        """Give what arrived at a node's output to the slot it reads."""
-        if slot not in self.arrived and self.wanted[slot]:
-            self.arrived[slot] = flat
-            return
-        if self.wanted[slot]:
-            self._emit(self.down, self._laid(self.arrived[slot], slot).add_, self._laid(flat, slot))
-        self.free.append(flat)
+        self._part(flat, i + 1, reads)
 
     def _part(self, flat: Tensor, of: int, reads: Sequence[int]) -> None:
-        """Give what arrived at a sum to each slot that it reads, as often as it reads it.
+        """Give what arrived at a node's output to each slot that it reads, as often as it reads it.
 
-        One of them keeps the buffer, and the others get copies, because each δ is made in place of its g. An affine map
-        only reads it, and so do some activations: they borrow the buffer, if they come next and do not add to it.
+        One of them keeps the buffer, and the others get copies, because each δ is made in place of its g.
         """
         g = self._laid(flat, of)
         wanted = [slot for slot in reads if self.wanted[slot]]
         fresh = [slot for slot in wanted if slot not in self.arrived and self.by_columns[slot] == self.by_columns[of]]
-        keeps, next_ = min(fresh, default=None), self.program.nodes[of - 2]
-        # With `longest`, step 4 of an affine map reads δ when another branch has written over it.
-        reads_only = isinstance(next_.rule, Affine) and self.longest is None
-        if isinstance(next_.rule, Activate):
-            reads_only = kernels.apart(next_.rule.row) and next_.reads[0] not in self.arrived
-        borrows = reads_only and keeps != next_.reads[0] and len({*wanted}) == len(wanted)
-        if keeps != max(fresh, default=None) == of - 1 and borrows:
-            self.lent = of - 1
-            self.arrived[self.lent] = flat
-        for slot in (slot for slot in wanted if slot not in (keeps, self.lent)):
+        keeps = min(fresh, default=None)
+        for slot in (slot for slot in wanted if slot != keeps):
             into, more = self._into(slot)
             self._emit(self.down, into.add_ if more else into.copy_, g)
         if keeps is None:
@@ -334,40 +298,30 @@ class Plan:
                 self._step_4(delta, of, sink, slot)
 
     def _clip(self) -> None:
-        """δ_n := min(1, c/‖g_n‖) δ_n in every affine map, ‖g_n‖² = Σ_l ‖δ_n‖² (‖a_n‖² + 1), and step 4 after it."""
+        """δ_n := min(1, c/‖g_n‖) δ_n in every affine map, ‖g_n‖² = Σ_l ‖δ_n‖² (‖a_n‖² + 1), and step 4 after it.
+
+        Each map waits in `later` for the norms of all: its δ, a and sinks, and the slots of δ and a.
+        """
         exact = torch.float32 if self.like.dtype in kernels.ROUNDED else self.like.dtype
-        total, of_delta = torch.ones(2, self.n, dtype=exact, device=self.ones.device)
-        of_a = total.new_ones(len(self.later), self.n)
-        work, ones = total.new_empty(len(self.scratch)), total.new_ones(max(self.widths))
-        first: list[Instruction] = []
-        for (delta, a, (weight, bias), slot, read), norms in zip(self.later, of_a, strict=True):
-            if weight is not None:  # x is in the cache before step 1
-                code = first if read == 0 else self.down
-                self._row_norms(code, a, self._laid(work, read), ones, norms, torch.full_like(norms, bias is not None))
-            self._row_norms(self.down, delta, self._laid(work, slot), ones, of_delta)
-            if slot == self.later[0].slot:
-                self._emit(self.down, partial(torch.mul, out=total), of_delta, norms)
-            else:
-                self._emit(self.down, total.addcmul_, of_delta, norms)
-        self.up[:0] = first
-        self._emit(self.down, total.rsqrt_)
-        self._emit(self.down, total.mul_, total.new_tensor(self.longest))
-        self._emit(self.down, partial(torch.minimum, out=total), total, torch.ones_like(total))
+        of_delta, of_a, total, one = self.ones.new_ones(4, self.n, dtype=exact)
+        work = self.scratch.to(exact)
+        for k, (delta, a, (weight, bias), slot, read) in enumerate(self.later):
+            self._row_norms(delta, self._laid(work, slot), of_delta)
+            if weight is not None:
+                self._row_norms(a, self._laid(work, read), of_a, *[] if bias is None else [one])
+            add = partial(torch.mul, out=total) if k == 0 else total.addcmul_
+            self._emit(self.down, add, of_delta, one if weight is None else of_a)
+        self._emit(self.down, partial(kernels.clip_factor_, total, total.new_tensor(self.longest)))
         for delta, a, sinks, slot, _ in self.later:
             self._emit(self.down, delta.mul_, total.unsqueeze(1))
             self._steps_4(delta, a, sinks, slot)
 
-    def _row_norms(
-        self, code: list[Instruction], x: Operand, work: Tensor, ones: Tensor, out: Tensor, start: Tensor | None = None
-    ) -> None:
-        """out := start + ‖x_n‖² of each row."""
-        plus = () if start is None else (start,)
-        if work.numel() >= _MANY and work.is_contiguous():
-            self._emit(code, partial(_norms, out=out), x)
-            self._emit(code, partial(torch.addcmul if plus else torch.mul, out=out), *plus, out, out)
-            return
-        self._emit(code, partial(torch.square if work.dtype == self.like.dtype else _squares, out=work), x)
-        self._emit(code, partial(torch.addmv if plus else torch.mv, out=out), *plus, work, ones[: work.shape[1]])
+    def _row_norms(self, x: Operand, work: Tensor, out: Tensor, *plus: Tensor) -> None:
+        """out := ‖x_n‖² of each row, plus what may be added."""
+        self._emit(self.down, partial(torch.square if out.dtype == self.like.dtype else _squares, out=work), x)
+        self._emit(
+            self.down, partial(torch.addmv if plus else torch.mv, out=out), *plus, work, out.new_ones(work.shape[1])
+        )
 
     def _step_4(self, delta: Tensor, a: Operand, sink: Sink, slot: int) -> None:
         """∂C/∂W = δᵀ a, or ∂C/∂b = δᵀ 1, into its sink."""
@@ -404,11 +358,6 @@ class Plan:
                     into.add_(part) if more else into.copy_(part)
 
         self._emit(self.down, call, *(slots[slot] for slot in self.program.saved[i]))
-
-
-def _norms(x: Tensor, out: Tensor) -> None:
-    """out := ‖x_n‖ of each row."""
-    torch._C._linalg.linalg_vector_norm(x, 2, [1], dtype=out.dtype, out=out)  # type: ignore[attr-defined]
 
 
 def _squares(x: Tensor, out: Tensor) -> None:

@@ -154,17 +154,6 @@ def test_500_random_nets_by_every_road(first: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_delta_of_a_branch_is_written_beside_g() -> None:
-    """tanh and sigmoid need no copy of the g that the identity keeps: one call fewer for each block after the first."""
-    calls = {}
-    for activation in ("Tanh", "Sigmoid", "ReLU"):
-        net = nn.Sequential(*(mm.Residual(mm.Affine(3, 3), getattr(mm, activation)()) for _ in range(4)))
-        tensors = [torch.randn(5, 3), *read(net).parameters()]
-        weighed = weigh(COSTS["quadratic"], 5, 3, torch.float32)
-        calls[activation] = len(LossPlan(read(net), tensors, weighed, [False] + [True] * 8).down)
-    assert calls["Tanh"] == calls["Sigmoid"] == calls["ReLU"] - 3
-
-
 def nested() -> mm.Sum:
     torch.manual_seed(0)
     inner = mm.Residual(mm.Tanh(), mm.Affine(3, 3, dtype=double))

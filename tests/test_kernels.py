@@ -295,6 +295,17 @@ def test_the_mean_of_nothing_is_nan() -> None:
         assert all(weight != weight for weight in kernels.weights(cost, 0, 3))
 
 
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("c", [0.3, 1e9, torch.inf])
+def test_clip_factor_is_the_sheets(dtype: torch.dtype, c: float) -> None:
+    norms = torch.tensor([0.0, 1e-12, 0.2, 0.3, 0.4, 7.0, torch.nan], dtype=dtype)
+    found = norms.square()
+    kernels.clip_factor_(found, found.new_tensor(c))
+    # 1e-6 in float32: three roundings of numbers up to 1.
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found, sheet.clip_factor(norms, c), rtol=tolerance, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("shape", [(7, 3), (1, 4), (4, 3, 5, 2), (0, 3)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_channel_gradients_are_the_sheets(shape: tuple[int, ...], affine: bool) -> None:

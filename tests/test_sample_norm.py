@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import manual_mlp as mm
-from manual_mlp import plan
 from manual_mlp.engine import BackpropEngine
 from manual_mlp.formulas import Row
 from tests.cases import rows
@@ -93,15 +92,6 @@ def test_frozen_parameters_are_not_in_the_norm(frozen: tuple[str, ...]) -> None:
     for name in frozen:
         ours.get_parameter(name).requires_grad_(False)
     compare(ours, sgd, "quadratic", batches())
-
-
-def test_many_numbers() -> None:
-    """Their norms are computed in another way."""
-    torch.manual_seed(0)
-    layers = [mm.AffineActivation(300, 280, "sigmoid", dtype=double), mm.AffineActivation(280, 3, "tanh", dtype=double)]
-    data = [(torch.randn(120, 300, dtype=double), torch.rand(120, 3, dtype=double))]
-    assert plan._MANY <= 120 * 280
-    compare(nn.Sequential(*layers), sgd, "quadratic", data, 2, c=0.5)
 
 
 def test_equal_to_curvature() -> None:
