@@ -298,7 +298,8 @@ def symmetric(
 
 def _activation_function(row: Row, inplace: bool = False) -> type[ManualFunction]:
     doc = f"a = G(z) of the row {row.name!r}, componentwise.  Saves {row.saves}."
-    return symmetric(_title(row) + "_" * inplace, doc, kernels.G(row), kernels.delta(row), row.saves, inplace)
+    kernel = kernels.kernel(row)
+    return symmetric(_title(row) + "_" * inplace, doc, kernel.G, kernel.delta, row.saves, inplace)
 
 
 def _affine_activation_function(row: Row) -> type[ManualFunction]:
@@ -306,7 +307,7 @@ def _affine_activation_function(row: Row) -> type[ManualFunction]:
 
     A row in z returns z as a second output, because a second derivative flows through the z that it saves.
     """
-    G, delta_of, keeps_z = kernels.G(row), kernels.delta(row), row.saves == "z"
+    (G, delta_of, *_), keeps_z = kernels.kernel(row), row.saves == "z"
 
     def forward(a: Tensor, weight: Tensor, bias: Tensor | None, *values: float) -> Tensor | tuple[Tensor, Tensor]:
         z = sheet.affine(a, weight, bias)
@@ -446,7 +447,7 @@ def _weighted(elements: Tensor, weight: Tensor | None) -> Tensor:
     return elements if weight is None else elements * weight
 
 
-Quadratic = _cost_function("Quadratic", sheet.COSTS["quadratic"], kernels.COST_KERNELS["quadratic"].C)
+Quadratic = _cost_function("Quadratic", sheet.COSTS["quadratic"], sheet.COSTS["quadratic"].C)
 MeanSquares = _cost_function("MeanSquares", sheet.COSTS["mse"], sheet.COSTS["mse"].C)
 BinaryCrossEntropy = _cost_function("BinaryCrossEntropy", sheet.COSTS["bce"], sheet.COSTS["bce"].C)
 WeightedBinaryCrossEntropy = _cost_function("WeightedBinaryCrossEntropy", sheet.WEIGHTED_BCE, sheet.WEIGHTED_BCE.C)

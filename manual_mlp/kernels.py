@@ -205,25 +205,18 @@ def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, many
         g.masked_fill_(torch.le(a, 0, out=mask), 0)
 
 
-def _leaky_relu_delta_(g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, s: float) -> None:
-    """δ = g where a (or z) > 0, else s g."""
-    saved = a if z is None else z
+def _leaky_relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, s: float) -> None:
+    """δ = g where a > 0, else s g."""
     if _is_factor(s, a):
-        g.mul_(torch.sign(saved, out=work).clamp_min_(s))
+        g.mul_(torch.sign(a, out=work).clamp_min_(s))
     else:
-        torch.where(torch.gt(saved, 0, out=mask), g, torch.mul(g, s, out=work), out=g)
+        torch.where(torch.gt(a, 0, out=mask), g, torch.mul(g, s, out=work), out=g)
 
 
 def _softplus_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, β: float, t: float) -> None:
     """δ = g · (−expm1(−βa)), and g beyond the end of the curve."""
     slope = torch.threshold_(torch.mul(a, -β, out=work), -sheet.end(t), -math.inf)
     g.mul_(slope.expm1_().neg_())
-
-
-def _softplus_delta_in_z_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor, β: float, t: float) -> None:
-    """δ = g σ(βz), and g where βz > t."""
-    torch.gt(z.mul_(β), t, out=mask)
-    g.mul_(z.sigmoid_().masked_fill_(mask, 1))
 
 
 def _silu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
@@ -256,7 +249,7 @@ def _gelu_tanh_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tenso
 
 
 class Kernel(NamedTuple):
-    """The forms of one row, by its name and what it saves; None where its formula is quick enough.
+    """The forms of one row, by its name and what it saves.
 
     G        z, *values ↦ a: torch's own operator
     delta    g, saved, *values ↦ δ, with the bits of the row
@@ -267,9 +260,9 @@ class Kernel(NamedTuple):
     """
 
     G: Formula
-    delta: Formula | None
+    delta: Formula
     G_: InPlace
-    delta_: InPlace | None
+    delta_: InPlace
     rounds: tuple[torch.dtype, ...] = ()
 
 
@@ -286,42 +279,27 @@ KERNELS = {
     ("tanh", "a"): Kernel(torch.tanh, _tanh_delta, torch.tanh_, _tanh_delta_),
     ("relu", "a"): Kernel(torch.relu, _relu_delta, partial(torch.clamp_min_, min=0), _relu_delta_),
     ("leaky_relu", "a"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu_, _leaky_relu_delta_),
-    ("leaky_relu", "z"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu, _leaky_relu_delta_),
     ("softplus", "a"): Kernel(F.softplus, _softplus_delta, _softplus_, _softplus_delta_),
-    ("softplus", "z"): Kernel(F.softplus, None, _nn.softplus, _softplus_delta_in_z_),
     ("silu", "z"): Kernel(F.silu, _silu_delta, _nn.silu, _silu_delta_),
     ("gelu", "z"): Kernel(F.gelu, _gelu_delta, _nn.gelu, _gelu_delta_),
     ("gelu_tanh", "z"): Kernel(_gelu_tanh, _gelu_tanh_delta, partial(_nn.gelu, approximate="tanh"), _gelu_tanh_delta_),
 }
 
 
-def _kernel(row: Row) -> Kernel:
-    """Return the kernel of a row; for one without, its formulas and copies."""
-    G_of = rounded_once(row.G)
-    formulas = Kernel(
-        G_of, None, lambda z, *values, out=None: (z if out is None else out).copy_(G_of(z, *values)), None
-    )
-    return KERNELS.get((row.name, row.saves), formulas)
+def kernel(row: Row) -> Kernel:
+    """Return the forms of a row; of one without a kernel, its formulas and copies, but torch's G if it has one."""
+    if (row.name, row.saves) in KERNELS:
+        return KERNELS[row.name, row.saves]
+    in_a = KERNELS.get((row.name, "a"))
+    G, delta = rounded_once(row.G) if in_a is None else in_a.G, rounded_once(row.delta)
 
-
-def G(row: Row) -> Formula:
-    """Return z, *values ↦ a: torch's own operator, or the row's formula."""
-    return _kernel(row).G
-
-
-def delta(row: Row) -> Formula:
-    """Return g, saved, *values ↦ δ: the quicker form, or the row's formula."""
-    return _kernel(row).delta or rounded_once(row.delta)
-
-
-def in_place(row: Row) -> tuple[InPlace, InPlace]:
-    """Return G_ and delta_ of a row, as `Kernel` says; if it has none, its formula and a copy."""
-    delta_of = delta(row)
+    def G_(z: Tensor, *values: float, out: Tensor | None = None) -> Tensor:
+        return (z if out is None else out).copy_(G(z, *values))
 
     def delta_(g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, *values: float) -> None:
-        g.copy_(delta_of(g, a if z is None else z, *values))
+        g.copy_(delta(g, a if z is None else z, *values))
 
-    return _kernel(row).G_, _kernel(row).delta_ or delta_
+    return Kernel(G, delta, G_, delta_)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,26 +313,20 @@ Both = Callable[[Tensor, Tensor, Tensor], None]
 class CostKernel(NamedTuple):
     """The forms of one cost.
 
-    C            prediction, target ↦ the cost of each element, with the bits of the row
     total        prediction, target ↦ Σ, a scalar: C = total_share/per Σ
     delta        prediction, target ↦ per/delta_share · ∂C/∂a^L
     both         a buffer (N, n_L) ↦ the function that fills it with the same, and out (1,) with Σ; of K nets
                  (K, N, n_L), and out (K,)
     total_share, delta_share   factors that the sums leave out: one product holds them and 1/per
 
-    The target of cross-entropy may be class indices (N,), except in C.
+    The target of cross-entropy may be class indices (N,).
     """
 
-    C: Formula
     total: Formula
     delta: Formula
     both: Callable[[Tensor], Both]
     total_share: float = 1.0
     delta_share: float = 1.0
-
-
-def _half_squares(prediction: Tensor, target: Tensor) -> Tensor:
-    return (prediction - target).square() * number(0.5, prediction)
 
 
 def _sum_of_squares(prediction: Tensor, target: Tensor) -> Tensor:
@@ -433,10 +405,10 @@ def _both_of_cross_entropy(delta: Tensor) -> Both:
 
 _bce, _cross_entropy = sheet.COSTS["bce"], sheet.COSTS["cross_entropy"]
 COST_KERNELS = {
-    "quadratic": CostKernel(_half_squares, _sum_of_squares, sheet.quadratic_delta, _both_of_squares, total_share=0.5),
-    "mse": CostKernel(sheet.COSTS["mse"].C, _sum_of_squares, sheet.quadratic_delta, _both_of_squares, delta_share=2.0),
-    "bce": CostKernel(_bce.C, lambda z, ŷ: _bce.C(z, ŷ).sum(), _bce.delta, _both_of_binary_cross_entropy),
-    "cross_entropy": CostKernel(_cross_entropy.C, _sum_of_cross_entropy, _cross_entropy_delta, _both_of_cross_entropy),
+    "quadratic": CostKernel(_sum_of_squares, sheet.quadratic_delta, _both_of_squares, total_share=0.5),
+    "mse": CostKernel(_sum_of_squares, sheet.quadratic_delta, _both_of_squares, delta_share=2.0),
+    "bce": CostKernel(lambda z, ŷ: _bce.C(z, ŷ).sum(), _bce.delta, _both_of_binary_cross_entropy),
+    "cross_entropy": CostKernel(_sum_of_cross_entropy, _cross_entropy_delta, _both_of_cross_entropy),
 }
 
 
@@ -452,7 +424,7 @@ def cost_kernel(cost: Cost) -> CostKernel:
 
         return both
 
-    return CostKernel(cost.C, lambda a, ŷ: cost.C(a, ŷ).sum(), cost.delta, both_of)
+    return CostKernel(lambda a, ŷ: cost.C(a, ŷ).sum(), cost.delta, both_of)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -181,7 +181,7 @@ class Plan:
         if isinstance(rule, Affine):
             self._affine(read, own[0], own[1], out)
         elif isinstance(rule, Activate) and isinstance(read, Tensor):
-            G_, _ = kernels.in_place(rule.row)
+            G_ = kernels.kernel(rule.row).G_
             if rule.saves == "output" and read is not out:
                 self._emit(self.up, out.copy_, read)
                 read = out
@@ -237,7 +237,7 @@ class Plan:
             return
         # The form in place would overwrite a z that somebody else still reads.
         if isinstance(rule, Activate) and (rule.saves == "output" or (reads[0] > 0 and self._alone(i))):
-            _, delta_ = kernels.in_place(rule.row)
+            delta_ = kernels.kernel(rule.row).delta_
             a, z = self.slots[i + 1], slots[reads[0]] if rule.saves == "input" else None
             # Step 4 has read a^l, so δ may use it as scratch. The prediction is read later.
             free = z is None and a is not self.slots[-1] and self.longest is None

@@ -74,7 +74,7 @@ class Activate:
     names = ()
 
     def __init__(self, row: Row) -> None:
-        self.row, self.G, self.delta = row, kernels.G(row), kernels.delta(row)
+        self.row, (self.G, self.delta, *_) = row, kernels.kernel(row)
         self.saves = "output" if row.saves == "a" else "input"
 
     def forward(self, z: Tensor) -> Tensor:

@@ -471,7 +471,7 @@ def trace(
         z, a, row = one.slots[layer.z], one.slots[layer.a], layer.row
         result.z[index], result.delta[index] = z.clone(), one.arrived[layer.z].clone()
         result.a[index] = one.slots[layer.out].clone()
-        result.slope[index] = kernels.delta(row)(torch.ones_like(z), a if row.saves == "a" else z, *row.values)
+        result.slope[index] = kernels.kernel(row).delta(torch.ones_like(z), a if row.saves == "a" else z, *row.values)
         flat = result.slope[index].abs() < SATURATED * steepest(row)
         result.saturation[index] = flat.double().mean().item()
         if layer.weight is None:

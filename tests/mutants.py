@@ -142,7 +142,6 @@ MISTAKES: dict[str, Mistake] = {
     "G′ forgotten": rule("Activate", "backward", lambda right: lambda self, g, saved, needs: (g,)),
     "∂C/∂b without δ": rule("Affine", "backward", lambda right: lambda self, *a, needs: (*right(self, *a, needs=needs)[:2], None)),
     "½ forgotten": cost("quadratic", C=lambda a, target: (a - target) ** 2),
-    "½ forgotten by the kernel": cost_kernel("quadratic", C=lambda a, target: (a - target).square()),
     "½ forgotten in the sum": cost_kernel("quadratic", total_share=1.0),
     "δ of the cost with the other sign": cost("quadratic", delta=lambda a, target: target - a),
     "target's gradient with the prediction's sign": cost("mse", delta_target=lambda a, target: 2 * (a - target)),

@@ -87,8 +87,8 @@ def test_the_code_is_the_proven_expression(row: Row) -> None:
         evaluated(row, 3),
         (row.G(points, *row.values), row.delta(incoming, saved_of(row, points), *row.values)),
         (
-            kernels.G(row)(points, *row.values),
-            kernels.delta(row)(incoming, saved_of(row, points), *row.values),
+            kernels.kernel(row).G(points, *row.values),
+            kernels.kernel(row).delta(incoming, saved_of(row, points), *row.values),
         ),
         strict=True,
     ):
@@ -104,7 +104,7 @@ def test_derivative_against_high_precision(row: Row) -> None:
         G_prime = sympy.diff(sympy.sympify(read(row.G)(z, *exactly(row.values))), z)
         exact_of = sympy.lambdify(z, G_prime, "mpmath")
         exact = [mpmath.mpf(exact_of(mpmath.mpf(value))) for value in points.tolist()]
-        code = kernels.delta(row)(torch.ones_like(points), saved_of(row, points), *row.values)
+        code = kernels.kernel(row).delta(torch.ones_like(points), saved_of(row, points), *row.values)
         low, high = row.tail
         smallest = torch.finfo(torch.float64).tiny  # below it float64 has no digits left
         for at, mine, value in zip(points.tolist(), code.tolist(), exact, strict=True):
@@ -128,7 +128,7 @@ def test_a_tangent_passes_through_delta(row: Row) -> None:
     incoming, tangent = torch.randn(2, len(wide), dtype=torch.float64)
     saved = saved_of(row, wide)
     with torch.no_grad(), forward_ad.dual_level():
-        given = kernels.delta(row)(forward_ad.make_dual(incoming, tangent), saved, *row.values)
+        given = kernels.kernel(row).delta(forward_ad.make_dual(incoming, tangent), saved, *row.values)
         through = forward_ad.unpack_dual(given).tangent
     torch.testing.assert_close(through, row.delta(tangent, saved, *row.values), rtol=1e-12, atol=1e-12)
 
