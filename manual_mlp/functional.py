@@ -200,7 +200,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         return input
     mask = kernels.draw_(torch.empty_like(input, dtype=torch.bool), 1 - p)
     # At p = 1 the mask is 0 everywhere and there is nothing to rescale.
-    output = apply(functions.Dropout, input, mask, 1 - p or 1.0)
+    output = apply(functions.Dropout, input, False, mask, 1 - p or 1.0)
     return input.copy_(output) if inplace else output
 
 

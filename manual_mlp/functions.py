@@ -61,7 +61,7 @@ def _nesting(tangent: Callable[..., Any]) -> Callable[..., Any]:
     return evaluate
 
 
-def _primals(ctx: Any) -> tuple[Any, ...]:
+def primals(ctx: Any) -> tuple[Any, ...]:
     """Return the saved tensors without the tangents that they carry themselves at this level."""
     return tuple(None if saved is None else _primal(saved) for saved in ctx.saved_tensors)
 
@@ -105,10 +105,9 @@ def _differentiated(args: tuple[Any, ...]) -> bool:
     return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
-def _save_all(ctx: Any, first: Tensor, *more: Tensor | None) -> None:
-    checks.real("tensor", first, whole=True)
-    ctx.save_for_backward(first, *more)
-    ctx.save_for_forward(first, *more)
+def save_all(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
 
 
@@ -139,7 +138,7 @@ class Affine(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
-        a, weight = _primals(ctx)
+        a, weight = primals(ctx)
         return _affine_tangent(a, weight, a_t, weight_t, bias_t)
 
 
@@ -159,7 +158,6 @@ def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
     needs_a, needs_weight, _ = ctx.needs_input_grad[:3]
     if kernels.transforming():  # vmap takes what is saved for the backward and for the tangent to be the same tensors
         needs_a = needs_weight = True
-    checks.real("weight", weight, whole=True)
     ctx.save_for_backward(a if needs_weight else None, weight if needs_a else None, *also)
     ctx.set_materialize_grads(False)
 
@@ -189,14 +187,14 @@ def _affine_tangent(
     a: Tensor, weight: Tensor, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None
 ) -> Tensor:
     """ż = ȧ Wᵀ + a Ẇᵀ + ḃ, the terms that are there."""
-    return _sum_of(
+    return sum_of(
         None if a_t is None else sheet.affine(a_t, weight),
         None if weight_t is None else sheet.affine(a, weight_t),
         None if bias_t is None else bias_t.expand(*a.shape[:-1], -1),
     )
 
 
-def _sum_of(*terms: Tensor | None) -> Any:
+def sum_of(*terms: Tensor | None) -> Any:
     """Return the sum of the terms that are there, None if there are none."""
     there = [term for term in terms if term is not None]
     return sheet.add(*there) if there else None
@@ -211,7 +209,7 @@ class Sigmoid(ManualFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        _save_all(ctx, output)
+        save_all(ctx, output)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Tensor | None:
@@ -222,7 +220,7 @@ class Sigmoid(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor) -> Tensor:
-        (a,) = _primals(ctx)
+        (a,) = primals(ctx)
         return sigmoid_delta(z_t, a)
 
 
@@ -249,7 +247,7 @@ class AffineSigmoid(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
-        a, weight, activation = _primals(ctx)
+        a, weight, activation = primals(ctx)
         z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
         return sigmoid_delta(z_t, activation)
 
@@ -282,7 +280,7 @@ def symmetric(
         if inplace:
             ctx.mark_dirty(z)
         saved = z if saves == "z" else output
-        _save_all(ctx, saved)
+        save_all(ctx, saved)
 
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         (saved,) = ctx.saved_tensors
@@ -290,7 +288,7 @@ def symmetric(
         return delta, *(None for _ in ctx.values)
 
     def tangent(ctx: Any, z_t: Tensor, *_: None) -> Tensor:
-        (saved,) = _primals(ctx)
+        (saved,) = primals(ctx)
         return delta_of(z_t, saved, *ctx.values)
 
     return define(name, doc, forward, setup_context, backward, tangent)
@@ -323,12 +321,12 @@ def _affine_activation_function(row: Row) -> type[ManualFunction]:
     def backward(ctx: Any, g: Tensor | None, g_z: Tensor | None = None) -> Gradients:
         a, weight, saved = ctx.saved_tensors
         # Only a second derivative sends something to z itself.
-        delta = _sum_of(None if g is None else delta_of(g, saved, *ctx.values), g_z)
+        delta = sum_of(None if g is None else delta_of(g, saved, *ctx.values), g_z)
         gradients = (None, None, None) if delta is None else _affine_gradients(ctx, delta, a, weight)
         return *gradients, *(None for _ in ctx.values)
 
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
-        a, weight, saved = _primals(ctx)
+        a, weight, saved = primals(ctx)
         z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
         activation_t = delta_of(z_t, saved, *ctx.values)
         return (activation_t, z_t) if keeps_z else activation_t
@@ -374,30 +372,37 @@ class Sum(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, *terms_t: Tensor | None) -> Tensor:
-        return _sum_of(*terms_t)
+        return sum_of(*terms_t)
 
 
-class Dropout(ManualFunction):
-    """a ⊙ m / (1 − p): a (…), mask m (…) bool, keep = 1 − p.  Saves m."""
+def linear(name: str, doc: str, L: Callable[..., Tensor]) -> type[ManualFunction]:
+    """Return the Function x, transposed, of, *values ↦ L x, or Lᵀ x: derivatives of every order are these two again.
 
-    @staticmethod
-    def forward(a: Tensor, mask: Tensor, keep: float) -> Tensor:
-        return sheet.dropout(a, mask, keep)
+    of: the tensor that L depends on, or None. It is all that is saved.
+    """
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        _, mask, ctx.keep = inputs
-        _save_all(ctx, mask)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.transposed, of, *ctx.values = inputs
+        save_all(ctx, of)
 
-    @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        (mask,) = ctx.saved_tensors
-        return None if g is None else sheet.dropout(g, mask, ctx.keep), None, None
+        (of,) = ctx.saved_tensors
+        delta = None if g is None else apply(function, g, not ctx.transposed, of, *ctx.values)
+        return delta, *(None for _ in ctx.needs_input_grad[1:])
 
-    @staticmethod
-    def tangent(ctx: Any, a_t: Tensor, mask_t: None, keep_t: None) -> Tensor:
-        (mask,) = _primals(ctx)
-        return sheet.dropout(a_t, mask, ctx.keep)
+    def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
+        (of,) = primals(ctx)
+        return apply(function, x_t, ctx.transposed, of, *ctx.values)
+
+    function: type[ManualFunction] = define(name, doc, L, setup_context, backward, tangent)
+    return function
+
+
+Dropout = linear(
+    "Dropout",
+    "a ⊙ m / (1 − p), which is its own transpose: a (…), mask m (…) bool, keep = 1 − p.  Saves m.",
+    lambda a, transposed, mask, keep: sheet.dropout(a, mask, keep),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,7 +421,7 @@ def _cost_function(title: str, cost: Cost, C: Callable[..., Tensor]) -> type[Man
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         prediction, target, weight, ctx.reduction, *constants = inputs
-        _save_all(ctx, prediction, target, weight, *constants)
+        save_all(ctx, prediction, target, weight, *constants)
 
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         prediction, target, weight, *constants = ctx.saved_tensors
@@ -432,8 +437,8 @@ def _cost_function(title: str, cost: Cost, C: Callable[..., Tensor]) -> type[Man
         )
 
     def tangent(ctx: Any, prediction_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        prediction, target, weight, *constants = _primals(ctx)
-        elements_t = _sum_of(
+        prediction, target, weight, *constants = primals(ctx)
+        elements_t = sum_of(
             None if prediction_t is None else delta_of(prediction, target, *constants) * prediction_t,
             None if target_t is None else target_delta_of(prediction, target, *constants) * target_t,
         )
@@ -476,7 +481,7 @@ class CrossEntropy(ManualFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.ignored, ctx.smoothing, ctx.reduction = inputs
-        _save_all(ctx, *tensors)
+        save_all(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
@@ -494,10 +499,10 @@ class CrossEntropy(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, z_t: Tensor | None, target_t: Tensor | None, *_: None) -> Tensor:
-        z, target, class_weight = _primals(ctx)
+        z, target, class_weight = primals(ctx)
         target, kept, counts = _samples(z, target, class_weight, ctx.ignored)
         delta = _entropy.delta(z, _shares(z, target, class_weight, ctx.smoothing))
-        costs_t = _sum_of(
+        costs_t = sum_of(
             None if z_t is None else (delta * z_t).sum(-1),
             None if target_t is None else (_target_delta(z, target, class_weight, ctx.smoothing) * target_t).sum(-1),
         )

@@ -128,7 +128,7 @@ def avg_pool2d(
     tensor([[[3.]]])
     """
     batch, at = _windows(input, kernel_size, stride, padding, 1, ceil_mode)
-    output: Tensor = apply(grid_functions.Average, batch, at, count_include_pad, divisor_override, False)
+    output: Tensor = apply(grid_functions.Average, batch, False, None, at, count_include_pad, divisor_override)
     return output.squeeze(0) if input.dim() == 3 else output
 
 
@@ -187,7 +187,7 @@ def batch_norm(
     checks.real("input of a norm", input)
     checks.batch_norm(input, running_mean, running_var, weight, bias, training, eps)
     if not training:
-        return apply(grid_functions.RunningNorm, input, weight, bias, running_mean, running_var, eps)
+        return apply(grid_functions.RunningNorm, input, weight, bias, 0, eps, running_mean, running_var)
     of_batches = running_mean, running_var, momentum
     y, _, _, *running = apply(grid_functions.BatchNorm, input, weight, bias, 0, eps, *of_batches)
     if running and input.numel():

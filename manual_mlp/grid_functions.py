@@ -1,8 +1,7 @@
 """torch.autograd.Functions of convolution, pooling, normalisation and softmax, from their formulas in `grids.py`.
 
-As in `functions.py`, g is ∂C/∂(output), may be None, and is never written. Convolution, Largest and Average are linear
-in each tensor that they read, so their backwards apply the same Function in another role: no derivative of any order
-is torch's.
+As in `functions.py`, g is ∂C/∂(output), may be None, and is never written. A convolution is linear in each tensor that
+it reads, so its backward applies the same Function in another role: no derivative of any order is torch's.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_mlp import checks, kernels
 from manual_mlp import grids as sheet
-from manual_mlp.functions import Gradients, ManualFunction, _primals, _save_all, _sum_of, apply, define, symmetric
+from manual_mlp import kernels
+from manual_mlp.functions import Gradients, ManualFunction, apply, define, linear, primals, save_all, sum_of, symmetric
 from manual_mlp.grids import Dims, Geometry, Windows
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,7 +41,6 @@ class Convolution(ManualFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.role, *three, _, ctx.at = inputs
         ctx.shape = output.shape
-        checks.real("input of a convolution", output, whole=True)
         wanted = ctx.needs_input_grad[1:4]
         if not kernels.transforming():  # where vmap takes what is saved for both to be the same tensors
             three = [x if any(wanted[:i] + wanted[i + 1 :]) else None for i, x in enumerate(three)]
@@ -65,8 +63,8 @@ class Convolution(ManualFunction):
 
     @staticmethod
     def tangent(ctx: Any, _: None, *tangents: Any) -> Tensor:
-        three, (*moving, bias_t, _) = _primals(ctx), tangents
-        return _sum_of(
+        three, (*moving, bias_t, _) = primals(ctx), tangents
+        return sum_of(
             *(
                 Convolution.of(ctx.role, _with(three, i, x_t), None, ctx.at)
                 for i, x_t in enumerate(moving)
@@ -101,97 +99,61 @@ class Largest(ManualFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, ctx.at = inputs
         ctx.mark_non_differentiable(output[1])
-        _save_all(ctx, output[1])
+        save_all(ctx, output[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None = None) -> Gradients:
         (i,) = ctx.saved_tensors
-        return None if g is None else apply(Picked, g, i, ctx.at, True), None
+        return None if g is None else apply(Picked, g, True, i, ctx.at), None
 
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor, *_: None) -> tuple[Tensor, None]:
-        (i,) = _primals(ctx)
-        return apply(Picked, a_t, i, ctx.at, False), None
+        (i,) = primals(ctx)
+        return apply(Picked, a_t, False, i, ctx.at), None
 
 
-class Picked(ManualFunction):
-    """a′_p = a_{i(p)}; transposed, its transpose: what p sends arrives at i(p).  Saves i."""
-
-    @staticmethod
-    def forward(x: Tensor, i: Tensor, at: Windows, transposed: bool) -> Tensor:
-        return sheet.scatter(_float(x), i, at.size).to(x.dtype) if transposed else sheet.gather(x, i)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, i, ctx.at, ctx.transposed = inputs
-        _save_all(ctx, i)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        (i,) = ctx.saved_tensors
-        return None if g is None else apply(Picked, g, i, ctx.at, not ctx.transposed), None, None, None
-
-    @staticmethod
-    def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
-        (i,) = _primals(ctx)
-        return apply(Picked, x_t, i, ctx.at, ctx.transposed)
+def _picked(x: Tensor, transposed: bool, i: Tensor, at: Windows) -> Tensor:
+    return sheet.scatter(_float(x), i, at.size).to(x.dtype) if transposed else sheet.gather(x, i)
 
 
-class Average(ManualFunction):
-    """a′ = S a / D; transposed, its transpose Sᵀ (g / D).  Saves nothing."""
-
-    @staticmethod
-    def forward(x: Tensor, at: Windows, with_padding: bool, divisor: int | None, transposed: bool) -> Tensor:
-        if transposed:
-            return _spread(x, at, with_padding, divisor)
-        return sheet.average(x, at, with_padding, divisor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *ctx.arguments, ctx.transposed = inputs
-        checks.real("input of a pooling", x, whole=True)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        return None if g is None else apply(Average, g, *ctx.arguments, not ctx.transposed), None, None, None, None
-
-    @staticmethod
-    def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
-        return apply(Average, x_t, *ctx.arguments, ctx.transposed)
+def _average(x: Tensor, transposed: bool, _: None, at: Windows, with_padding: bool, divisor: int | None) -> Tensor:
+    return (_spread if transposed else sheet.average)(x, at, with_padding, divisor)
 
 
 _spread = kernels.rounded_once(sheet.spread)
+Picked = linear("Picked", "a′_p = a_{i(p)}; transposed, what p sends arrives at i(p).  Saves i.", _picked)
+Average = linear("Average", "a′ = S a / D; transposed, Sᵀ (g / D).  Saves nothing.", _average)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Normalisation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _norm_function(name: str, doc: str, forward: Callable[..., Any]) -> type[ManualFunction]:
+def _norm_function(name: str, doc: str, forward: Callable[..., Any], given: bool = False) -> type[ManualFunction]:
     """Return the Function x, γ, β, last, ε, … ↦ y, μ, r, and perhaps running statistics.  Saves x, γ, μ, r.
 
-    last   how many dimensions of a row are a set, the last ones; 0 if each channel is a set
+    last    how many dimensions of a row are a set, the last ones; 0 if each channel is a set
+    given   whether m and s, its last arguments, stand for μ and v: then it returns y alone, and saves x, γ, m, s
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, ctx.last, ctx.ε, *_ = inputs
-        _, μ, r, *_ = output
-        ctx.statistics = len(output) - 1
-        _save_all(ctx, x, weight, μ, r)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, _, ctx.last, ctx.ε, *more = inputs
+        ctx.statistics = 0 if given else len(output) - 1
+        save_all(ctx, x, weight, *(more if given else output[1:3]))
 
     def backward(ctx: Any, g: Tensor | None, *_: None) -> Gradients:
         x, weight, *saved = ctx.saved_tensors
         # If this may be differentiated, μ and r are computed again: as they were saved, they have no history.
-        own = None if torch.is_grad_enabled() or kernels.transforming() else saved
-        gradients = norm_gradients(g, x, weight, ctx.last, ctx.ε, ctx.needs_input_grad[:3], own=own)
+        own = None if given or torch.is_grad_enabled() or kernels.transforming() else saved
+        needs, constants = ctx.needs_input_grad[:3], saved if given else None
+        gradients = norm_gradients(g, x, weight, ctx.last, ctx.ε, needs, constants, own)
         return *gradients, *(None for _ in ctx.needs_input_grad[3:])
 
     def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any) -> Any:
-        x, weight, μ, _ = _primals(ctx)
-        y_t = _norm_tangent(x, weight, ctx.last, ctx.ε, None, (x_t, weight_t, bias_t))
+        x, weight, *saved = primals(ctx)
+        y_t = _norm_tangent(x, weight, ctx.last, ctx.ε, saved if given else None, (x_t, weight_t, bias_t))
         # Nobody differentiates the statistics. Marked as such, they break jvp of vmap.
-        return y_t, *[torch.zeros_like(μ)] * ctx.statistics
+        return y_t if given else (y_t, *[torch.zeros_like(saved[0])] * ctx.statistics)
 
     return define(name, doc, forward, setup_context, backward, tangent)
 
@@ -211,6 +173,10 @@ def _layer_norm(x: Tensor, weight: Any, bias: Any, last: int, ε: float) -> tupl
     return torch.native_layer_norm(x, x.shape[x.dim() - last :], weight, bias, ε)
 
 
+def _running_norm(x: Tensor, weight: Any, bias: Any, last: int, ε: float, m: Tensor, s: Tensor) -> Tensor:
+    return torch.native_batch_norm(x, weight, bias, m, s, False, 0.0, ε)[0] if x.numel() else x.clone()
+
+
 BatchNorm = _norm_function(
     "BatchNorm",
     """y = γ x̂ + β over the set of each channel, μ, r, and the running statistics m and s after this batch.
@@ -224,29 +190,12 @@ LayerNorm = _norm_function(
 )
 
 
-class RunningNorm(ManualFunction):
-    """y = γ (x − m) ρ + β, ρ = 1/√(s + ε): m and s, the running statistics, are given.  Saves x, γ, m, s."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, m: Tensor, s: Tensor, ε: float) -> Tensor:
-        if x.numel() == 0:
-            return x.clone()
-        return torch.native_batch_norm(x, weight, bias, m, s, False, 0.0, ε)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, m, s, ctx.ε = inputs
-        _save_all(ctx, x, weight, m, s)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Gradients:
-        x, weight, *given = ctx.saved_tensors
-        return *norm_gradients(g, x, weight, 0, ctx.ε, ctx.needs_input_grad[:3], given), None, None, None
-
-    @staticmethod
-    def tangent(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Tensor:
-        x, weight, *given = _primals(ctx)
-        return _norm_tangent(x, weight, 0, ctx.ε, given, (x_t, weight_t, bias_t))
+RunningNorm = _norm_function(
+    "RunningNorm",
+    "y = γ (x − m) ρ + β, ρ = 1/√(s + ε): m and s, the running statistics, are given.  Saves x, γ, m, s.",
+    _running_norm,
+    given=True,
+)
 
 
 def _sets(x: Tensor, last: int) -> tuple[Dims, Dims]:
@@ -316,7 +265,7 @@ def _norm_tangent(x: Tensor, weight: Tensor | None, last: int, ε: float, given:
     x_t, *of_channels = tangents
     x̂, r, over = _normalised(x, last, ε, given)
     γ, weight_t, bias_t = (_along(of, x, last) for of in (weight, *of_channels))
-    return _sum_of(
+    return sum_of(
         None if x_t is None else sheet.scaled(sheet.norm_input(_float(x_t), x̂, r, None, over), γ, None),
         None if weight_t is None else sheet.scaled(x̂, weight_t, None),
         None if bias_t is None else bias_t.expand_as(x),

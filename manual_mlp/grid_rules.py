@@ -70,7 +70,7 @@ class Pool(GridRule):
 
     def _function(self, x: Tensor, at: sheet.Windows, transposed: bool) -> Tensor:
         of = self.module
-        return apply(grid_functions.Average, x, at, of.count_include_pad, of.divisor_override, transposed)
+        return apply(grid_functions.Average, x, transposed, None, at, of.count_include_pad, of.divisor_override)
 
     def forward(self, a: Tensor) -> Tensor:
         if isinstance(self.module, nn.MaxPool2d):
@@ -80,7 +80,7 @@ class Pool(GridRule):
     def backward(self, g: Tensor, a: Tensor, needs: Sequence[bool]) -> Gradients:
         at = self._at(a)
         if isinstance(self.module, nn.MaxPool2d):
-            return (apply(grid_functions.Picked, g, sheet.largest(a.detach(), at)[1], at, True),)
+            return (apply(grid_functions.Picked, g, True, sheet.largest(a.detach(), at)[1], at),)
         return (self._function(g, at, True),)
 
 

@@ -15,7 +15,7 @@ from manual_mlp import checks
 from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting
-from manual_mlp.functions import _sum_of
+from manual_mlp.functions import sum_of
 from manual_mlp.network import parameters_of, reading_of
 from manual_mlp.program import Activate, Add, Affine, Drop, Program, cost_of
 
@@ -326,11 +326,11 @@ class Curvature:
             if isinstance(rule, Affine):
                 terms = [rule.forward(self._slots[reads[0]], *direction[span])] if any(self._needs[span]) else []
                 terms += [] if ins[0] is None else [rule.forward(ins[0], self._tensors[span][0], None)]
-                moved.append(_sum_of(*terms))
+                moved.append(sum_of(*terms))
             elif isinstance(rule, Activate) and ins[0] is not None:
                 moved.append(rule.backward(ins[0], self._saved(i), needs=())[0])
             else:  # a sum, or a dropout that draws nothing
-                moved.append(_sum_of(*ins))
+                moved.append(sum_of(*ins))
         return moved
 
     def _moved_back(

@@ -112,7 +112,7 @@ def _activation_cases(sizes: Sizes) -> list[Case]:
             continue
 
         def ours(z: Tensor, row: Row = row, values: tuple[float, ...] = row.values) -> Tensor:
-            return functions.apply(functions.ACTIVATION[row.name, row.saves], z, *values)
+            return F.activation(row.name, z, *values)
 
         def in_place(z: Tensor, row: Row = row, values: tuple[float, ...] = row.values) -> Tensor:
             """On a copy, since a leaf that requires a gradient can't be written."""
@@ -172,7 +172,7 @@ def _dropout_case(sizes: Sizes) -> Case:
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
     return Case(
         "dropout",
-        lambda a: functions.apply(functions.Dropout, a, mask, 0.6),
+        lambda a: functions.apply(functions.Dropout, a, False, mask, 0.6),
         lambda a: a * mask.to(a.dtype).div(0.6),
         random(shape),
         has_rows_of_its_own=True,

@@ -96,7 +96,7 @@ def test_the_way_around_compiled_grad() -> None:
 
 
 def test_nested_forward_mode_is_zero_through_a_function() -> None:
-    """pytorch#197867. Mended when this fails: then drop `_nesting` and `_primals` in functions.py."""
+    """pytorch#197867. Mended when this fails: then drop `_nesting` and `primals` in functions.py."""
     x = torch.tensor(2.0)
     assert jacfwd(Cube.apply)(x) == 12
     assert jacfwd(jacfwd(Cube.apply))(x) == 0
