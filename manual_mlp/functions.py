@@ -387,15 +387,15 @@ def linear(name: str, doc: str, L: Callable[..., Tensor]) -> type[ManualFunction
 
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
         (of,) = ctx.saved_tensors
-        delta = None if g is None else apply(function, g, not ctx.transposed, of, *ctx.values)
+        delta = None if g is None else apply(applied, g, not ctx.transposed, of, *ctx.values)
         return delta, *(None for _ in ctx.needs_input_grad[1:])
 
     def tangent(ctx: Any, x_t: Tensor, *_: None) -> Tensor:
         (of,) = primals(ctx)
-        return apply(function, x_t, ctx.transposed, of, *ctx.values)
+        return apply(applied, x_t, ctx.transposed, of, *ctx.values)
 
-    function: type[ManualFunction] = define(name, doc, L, setup_context, backward, tangent)
-    return function
+    applied = define(name, doc, L, setup_context, backward, tangent)
+    return applied
 
 
 Dropout = linear(
