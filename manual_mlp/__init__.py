@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from manual_mlp.engine import BackpropEngine as BackpropEngine
     from manual_mlp.ensemble import EnsembleEngine as EnsembleEngine
     from manual_mlp.errors import InputError as InputError
-    from manual_mlp.grid_modules import *  # noqa: F403
     from manual_mlp.lenet import LeNet as LeNet
     from manual_mlp.modules import *  # noqa: F403
     from manual_mlp.perceptron import Perceptron as Perceptron
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# The submodule of each public name; every public class of these modules is one, too.
-_OF_CLASSES = ("modules", "grid_modules")
+# The submodule of each public name; every public class of modules.py is one, too.
 _HOME = {
     **dict.fromkeys(("convert", "left_alone", "revert"), "conversion"),
     **dict.fromkeys(("Trace", "trace"), "tracing"),
@@ -43,13 +41,12 @@ _SUBMODULES = ("functional", "network", "plots", "testing")
 
 
 def _classes() -> dict[str, Any]:
-    """Return the public classes that the modules of `_OF_CLASSES` define."""
-    modules = [import_module(f"manual_mlp.{name}") for name in _OF_CLASSES]
+    """Return the public classes that modules.py defines."""
+    modules = import_module("manual_mlp.modules")
     return {
         name: value
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_")
+        for name, value in vars(modules).items()
+        if isinstance(value, type) and value.__module__ == modules.__name__ and not name.startswith("_")
     }
 
 

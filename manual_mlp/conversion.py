@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
-from manual_mlp import functional, functions, grid_modules, modules
+from manual_mlp import functional, functions, modules
 from manual_mlp.errors import InputError
+from manual_mlp.modules import ACTIVATION_MODULES, OURS
 
-OURS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: modules.Affine, **modules.OURS, **grid_modules.OURS}
-_CONVERTED = tuple(OURS.values())
-_ACTIVATIONS = frozenset(modules.OURS.values())
 # A layer with such a name that can't be converted is reported. Quantised layers share nothing else with nn.Linear.
 _NAMES = frozenset(plain.__name__ for plain in OURS) - {nn.Identity.__name__}
 # The classes of torch.nn that compute something nonlinear, by file or name.
@@ -135,7 +133,7 @@ def _base(module: nn.Module) -> type[nn.Module]:
 def _obstacle(module: nn.Module) -> str | None:
     """Return the reason why a layer with a counterpart of ours can't be converted; None for any other module."""
     kind = _base(module)
-    if issubclass(kind, _CONVERTED) or not _NAMES.intersection(base.__name__ for base in kind.__mro__):
+    if issubclass(kind, tuple(OURS.values())) or not _NAMES.intersection(base.__name__ for base in kind.__mro__):
         return None
     if kind not in OURS:
         return f"a {kind.__module__}.{kind.__qualname__} may compute something else than torch.nn's own layer"
@@ -238,7 +236,8 @@ def _unpickled(plain: type[nn.Module]) -> nn.Module:
 
 
 def _is_pair(affine: Any, activation: Any) -> bool:
-    return type(affine) is modules.Affine and type(activation) in _ACTIVATIONS
+    kind = type(activation)
+    return type(affine) is modules.Affine and kind in ACTIVATION_MODULES and kind not in OURS
 
 
 def _fusible(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """THE SHEET: the formulas of the package, forward and δ, on plain tensors. No autograd, no modules, no state.
 
-This is its first page. The second, `grids.py`, has convolution, pooling, normalisation and softmax.
+This is its first page: affine map, activations, costs, their second derivatives, dropout, the perceptron, pretraining.
+The second page is `grids.py`: convolution, max and mean pooling, batch norm, layer norm, softmax of any dimension.
 
 Letters and indices, here and in all code that calls this file (L layers, the input layer is layer 1, N rows):
 

@@ -1,8 +1,8 @@
 """torch.autograd.Functions: each binds formulas of the sheet to autograd, and chooses what is saved and returned.
 
 `Affine`, `Sigmoid` and `AffineSigmoid` are written out, because they are the lesson. The other activations come from
-their rows: `ACTIVATION[name, saves]` alone, `AFFINE_ACTIVATION[name, saves]` fused with the affine map. Quadratic and
-binary cross-entropy costs come from theirs.
+their rows: `ACTIVATION[name, saves]` alone, `AFFINE_ACTIVATION[name, saves]` fused with the affine map. Linear maps and
+most costs come from theirs. None has the conjugates that complex tensors need: `functional.py` refuses those.
 
 Call a Function by `apply(Function, *arguments)`. In every backward g is ∂C/∂(output). It may be None (undefined),
 expanded or strided; a backward reads it and never writes to it. A tensor is saved only for a gradient that is needed.

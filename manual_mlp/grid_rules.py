@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manual_mlp import grid_functional, grid_functions, grid_modules, kernels
+from manual_mlp import functional, grid_functions, kernels, modules
 from manual_mlp import grids as sheet
 from manual_mlp.functions import apply
 from manual_mlp.grid_functions import INPUT, WEIGHT, Convolution
@@ -40,11 +40,11 @@ class Convolve(GridRule):
 
     def _at(self, a: Tensor, weight: Tensor) -> sheet.Geometry:
         of = self.module
-        return grid_functional.geometry(a, weight, of.stride, of.padding, of.dilation, of.groups)
+        return functional.geometry(a, weight, of.stride, of.padding, of.dilation, of.groups)
 
     def forward(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         of = self.module
-        return grid_functional.conv2d(a, weight, bias, of.stride, of.padding, of.dilation, of.groups)
+        return functional.conv2d(a, weight, bias, of.stride, of.padding, of.dilation, of.groups)
 
     def backward(self, g: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Gradients:
         at, (needs_a, needs_weight, needs_bias) = self._at(a, weight), needs
@@ -66,7 +66,7 @@ class Pool(GridRule):
     def _at(self, a: Tensor) -> sheet.Windows:
         of = self.module
         d = getattr(of, "dilation", 1)
-        return grid_functional.windows(a, of.kernel_size, of.stride, of.padding, d, of.ceil_mode)
+        return functional.windows(a, of.kernel_size, of.stride, of.padding, d, of.ceil_mode)
 
     def _function(self, x: Tensor, at: sheet.Windows, transposed: bool) -> Tensor:
         of = self.module
@@ -124,9 +124,9 @@ class Normalise(GridRule):
 
     def forward(self, x: Tensor, weight: Any, bias: Any, given: Tensor | None, ε: float) -> Tensor:
         if self.last:
-            return grid_functional.layer_norm(x, self.module.normalized_shape, weight, bias, ε)
+            return functional.layer_norm(x, self.module.normalized_shape, weight, bias, ε)
         m, s = (None, None) if given is None else given
-        return grid_functional.batch_norm(x, m, s, weight, bias, given is None, 0.0, ε)
+        return functional.batch_norm(x, m, s, weight, bias, given is None, 0.0, ε)
 
     def backward(
         self, g: Tensor, x: Tensor, weight: Any, bias: Any, given: Tensor | None, ε: float, needs: Sequence[bool]
@@ -136,7 +136,7 @@ class Normalise(GridRule):
     def observe(self, x: Tensor) -> None:
         """Update the running statistics as a call of the module in training does."""
         if not self.last and self.module.training and self.module.track_running_stats:
-            grid_modules.track(self.module, x)
+            modules.track(self.module, x)
 
 
 class Softmax(GridRule):
@@ -145,7 +145,7 @@ class Softmax(GridRule):
     saves, keeps_width, title = "output", True, "softmax"
 
     def forward(self, z: Tensor) -> Tensor:
-        return grid_functional.softmax(z, self.module.dim)
+        return functional.softmax(z, self.module.dim)
 
     def backward(self, g: Tensor, a: Tensor, needs: Sequence[bool]) -> Gradients:
         return (grid_functions.softmax_delta(g, a, self.module.dim),)
@@ -156,4 +156,4 @@ RULES: dict[type[nn.Module], type[GridRule]] = {
     **{nn.Flatten: Reshape, nn.Unflatten: Reshape},
     **{nn.BatchNorm1d: Normalise, nn.BatchNorm2d: Normalise, nn.LayerNorm: Normalise, nn.Softmax: Softmax},
 }
-RULES |= {ours: RULES[plain] for plain, ours in grid_modules.OURS.items()}
+RULES |= {modules.OURS[plain]: rule for plain, rule in RULES.items() if plain in modules.OURS}

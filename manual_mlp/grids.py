@@ -1,4 +1,4 @@
-"""THE SECOND PAGE OF THE SHEET: convolution, pooling, normalisation and softmax, forward and backward.
+"""THE SECOND PAGE OF THE SHEET: convolution, pooling, batch norm, layer norm and softmax, forward and backward.
 
 The letters of `formulas.py` hold. Beside them:
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from manual_mlp import checks
-from manual_mlp.grid_modules import BatchNorm2d, Conv2d, MaxPool2d
+from manual_mlp import checks, modules
 from manual_mlp.modules import MLP, _Chain, activation_module, in_torch, mlp_of, of_layers, restored
 from manual_mlp.shapes import size_after
 
@@ -52,9 +51,9 @@ class LeNet(_Chain):
         layers: list[nn.Module] = [nn.Unflatten(1, (1, *image_shape))]
         for index, (n_in, n_out) in enumerate(pairwise([1, *channels])):
             padding, has_bias = 0 if index else kernel // 2, bias and not batch_norm
-            conv = Conv2d(n_in, n_out, kernel, padding=padding, bias=has_bias, device=device, dtype=dtype)
-            norm = [BatchNorm2d(n_out, device=device, dtype=dtype)] if batch_norm else []
-            layers.append(nn.Sequential(conv, *norm, activation_module(activation), MaxPool2d(2)))
+            conv = modules.Conv2d(n_in, n_out, kernel, padding=padding, bias=has_bias, device=device, dtype=dtype)
+            norm = [modules.BatchNorm2d(n_out, device=device, dtype=dtype)] if batch_norm else []
+            layers.append(nn.Sequential(conv, *norm, activation_module(activation), modules.MaxPool2d(2)))
         n_in = channels[-1] * math.prod(size_after(image_shape, len(channels), kernel))
         arguments |= {"bias": bias, "batch_norm": batch_norm and len(sizes) > 1, "device": device, "dtype": dtype}
         mlp = MLP([n_in, *sizes], activation, **arguments)

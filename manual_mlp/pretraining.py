@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from manual_mlp import checks
 from manual_mlp import formulas as sheet
-from manual_mlp.autocast import autocasting
 from manual_mlp.errors import InputError
+from manual_mlp.kernels import autocasting
 from manual_mlp.network import parameters_of, reading_of
 from manual_mlp.program import Activate, Drop
 

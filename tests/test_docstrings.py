@@ -17,19 +17,15 @@ from manual_mlp.second_order import Curvature
 SUBMODULES = (mm.functional, mm.network, mm.plots, mm.testing)
 RETURNED = {"Curvature": Curvature}  # by mm.curvature
 # Public only to the files beside them.
-INTERNAL = {f"functional.{name}" for name in ("apply_affine", "autocasting", "bound_row", "name_and_values")}
+INTERNAL = {f"functional.{name}" for name in ("apply_affine", "bound_row", "geometry", "name_and_values", "windows")}
 INTERNAL |= {f"network.{name}" for name in ("Reading", "reading_of", "parameters_of", "LossPlan", "NetworkCost")}
 INTERNAL |= {"functional.activation"}
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def public(module: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the public names of a submodule with what they name: what it exports, or what it defines.
-
-    mm.functional also has, from another file, what torch.nn.functional has for grids.
-    """
-    homes = {module.__name__, "manual_mlp.grid_functional"} if module is mm.functional else {module.__name__}
-    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") in homes]
+    """Yield the public names of a submodule with what they name: what it exports, or what it defines."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     for name in getattr(module, "__all__", own):
         if not name.startswith("_"):
             yield f"{module.__name__.partition('.')[2]}.{name}", getattr(module, name)

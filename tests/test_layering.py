@@ -13,12 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each layer imports only from the ones before it.
 LAYERS = [
     ["errors", "pipes", "cuda_graph", "tables", "shapes"],
-    ["formulas", "grids", "checks", "autocast"],
+    ["formulas", "grids", "checks"],
     ["checkpoint", "kernels", "notation"],
     ["functions"],
     ["grid_functions"],
-    ["grid_functional"],
-    ["functional", "grid_modules"],
+    ["functional"],
     ["modules"],
     ["conversion", "snapshot", "perceptron", "grid_rules", "lenet"],
     ["program"],
@@ -150,4 +149,4 @@ def test_mathematics_stays_on_the_sheet(file: Path) -> None:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in componentwise:
             owner = ast.unparse(node.func.value)
-            assert owner in ("sheet", "functional", "grid_functional"), f"line {node.lineno}: {ast.unparse(node)}"
+            assert owner in ("sheet", "functional"), f"line {node.lineno}: {ast.unparse(node)}"
