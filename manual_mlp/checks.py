@@ -9,7 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, ParamSpec
 
 import torch
@@ -99,10 +99,6 @@ def count(name: str, value: Any) -> None:
         raise InputError(f"expected {name} of at least 1; got {value!r}")
 
 
-def batch_size(value: Any) -> None:
-    count("a batch_size", value)
-
-
 def reduction(value: str) -> None:
     if value not in ("none", "mean", "sum"):
         raise InputError(f"expected a reduction of 'none', 'mean' or 'sum'; got {value!r}")
@@ -180,6 +176,21 @@ def one_kind(**named: Tensor | None) -> None:
             raise InputError(f"expected one {what} for all tensors; got {came}: call .to({kinds[last]}) on the {first}")
 
 
+def _of_shape(shape: tuple[int, ...], each: str, **named: Tensor | None) -> None:
+    for name, values in named.items():
+        if values is not None and (came := tuple(values.shape)) != shape:
+            raise InputError(f"expected a {name} of shape {shape}, one for each {each}; got shape {came}")
+
+
+def _weight_and_bias(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse what is not real, a bias of another shape, and several dtypes or devices."""
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            real(name, tensor)
+    _of_shape((len(weight),), "output", bias=bias)
+    one_kind(input=input, weight=weight, bias=bias)
+
+
 def one_shape(terms: Sequence[Tensor]) -> None:
     """Refuse terms of several shapes, which would broadcast to something else."""
     if any(term.shape != terms[0].shape for term in terms):
@@ -195,23 +206,18 @@ def one_shape(terms: Sequence[Tensor]) -> None:
 
 
 def affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            real(f"{name} of an affine map", tensor)
     if input.is_nested and input.layout == torch.strided:
         return  # it has no shape to speak of: what was raised before stands
     if weight.dim() != 2:
         raise InputError(f"expected a weight of shape (out_features, in_features); got shape {tuple(weight.shape)}")
-    n_out, n_in = weight.shape
+    n_in = weight.shape[1]
     if input.dim() == 0 or input.shape[-1] != n_in:
         fix = "transpose the input" if n_in in input.shape else "flatten or select the features, or change in_features"
         raise InputError(
             f"expected an input whose last dimension is in_features={n_in}; got shape {tuple(input.shape)} "
             f"for a weight of shape {tuple(weight.shape)}: {fix}"
         )
-    if bias is not None and bias.shape != (n_out,):
-        raise InputError(f"expected a bias of shape ({n_out},), one for each output; got shape {tuple(bias.shape)}")
-    one_kind(input=input, weight=weight, bias=bias)
+    _weight_and_bias(input, weight, bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,14 +273,11 @@ def factor(name: str, weight: Tensor, prediction: Tensor) -> None:
     one_kind(**{name: weight.to(prediction.dtype), "prediction": prediction})
 
 
-def logits(z: Tensor, class_dim: int, weight: Tensor | None) -> None:
+def classes(z: Tensor, class_dim: int, weight: Tensor | None, target: Tensor, ignore_index: int) -> None:
+    """Refuse logits without classes, and what is neither a probability for each class nor a class for each sample."""
     if z.dim() == 0 or (weight is not None and weight.shape != (z.shape[class_dim],)):
         came = f"{tuple(z.shape)}" + ("" if weight is None else f" with a weight of shape {tuple(weight.shape)}")
         raise InputError(f"expected logits (N, classes) and a weight (classes,); got {came}")
-
-
-def target_of_logits(z: Tensor, class_dim: int, target: Tensor, ignore_index: int) -> None:
-    """Refuse what is neither a probability for each class nor a class index for each sample."""
     if target.dtype.is_floating_point:
         fits = target.shape == z.shape
         if fits and ignore_index >= 0:
@@ -293,7 +296,9 @@ def target_of_logits(z: Tensor, class_dim: int, target: Tensor, ignore_index: in
 
 
 def labels(target: Tensor, classes: int, ignore_index: int | None = None) -> None:
-    """Refuse class labels out of range. On a GPU it waits for them."""
+    """Refuse class labels out of range; other targets pass. On a GPU it waits for them."""
+    if target.is_floating_point():
+        return
     kept = target if ignore_index is None else target[target != ignore_index]
     if kept.numel() == 0 or (int(kept.min()) >= 0 and int(kept.max()) < classes):
         return
@@ -325,15 +330,15 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
 def full_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
     """Refuse what `batch` refuses, a batch without rows, and labels out of range: on a GPU it waits for these."""
     batch(weight, outputs, input, target, loss)
-    some_rows(outputs, input, target, loss)
+    some_rows(outputs, input, target)
 
 
-def some_rows(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
+def some_rows(outputs: int, input: Tensor, target: Tensor) -> None:
     """Refuse a batch without rows, and labels out of range."""
     tensors(input=input, target=target)
     if len(input) == 0:
         raise InputError("expected a batch with at least one row; got none, whose mean cost is NaN")
-    batch_labels(outputs, target, loss)
+    labels(target, outputs)
 
 
 def share_memory(parameters: Iterable[Tensor]) -> bool:
@@ -366,12 +371,9 @@ def buffer(prediction: Tensor, shape: tuple[int, ...], input: Tensor, target: Te
         )
     expected = torch.Size(shape), input.dtype, input.device, False
     if (prediction.shape, prediction.dtype, prediction.device, prediction.requires_grad) == expected:
-        room = 0  # between the first and the last number of the dimensions before
-        for stride, size in sorted(zip(prediction.stride(), shape, strict=True)):
-            if size > 1 and stride <= room:
-                break
-            room += stride * (size - 1)
-        else:
+        steps = sorted((stride, size - 1) for stride, size in zip(prediction.stride(), shape, strict=True) if size > 1)
+        reached = accumulate((stride * count for stride, count in steps), initial=0)  # by the dimensions before
+        if all(stride > before for (stride, _), before in zip(steps, reached, strict=False)):
             return
     raise InputError(
         f"expected a prediction of shape {shape} and {input.dtype} on {input.device} to fill, each number in a place "
@@ -404,11 +406,6 @@ def target_of(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
             f"got {tuple(target.shape)} of {target.dtype} on {target.device}"
             + (hint or ": reshape it, or call .to() on it")
         )
-
-
-def batch_labels(outputs: int, target: Tensor, loss: str) -> None:
-    if loss == "cross_entropy" and target.dim() == 1:
-        labels(target, outputs)
 
 
 def trainable(parameters: Iterable[Tensor | None]) -> None:
@@ -449,9 +446,6 @@ def image(name: str, tensor: Tensor) -> None:
 
 
 def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            real(f"{name} of a convolution", tensor)
     image("input of a convolution", input)
     if input.shape[-3] == 0:
         raise InputError(f"expected at least one channel; got an input of shape {tuple(input.shape)}")
@@ -460,9 +454,7 @@ def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int)
             f"expected a weight of shape (out_channels, {input.shape[-3]} / groups, kernel, kernel) for an input of "
             f"shape {tuple(input.shape)} and groups={groups}; got {tuple(weight.shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"expected a bias of shape ({len(weight)},), one for each output; got {tuple(bias.shape)}")
-    one_kind(input=input, weight=weight, bias=bias)
+    _weight_and_bias(input, weight, bias)
 
 
 def batch_norm(
@@ -470,11 +462,7 @@ def batch_norm(
 ) -> None:
     if x.dim() < 2:
         raise InputError(f"expected an input of shape (N, C, …) for a batch norm; got {tuple(x.shape)}")
-    for name, values in (("running_mean", m), ("running_var", s), ("weight", weight), ("bias", bias)):
-        if values is not None and values.shape != x.shape[1:2]:
-            raise InputError(
-                f"expected a {name} of shape ({x.shape[1]},), one for each channel; got {tuple(values.shape)}"
-            )
+    _of_shape((x.shape[1],), "channel", running_mean=m, running_var=s, weight=weight, bias=bias)
     if not training and (m is None or s is None):
         raise InputError("expected running_mean and running_var outside of training; got None: pass training=True")
     if ε < 0 or (training and ε == 0):
@@ -489,6 +477,4 @@ def batch_norm(
 def layer_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
     if not shape or x.shape[-len(shape) :] != shape:
         raise InputError(f"expected an input of shape (…, {', '.join(map(str, shape))}); got {tuple(x.shape)}")
-    for name, values in (("weight", weight), ("bias", bias)):
-        if values is not None and values.shape != shape:
-            raise InputError(f"expected a {name} of shape {shape}; got {tuple(values.shape)}")
+    _of_shape(shape, "number of a row", weight=weight, bias=bias)

@@ -328,7 +328,7 @@ class BackpropEngine:
     def _train_rows(
         self, input: Tensor, target: Tensor, batch_size: int, order: Tensor | None, prediction: Tensor | None
     ) -> Tensor:
-        checks.batch_size(batch_size)
+        checks.count("a batch_size", batch_size)
         self._check_own_memory(input, target, prediction)
         input, target = input.detach(), target.detach()
         native = self._natively(input, target, batch_size=batch_size)

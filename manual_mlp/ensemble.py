@@ -297,7 +297,7 @@ class EnsembleEngine:
                 engine._check(input, target)
             except InputError as error:
                 raise InputError(f"net {k}: {error}" if self._unlike else str(error)) from None
-        checks.batch_size(batch_size)
+        checks.count("a batch_size", batch_size)
         if generators is not None and (not isinstance(generators, Sequence) or len(generators) != self._k):
             came = len(generators) if isinstance(generators, Sequence) else type(generators).__name__
             raise InputError(f"expected {self._k} generators, one for each net; got {came}")

@@ -449,9 +449,8 @@ def quadratic_loss(input: Tensor, target: Tensor, weight: Tensor | None = None) 
     >>> cost.item(), prediction.grad.tolist()  # ½ (0.5 − 1)² / 2, and (a − ŷ) / 2
     (0.0625, [[-0.25], [0.0]])
     """
-    checks.tensors(prediction=input)
-    checks.samples(input)
     input, target = _pair(input, target)
+    checks.samples(input)
     return apply(functions.Quadratic, input, target, _factor("weight", weight, input), "samples")
 
 
@@ -525,8 +524,7 @@ def cross_entropy(
     checks.fraction("label_smoothing", label_smoothing)
     checks.tensors(prediction=input, target=target)
     input, class_dim = _real_cost(input), min(1, input.dim() - 1)
-    checks.logits(input, class_dim, weight)
-    checks.target_of_logits(input, class_dim, target, ignore_index)
+    checks.classes(input, class_dim, weight, target, ignore_index)
     z = input.movedim(class_dim, -1)
     weight = _factor("weight", weight, z)
     if target.dtype.is_floating_point:

@@ -38,16 +38,14 @@ class Convolve(GridRule):
 
     names, title = ("weight", "bias"), "convolution"
 
-    def _at(self, a: Tensor, weight: Tensor) -> sheet.Geometry:
-        of = self.module
-        return functional.geometry(a, weight, of.stride, of.padding, of.dilation, of.groups)
+    def _places(self) -> tuple[Any, ...]:
+        return self.module.stride, self.module.padding, self.module.dilation, self.module.groups
 
     def forward(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        of = self.module
-        return functional.conv2d(a, weight, bias, of.stride, of.padding, of.dilation, of.groups)
+        return functional.conv2d(a, weight, bias, *self._places())
 
     def backward(self, g: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Gradients:
-        at, (needs_a, needs_weight, needs_bias) = self._at(a, weight), needs
+        at, (needs_a, needs_weight, needs_bias) = functional.geometry(a, weight, *self._places()), needs
         return (
             Convolution.of(INPUT, (None, weight, g), None, at) if needs_a else None,
             Convolution.of(WEIGHT, (a, None, g), None, at) if needs_weight else None,

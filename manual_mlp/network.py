@@ -232,7 +232,7 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
         read(model, grids=True)  # `p.data =` can leave layers that do not fit each other
         if not reading.program.grids:
             checks.batch(flat[0], outputs, input, target, loss)
-        checks.batch_labels(outputs, target, loss)
+        checks.labels(target, outputs)
         checks.trainable(flat)
         raise
 

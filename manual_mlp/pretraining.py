@@ -47,7 +47,7 @@ def pretrain(
     """
     layers = _hidden_layers(net)
     checks.positive("learning rate lr", lr)
-    checks.batch_size(batch_size)
+    checks.count("a batch_size", batch_size)
     checks.count("epochs", epochs)
     checks.tensors(x=x)
     checks.dense(x=x)

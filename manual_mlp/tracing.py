@@ -450,7 +450,7 @@ def trace(
         raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
     x, target = _batch(x, target, weights[0], loss, 3 if isinstance(program.nodes[0].rule, Convolve | Pool) else 1)
     if program.grids:  # which look at x themselves
-        checks.some_rows(len(weights[-1]), x, target, loss)
+        checks.some_rows(len(weights[-1]), x, target)
     else:
         checks.full_batch(weights[0], len(weights[-1]), x, target, loss)
     one = one_pass(program, x, target, loss, program.draw(x))
