@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from manual_mlp.errors import InputError
-from manual_mlp.shapes import size_after
 
 P = ParamSpec("P")
 
@@ -68,24 +67,6 @@ def some_hidden(hidden: Sequence[int]) -> None:
     if not hidden:
         raise InputError(
             "expected a hidden layer for batch_norm=True; got none: the output layer is not normalised, so leave it out"
-        )
-
-
-def images(image_shape: Any, channels: Any, kernel: Any) -> None:
-    """Refuse rows that are no images, and images too small for the convolutions over them."""
-    lists = all(isinstance(of, Sequence) for of in (image_shape, channels))
-    numbers = (*image_shape, *channels, kernel) if lists else ()
-    whole = numbers and all(hasattr(number, "__index__") and number >= 1 for number in numbers)
-    if not whole or len(image_shape) != 2 or not channels:
-        given = f"{image_shape}, {channels} and {kernel}"
-        raise InputError(
-            "expected images of (H, W) for convolutions of one or more channels with a kernel of 1 or more; "
-            f"got {given}: take images, such as data=digits, or no channels"
-        )
-    if min(size_after(image_shape, len(channels), kernel)) < 1:
-        raise InputError(
-            f"expected an image that {len(channels)} convolutions of {kernel}×{kernel}, each with a pool of 2, leave "
-            f"something of; got {image_shape[0]}×{image_shape[1]}: take a smaller kernel or fewer channels"
         )
 
 

@@ -20,6 +20,11 @@ class InputError(ValueError, RuntimeError):
         return shown(super().__str__(), keep="\n")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; its class if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def shown(text: object, keep: str = "") -> str:
     r"""Return text in which what can't be seen, or a terminal would obey, is written as in Python: \t, \x1b, \u202e.
 

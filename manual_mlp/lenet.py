@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from manual_mlp import checks, modules
+from manual_mlp import modules
+from manual_mlp.errors import InputError
 from manual_mlp.modules import MLP, _Chain, activation_module, in_torch, mlp_of, of_layers, restored
-from manual_mlp.shapes import size_after
+from manual_mlp.schema import size_after
 
 
 class LeNet(_Chain):
@@ -47,7 +48,7 @@ class LeNet(_Chain):
         dtype: Any = None,
         **arguments: Any,
     ) -> None:
-        checks.images(image_shape, channels, kernel)
+        _check_images(image_shape, channels, kernel)
         layers: list[nn.Module] = [nn.Unflatten(1, (1, *image_shape))]
         for index, (n_in, n_out) in enumerate(pairwise([1, *channels])):
             padding, has_bias = 0 if index else kernel // 2, bias and not batch_norm
@@ -86,6 +87,24 @@ class LeNet(_Chain):
         layers = [image, *(nn.Sequential(*in_torch(block.children())) for block in blocks), flat]
         theirs: dict[str, nn.Module] = {"convolutions": nn.Sequential(*layers), "mlp": self.mlp.to_torch()}
         return nn.Sequential(OrderedDict(theirs)).train(self.training)
+
+
+def _check_images(image_shape: Any, channels: Any, kernel: Any) -> None:
+    """Refuse rows that are no images, and images too small for the convolutions over them."""
+    lists = all(isinstance(of, Sequence) for of in (image_shape, channels))
+    numbers = (*image_shape, *channels, kernel) if lists else ()
+    whole = numbers and all(hasattr(number, "__index__") and number >= 1 for number in numbers)
+    if not whole or len(image_shape) != 2 or not channels:
+        given = f"{image_shape}, {channels} and {kernel}"
+        raise InputError(
+            "expected images of (H, W) for convolutions of one or more channels with a kernel of 1 or more; "
+            f"got {given}: take images, such as data=digits, or no channels"
+        )
+    if min(size_after(image_shape, len(channels), kernel)) < 1:
+        raise InputError(
+            f"expected an image that {len(channels)} convolutions of {kernel}×{kernel}, each with a pool of 2, leave "
+            f"something of; got {image_shape[0]}×{image_shape[1]}: take a smaller kernel or fewer channels"
+        )
 
 
 def net_of(values: Mapping[str, Any], **places: Any) -> MLP | LeNet:

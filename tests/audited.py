@@ -34,13 +34,13 @@ from torch import Tensor
 
 import manual_mlp as mm
 from manual_mlp import InputError, checkpoint, plots
-from manual_mlp.training import checkpoints, resume
+from manual_mlp.training import continuing, train
 from manual_mlp.training import run as training
-from manual_mlp.training.checkpoints import WholeFiles
 from manual_mlp.training.config import explain
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.predict import Predictor
-from manual_mlp.training.resume import with_its_own_overrides
+from manual_mlp.training.saving import WholeFiles
+from manual_mlp.training.train import with_its_own_overrides
 from tests.configs import ROOT, configured
 
 RUNS = {  # real ones, small
@@ -472,13 +472,13 @@ def ended(do: Callable[[], None], own: Path) -> str:
 
 def believe_paths() -> None:
     """S2, S3: take the paths of a checkpoint as they stand, and let Lightning remove what they name."""
-    checkpoints.Continuation._check_callbacks = lambda *_: None
+    continuing.Continuation._check_callbacks = lambda *_: None
     WholeFiles.remove_checkpoint = TorchCheckpointIO.remove_checkpoint
 
 
 def believe_overrides() -> None:
     """S1: take whatever a folder holds."""
-    resume._is_plain = lambda word: True
+    train.is_plain = lambda word: True
     globals()["check_words"] = lambda *_: None
 
 

@@ -21,7 +21,7 @@ def trained(folder: Path, *overrides: str, epochs: int = 2, resume: Path | None 
     """Trainer, module and data after so many epochs, without test or summary."""
     training.quieten()
     cfg = configured(folder, "data=iris", f"trainer.max_epochs={epochs}", *overrides)
-    data = training.build(cfg.data)
+    data = training.config.build(cfg.data)
     L.seed_everything(0, verbose=False)
     data.setup()
     module, trainer = training._module(cfg, data), training._trainer(cfg)

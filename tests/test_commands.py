@@ -19,7 +19,7 @@ from manual_mlp import InputError
 from manual_mlp.errors import shown
 from manual_mlp.training.commands import command, override, python
 from manual_mlp.training.config import shipped
-from manual_mlp.training.resume import MOST, PLACE, WORD, read_overrides, with_its_own_overrides
+from manual_mlp.training.train import MOST, PLACE, WORD, is_plain, read_overrides, with_its_own_overrides
 from tests.configs import CONF, ROOT, configured
 
 PARSE = OverridesParser.create().parse_overrides
@@ -136,10 +136,8 @@ class TestFolder:
     def test_test_and_predict_need_none(self, tmp_path: Path, text: str) -> None:
         given_now = folder_of(tmp_path, "data=iris", "optimizer.lr=2", text)
         assert with_its_own_overrides([given_now, "task=predict"]) == [given_now, "task=predict"]
-        decides = [
-            word for word in read_overrides(yaml.safe_dump([text])) if word.key.startswith(("data", "exp", "seed"))
-        ]
-        if decides:
+        (word,) = read_overrides(yaml.safe_dump([text]))
+        if word.key_or_group.startswith(("data", "exp", "seed")):
             with pytest.raises(InputError, match="only you can decide"):
                 with_its_own_overrides([given_now, "task=test"])
         else:
@@ -162,10 +160,11 @@ class TestFolder:
             return
         groups, keys = shipped()
         for word in words:
-            if word.plain:
-                key, value = PARSE([word.text])[0].key_or_group, PARSE([word.text])[0].value()
+            if is_plain(word):
+                (again,) = PARSE([word.input_line])
+                key, value = again.key_or_group, again.value()
                 items = value if isinstance(value, list) else [value]
-                assert word.text.startswith(f"{key}=")
+                assert word.input_line.startswith(f"{key}=")
                 assert key in groups or (key in keys and not any(part.startswith("_") for part in key.split(".")))
                 assert all(not isinstance(item, str) or WORD.fullmatch(item) for item in items)
 

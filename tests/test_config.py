@@ -237,6 +237,11 @@ class TestSentences:
         with pytest.raises(InputError, match=r"did you mean base_lr\?"):
             check(OmegaConf.create({"scheduler": {**node, "bas_lr": 1}}))
 
+    def test_a_constructor_that_refuses(self) -> None:
+        node = {"_target_": "manual_mlp.training.callbacks.DeltaFlow", "every": 0}
+        with pytest.raises(InputError, match=r"^expected DeltaFlow's every and rows to be 1 or more, but got 0, 32"):
+            build(OmegaConf.create(node))
+
     def test_missing_value(self, tmp_path: Path) -> None:
         with pytest.raises(MissingMandatoryValue) as missing:
             check(configured(tmp_path, "data=table"))

@@ -164,11 +164,11 @@ class TestPerceptron:
     def test_is_the_rule(self, tmp_path: Path) -> None:
         """Sample by sample in the order of the batches, as `Perceptron.fit` does it."""
         cfg = configured(tmp_path, "experiment=perceptron", "trainer.max_epochs=1")
-        data = training.build(cfg.data)
+        data = training.config.build(cfg.data)
         training.run(cfg)
         data.setup()
         module = MLPModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-        neuron = training.build(cfg.model, _partial_=True)(2, 2, list(data.class_names)).net
+        neuron = training.config.build(cfg.model, _partial_=True)(2, 2, list(data.class_names)).net
         for features, target in data.train_dataloader():
             neuron.fit(features, target.float().unsqueeze(1), rate=1.0, max_epochs=1)
         torch.testing.assert_close(module.net.state_dict(), neuron.state_dict(), rtol=0, atol=0)
@@ -213,7 +213,7 @@ def test_linear_neuron_is_least_squares(tmp_path: Path, capsys: pytest.CaptureFi
     training.run(configured(tmp_path, "experiment=linear_neuron", "optimizer.lr=0.03", "trainer.max_epochs=50"))
     samples = sources.line(200, 0.3, 0)
     net = MLPModule.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True).net
-    data = training.build(configured(tmp_path, "experiment=linear_neuron").data)
+    data = training.config.build(configured(tmp_path, "experiment=linear_neuron").data)
     data.setup()
     x, y = (tensor.flatten().double().numpy() for tensor in data.splits["train"][:])
     assert np.isin(x.astype(np.float32), samples.features.astype(np.float32)).all()

@@ -22,7 +22,7 @@ from manual_mlp.training import run as training
 from manual_mlp.training.commands import python
 from manual_mlp.training.folder import alone_in
 from manual_mlp.training.module import MLPModule
-from manual_mlp.training.resume import with_its_own_overrides
+from manual_mlp.training.train import with_its_own_overrides
 from tests.configs import CONF, ROOT, configured
 from tests.killed import at
 
@@ -213,7 +213,7 @@ class TestLeftOut:
         choice = NAMES[group][name]
         words = [f"{group}={choice}", f"{group}.{name}=null", "trainer.enable_progress_bar=true"]
         cfg = configured(tmp_path, *words)
-        training.check(cfg)
+        training.config.check(cfg)
         trainer = training._trainer(cfg)
         assert None not in trainer.callbacks
         assert None not in trainer.loggers
@@ -227,7 +227,7 @@ class TestLeftOut:
     def test_metrics(self, tmp_path: Path) -> None:
         words = ["+metrics.f1._target_=torchmetrics.F1Score", "+metrics.none=null"]
         cfg = configured(tmp_path, *SHORT, *words)
-        training.check(cfg)
+        training.config.check(cfg)
         assert list(training._metrics(cfg, training._data(cfg))) == ["f1"]
 
     @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ PACKAGE = ROOT / "manual_mlp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Each layer imports only from the ones before it.
 LAYERS = [
-    ["errors", "pipes", "cuda_graph", "tables", "shapes"],
+    ["errors", "pipes", "cuda_graph", "tables"],
     ["formulas", "grids", "checks"],
-    ["checkpoint", "kernels", "notation"],
-    ["functions"],
+    ["schema", "kernels", "notation"],
+    ["checkpoint", "functions"],
     ["grid_functions"],
     ["functional"],
     ["modules"],

@@ -16,7 +16,7 @@ from torch import nn
 import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.lenet import net_of
-from manual_mlp.shapes import declared
+from manual_mlp.schema import declared
 from manual_mlp.training import run as training
 from manual_mlp.training.callbacks import signals
 from manual_mlp.training.module import MLPModule

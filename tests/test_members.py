@@ -26,7 +26,7 @@ K = 3
 
 
 def data_of(folder: Path, *words: str) -> Any:
-    data = training.build(configured(folder, *words).data)
+    data = training.config.build(configured(folder, *words).data)
     data.setup()
     return data
 

@@ -14,8 +14,9 @@ from omegaconf import DictConfig
 from manual_mlp import InputError
 from manual_mlp.checkpoint import read_checkpoint, write_whole
 from manual_mlp.native import road
-from manual_mlp.training import precedence, resume
+from manual_mlp.training import continuing
 from manual_mlp.training import run as training
+from manual_mlp.training.train import is_plain, read_overrides
 from tests.configs import configured
 from tests.test_native import HAS_COMPILER
 
@@ -35,7 +36,7 @@ TORCH = ("trainer.max_steps=40", "trainer.max_epochs=-1")  # a training step tak
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
     """The configurations that runs leave, which only train.py itself has a folder for. No run draws its curves."""
     configurations: list[DictConfig] = []
-    monkeypatch.setattr(precedence, "keep_configuration", configurations.append)
+    monkeypatch.setattr(continuing, "keep_configuration", configurations.append)
     monkeypatch.setattr(training, "learning_curves", lambda *_: None)
     return configurations
 
@@ -265,7 +266,7 @@ def test_a_road_is_a_word(tmp_path: Path) -> None:
 
 def test_a_folder_can_t_ask_for_a_build() -> None:
     for word in ("native=false", "native=auto", "model.native=false"):
-        assert resume.read_overrides(f"- {word}")[0].plain
+        assert is_plain(*read_overrides(f"- {word}"))
     for word in ("native=true", "model.native=true", "native='true'", "native=1", "native=[true]", "native=null"):
-        (read,) = resume.read_overrides(f'- "{word}"')
-        assert not read.plain
+        (read,) = read_overrides(f'- "{word}"')
+        assert not is_plain(read)

@@ -49,7 +49,7 @@ def predict(trained: Path, tmp_path: Path):
 
 def probabilities(folder: Path, rows: np.ndarray) -> np.ndarray:
     """What the Lightning module says of standardised rows, by the config's own data module."""
-    data = training.build(configured(folder, "data=iris").data)
+    data = training.config.build(configured(folder, "data=iris").data)
     data.setup()
     scaled = (rows - np.array(data.feature_mean)) / np.array(data.feature_scale)
     module = MLPModule.load_from_checkpoint(folder / "best.ckpt", weights_only=True)

@@ -22,7 +22,7 @@ import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.training import preparation, sources
 from manual_mlp.training import run as training
-from manual_mlp.training.checkpoints import NEEDED
+from manual_mlp.training.continuing import NEEDED
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.predict import predict_file
 from manual_mlp.training.sources import Samples

@@ -14,8 +14,8 @@ import torch
 from manual_mlp import InputError
 from manual_mlp.training import data as data_module
 from manual_mlp.training import run as training
-from manual_mlp.training.checkpoints import WholeFiles
 from manual_mlp.training.data import DataModule
+from manual_mlp.training.saving import WholeFiles
 from tests.configs import ROOT, configured
 from tests.test_data import module, numbered
 
@@ -141,7 +141,7 @@ def test_spawned_processes_hand_their_parameters_back(tmp_path: Path) -> None:
 
 class TestSweeps:
     def test_script_launched_ddp_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(training, "in_sweep", lambda: True)
+        monkeypatch.setattr(training.config, "in_sweep", lambda: True)
         with pytest.raises(
             InputError, match=r"strategy=ddp runs this command line in 2; use trainer.strategy=ddp_spawn"
         ):

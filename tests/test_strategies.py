@@ -156,7 +156,7 @@ def test_schedules(tmp_path: Path, make: Any, options: dict[str, Any]) -> None:
         optimizer = partial(torch.optim.SGD, lr=1.0)
         module = Scheduled(make, options, backprop=way, optimizer=optimizer)
         cfg = configured(tmp_path / way, "data=iris", f"data.batch_size={BATCH}", f"trainer.max_epochs={EPOCHS}")
-        training._trainer(cfg).fit(module, training.build(cfg.data))
+        training._trainer(cfg).fit(module, training.config.build(cfg.data))
         ends.append((module.net.state_dict(), module.trainer.optimizers[0].param_groups[0]["lr"]))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
     assert ends[0][1] != 1.0

@@ -273,7 +273,7 @@ class TestRun:
     def test_regression_in_the_units_of_the_target(self, run, tmp_path: Path, capsys) -> None:
         run("data=diabetes", "trainer.max_epochs=2")
         cfg = configured(tmp_path, "data=diabetes")
-        data = training.build(cfg.data)
+        data = training.config.build(cfg.data)
         data.setup()
         model = MLPModule.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True)
         scale, mean = data.target_scale[0], data.target_mean[0]
@@ -287,7 +287,7 @@ class TestRun:
 
     def test_test_figures_are_those_of_the_best_checkpoint(self, run, tmp_path: Path) -> None:
         accuracy = run("data=moons", "trainer.max_epochs=3", "optimized_metric=test_accuracy")
-        data = training.build(configured(tmp_path, "data=moons").data)
+        data = training.config.build(configured(tmp_path, "data=moons").data)
         data.setup()
         model = MLPModule.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True)
         rows = data.splits["test"]

@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig
 from torch import Tensor
 
 from manual_mlp import plots
@@ -22,8 +21,6 @@ from manual_mlp.pipes import is_watched
 from manual_mlp.pretraining import pretrain
 from manual_mlp.tables import figure, words
 from manual_mlp.tracing import one_pass, trace
-from manual_mlp.training.closing import first_norms
-from manual_mlp.training.sweep import OfSweep
 
 Values = dict[str, dict[int, Tensor]]
 """z, a and δ of a pass, indexed by the sheet's l: {"z": {2: (N, n_2), …}, "a": {1: …}, "delta": {2: …}}."""
@@ -193,22 +190,6 @@ class Pretrained(L.Callback):
         first = next(pl_module.net.parameters())
         generator = torch.Generator(first.device).manual_seed(torch.initial_seed())  # the same in each process
         pretrain(pl_module.net, x.to(first), self.epochs, self.lr, self.batch_size, generator)
-
-
-class DeltaByLayer(OfSweep):
-    """A callback that draws deltas.png at the end of a sweep: ‖δ^l‖ against l before the first step, for each run.
-
-    A run that has failed, or has recorded no δ, has no line.
-    """
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        norms: dict[str, dict[int, float]] = {}
-        for run in self.runs(config):
-            label = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.settings.items())
-            norms |= {label: found} if not run.error and (found := first_norms(folder, run)) else {}
-        if norms:
-            plots.delta_by_layer(norms).savefig(folder / "deltas.png")
 
 
 class Progress(TQDMProgressBar):

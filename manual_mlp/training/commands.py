@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.-]*", re.ASCII | re.IGNORECASE)
+BARE = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.-]*", re.ASCII | re.IGNORECASE)
 EXTRAS = {  # of pyproject.toml: the packages that each brings
     "table": ("pandas", "pyarrow"),
     "tensorboard": ("tensorboard",),
@@ -39,7 +39,7 @@ def _literal(text: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString  # a reader of tables needs no Hydra
 
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # a bare ${ would begin an interpolation
-    return literal if PLAIN.fullmatch(literal) else QuotedString(literal, Quote.single).with_quotes()
+    return literal if BARE.fullmatch(literal) else QuotedString(literal, Quote.single).with_quotes()
 
 
 def command(*words: str, shared: bool = False) -> str:
@@ -82,11 +82,9 @@ def for_the_shell(word: str) -> str:
         plain = "'" in word and not set(word) & set('"$`\\!')  # within "…" the shell reads these; '"'"' is hard to read
         return f'"{word}"' if plain else shlex.quote(word)
     octal = "".join(
-        letter if letter.isprintable() and letter != "\\" else "".join(f"\\0{byte:03o}" for byte in _bytes(letter))
+        letter
+        if letter.isprintable() and letter != "\\"
+        else "".join(f"\\0{byte:03o}" for byte in letter.encode(errors="surrogateescape"))
         for letter in word
     )
     return f'"$(printf %b {shlex.quote(octal)})"'
-
-
-def _bytes(letter: str) -> bytes:
-    return letter.encode("utf-8", "surrogateescape")

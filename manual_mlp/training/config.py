@@ -28,7 +28,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from manual_mlp.errors import InputError, shown
+from manual_mlp.errors import InputError, first_line, shown
 from manual_mlp.training.commands import for_the_shell, install, override
 
 PACKAGE = Path(__file__).parents[1]
@@ -83,15 +83,13 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingMandatoryValue):
         return f"expected a value for {error.full_key}, but got none; add {error.full_key}=… to the command"
     if isinstance(error, SearchPathException):
-        return (
-            f"expected a folder of configurations in --config-dir, but: {_first_line(error)}; correct or leave it out"
-        )
+        return f"expected a folder of configurations in --config-dir, but: {first_line(error)}; correct or leave it out"
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
         return (
-            f"expected a net and data that fit into memory, but: {_first_line(error)}; make them or the batches smaller"
+            f"expected a net and data that fit into memory, but: {first_line(error)}; make them or the batches smaller"
         )
     if isinstance(error, OmegaConfBaseException):
-        return f"expected a configuration that can be resolved, but {_first_line(error)}; correct it"
+        return f"expected a configuration that can be resolved, but {first_line(error)}; correct it"
     return _before_the_job(error)
 
 
@@ -128,6 +126,21 @@ def optimizer_options(node: dict) -> dict:
     }
 
 
+def file_of(cfg: DictConfig, key: str) -> str:
+    """Return the file that a task needs."""
+    if cfg[key] is None:
+        raise InputError(f"expected {key}=… for task={cfg.task}, but got none; name the file")
+    return str(cfg[key])
+
+
+def given_to_predict(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of predict.predict_file."""
+    most = OmegaConf.select(cfg, "data.source.max_bytes")
+    check_value(most, float | None, "data.source.max_bytes")
+    files = {"checkpoint": file_of(cfg, "ckpt_path"), "source": file_of(cfg, "input"), "destination": cfg.output}
+    return files if most is None else {**files, "max_bytes": most}
+
+
 def build(node: DictConfig, **arguments: object) -> Any:
     """Instantiate a config node, with plain lists and dicts. Raises what the constructor raised."""
     try:
@@ -136,15 +149,12 @@ def build(node: DictConfig, **arguments: object) -> Any:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
         if isinstance(error.__cause__, ModuleNotFoundError):
+            extra = next((name for name in ("wandb", "mlflow") if name in node["_target_"].lower()), "tensorboard")
             raise InputError(
                 f"expected the package that {node['_target_']} needs, but it is not installed ({error.__cause__}); "
-                f"install it, for a logger with: {install(_extra(node['_target_']))}"
+                f"install it, for a logger with: {install(extra)}"
             ) from error
         raise
-
-
-def _extra(target: str) -> str:
-    return next((extra for extra in ("wandb", "mlflow") if extra in target.lower()), "tensorboard")
 
 
 def likely(name: str, known: Iterable[object]) -> str:
@@ -261,7 +271,7 @@ def _unknown_choice(error: MissingConfigException) -> str:
 def _unknown_key(error: ConfigCompositionException) -> str:
     cause = error.__cause__
     if "Ambiguous value" in str(error):  # a list without brackets, or a sweep without -m
-        several = _first_line(error).split("'")[1]
+        several = first_line(error).split("'")[1]
         return f"expected one value, but got several in {several}; write [1,2] for a list, or add -m for a sweep"
     if not isinstance(cause, OmegaConfBaseException):  # Hydra's other reasons name the fix on their further lines
         lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
@@ -289,7 +299,7 @@ def _elsewhere(mistyped: str) -> str:
 def _before_the_job(error: Exception) -> str | None:
     """Return a sentence for an error of Hydra's own code, which makes the output folder and opens the log file."""
     modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
-    if modules & {"manual_mlp.training.run", "manual_mlp.training.task"}:
+    if modules & {"manual_mlp.training.run", "manual_mlp.training.predict"}:
         return None
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError):
@@ -303,11 +313,7 @@ def _before_the_job(error: Exception) -> str | None:
         return "expected the name of a choice for each group, but got a list of other things; name one, as in data=iris"
     if type(error) is not ValueError:
         return None
-    return f"expected overrides of the form key=value, but: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return f"expected overrides of the form key=value, but: {first_line(error)}"
 
 
 @cache
@@ -339,7 +345,7 @@ def keys_of(name: str) -> dict[str, bool]:
 
 def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, bool]]:
     for name, value in tree.items():
-        if not name.startswith("_") and prefix + name not in ("defaults", "hydra") and name != "defaults":
+        if not name.startswith("_") and name != "defaults" and prefix + name != "hydra":
             yield prefix + name, isinstance(value, dict)
             if isinstance(value, dict):
                 yield from _flat(value, f"{prefix}{name}.")

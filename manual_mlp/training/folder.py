@@ -1,9 +1,10 @@
 """The folder of a run: one training at a time writes to it, and its .hydra is the configuration of that one.
 
 A run that is refused leaves no folder that it has made itself, nor does one whose result lies elsewhere. Files go one
-by one, folders only if they are empty.
+by one, folders only if they are empty. Lost places and full disks end in a sentence.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
 from manual_mlp.errors import InputError
+from manual_mlp.training.commands import for_the_shell, override
 
 try:
     import fcntl
@@ -24,9 +27,13 @@ except ImportError:  # Windows: nothing is locked
 
 log = logging.getLogger(__name__)
 
+FIGURES = "figures.json"  # what a run leaves for programs: {"metric": …, "figures": {name: value}, …}
 # What a run has written before anything is trained.
 FIRST = {Path(name) for name in (".lock", "train.log", "multirun.yaml")}
 FIRST |= {Path(".hydra", f"{name}.yaml") for name in ("config", "hydra", "overrides")}
+# Errors of a full disk, a quota, a lost folder or a lost right.
+NAMES = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "EACCES", "EROFS")
+NOT_WRITTEN = {getattr(errno, name) for name in NAMES}
 _made: list[Path] = []  # the folders that this run makes, the innermost first
 
 
@@ -72,6 +79,32 @@ def keep_configuration(cfg: DictConfig) -> None:
         write_whole(folder / f"{name}.yaml", OmegaConf.to_yaml(content).encode())
 
 
+def check_places(cfg: DictConfig) -> None:
+    """Raise InputError for a relative path that leads nowhere because Hydra has changed the working folder."""
+    for key in ("ckpt_path", "input", "data.source.path", "data.source.folder"):
+        path = OmegaConf.select(cfg, key)
+        if HydraConfig.initialized() and HydraConfig.get().job.chdir and path and not os.path.exists(path):
+            raise InputError(
+                f"expected {key} to lead to a file, but there is no {path} in {os.getcwd()}, where the run looks "
+                f"because of hydra.job.chdir=true; write {for_the_shell(override(key, Path(get_original_cwd(), path)))}"
+            )
+
+
+@contextmanager
+def disk_in_words(cfg: DictConfig) -> Iterator[None]:
+    """Raise InputError for errors of the disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_WRITTEN:
+            raise
+        raise InputError(
+            f"expected an output folder that can be written, but {error.filename or cfg.run_dir} can't be "
+            f"({error.strerror}); make room, or bring the folder back: checkpoints already there are whole, go on from "
+            "one with ckpt_path=…/last.ckpt"
+        ) from error
+
+
 class Made(Callback):
     """A callback that takes down which folders a run is about to make."""
 
@@ -110,24 +143,20 @@ def _take_down(config: DictConfig, key: str) -> None:
 
 def _remove(*made: Path) -> None:
     """Remove a run's first files if there are no others and no other run is in their folder; then the empty folders."""
-    if not made or not made[0].is_dir() or not all(path.relative_to(made[0]) in FIRST for path in _files(made[0])):
+    if not made or not made[0].is_dir():
         return
-    folder = made[0]
+    first, inner = {made[0] / path for path in FIRST}, sorted(made[0].rglob("*"), reverse=True)
+    if not {path for path in inner if path.is_symlink() or not path.is_dir()} <= first:
+        return
     try:
-        with alone_in(folder):
+        with alone_in(made[0]):
             for handler in logging.getLogger().handlers:
-                if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == folder:
+                if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == made[0]:
                     handler.close()  # Windows removes no open file
-            for path in _files(folder):
-                if path.relative_to(folder) in FIRST:
-                    path.unlink()
+            for path in first:
+                path.unlink(missing_ok=True)
     except InputError:  # another run makes the same folder
         return
-    inner = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
     for path in (*inner, *made):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]

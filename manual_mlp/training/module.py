@@ -13,8 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from manual_mlp import checks
 from manual_mlp import formulas as sheet
-from manual_mlp.checkpoint import FORMAT, HYPER_PARAMETERS, read_checkpoint
+from manual_mlp.checkpoint import FORMAT, read_checkpoint
 from manual_mlp.errors import InputError
+from manual_mlp.schema import HYPER_PARAMETERS
 from manual_mlp.training.strategies import choose, strategy
 
 Batch = tuple[Tensor, ...]  # features, target, and in training perhaps the weight of each row

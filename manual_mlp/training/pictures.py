@@ -28,9 +28,9 @@ from manual_mlp.tracing import Trace, up
 from manual_mlp.training.callbacks import ROWS, DeltaFlow
 from manual_mlp.training.commands import command, from_here
 from manual_mlp.training.config import in_sweep
+from manual_mlp.training.continuing import Precedence
 from manual_mlp.training.data import EVALUATION_BATCH, DataModule
 from manual_mlp.training.module import MLPModule
-from manual_mlp.training.precedence import Precedence
 
 FEW = 20  # classes and columns with a line or a figure of their own
 DRAWN = 1000  # rows of the test part, at most

@@ -32,28 +32,18 @@ from torchmetrics import Metric
 
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError, shown
+from manual_mlp.training import config, continuing
 from manual_mlp.training.callbacks import Traced
-from manual_mlp.training.checkpoints import (
-    Continuation,
-    WholeFiles,
-    check_same_rows,
-    check_same_size,
-    check_same_training,
-    csv_writers,
-    restoring,
-)
 from manual_mlp.training.closing import Run, closing
 from manual_mlp.training.commands import command, override
-from manual_mlp.training.config import SCHEDULE, build, check, in_sweep, likely, optimizer_options
 from manual_mlp.training.data import DataModule
-from manual_mlp.training.folder import accepted, alone_in, keep_configuration
+from manual_mlp.training.folder import FIGURES, accepted, alone_in, check_places, disk_in_words, keep_configuration
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.pictures import learning_curves, leave_report
-from manual_mlp.training.precedence import Precedence
+from manual_mlp.training.predict import predict_file
+from manual_mlp.training.saving import WholeFiles
 from manual_mlp.training.strategies import choose
 from manual_mlp.training.summary import WIDTH, files, run_facts, summary
-from manual_mlp.training.sweep import FIGURES
-from manual_mlp.training.task import begin, check_places, disk_in_words, given, predict
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +70,13 @@ def run(cfg: DictConfig) -> float | None:
     train: train (with ckpt_path, go on), test, draw the curves, print the summary. test: the figures of a checkpoint.
     predict: a file of predictions for a file of new rows.
     """
-    check(cfg)
-    task = choose(cfg.task, {"train": _train, "test": _test, "predict": predict}, "task")
+    config.check(cfg)
+    task = choose(cfg.task, {"train": _train, "test": _test, "predict": _predict}, "task")
     check_places(cfg)
     quieten()
     with in_words(cfg):
-        begin(cfg)
+        if config.in_sweep() or (cfg.task != "train" and not Path(cfg.run_dir, ".hydra").exists()):
+            keep_configuration(cfg)  # before what can still be refused, because a sweep compares that, too
         return task(cfg)
 
 
@@ -152,23 +143,23 @@ def _set_threads(threads: int | str | None, module: MLPModule, data: DataModule)
 def _train(cfg: DictConfig) -> float:
     content = None if cfg.ckpt_path is None else read_checkpoint(cfg.ckpt_path)
     if content is not None:
-        check_same_size(content, cfg.ckpt_path, cfg.model.get("hidden"))
+        continuing.check_same_size(content, cfg.ckpt_path, cfg.model.get("hidden"))
     data = _data(cfg)
     module = _module(cfg, data)
     _check_last_batch(module, data)
     _set_threads(cfg.threads, module, data)
     if cfg.optimized_metric not in module.figure_names():
-        hint = likely(cfg.optimized_metric, module.figure_names())
+        hint = config.likely(cfg.optimized_metric, module.figure_names())
         raise InputError(f"expected optimized_metric to be a logged figure, but got {cfg.optimized_metric}; {hint}")
-    precedence = Precedence(cfg)
+    precedence = continuing.Precedence(cfg)
     trainer = _trainer(cfg, precedence)
     if getattr(trainer, f"limit_{_part(cfg)}_batches") == 0:
         raise _not_logged(cfg, f"trainer.limit_{_part(cfg)}_batches is 0")
     if content is not None:
         precedence.take_found_step(content, cfg.ckpt_path, module)
-        check_same_training(content, cfg.ckpt_path, module)
+        continuing.check_same_training(content, cfg.ckpt_path, module)
         precedence.check(content, cfg.ckpt_path, module, data)
-        check_same_rows(content, cfg.ckpt_path, data)
+        continuing.check_same_rows(content, cfg.ckpt_path, data)
         module.class_names = module.hparams["class_names"] = list(data.class_names)
     module.backprop.check(trainer)
     first = trainer.node_rank == trainer.local_rank == 0
@@ -181,7 +172,7 @@ def _trained(
 ) -> float:
     """Train, from a checkpoint if its content is given; test, and leave files → the optimized metric."""
     started = time.perf_counter()
-    with restoring(cfg.ckpt_path):
+    with continuing.restoring(cfg.ckpt_path):
         interrupted = _interrupted(trainer, module, data, cfg.ckpt_path)
     seconds = time.perf_counter() - started + (content["continuation"].get("seconds", 0.0) if content else 0.0)
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # the processes of the training can't
@@ -191,8 +182,9 @@ def _trained(
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     if interrupted and best is None:
         raise InputError("expected at least one whole epoch to keep, but training was interrupted before; start again")
-    epoch, figures = _figures(trainer, best)
-    for writer in csv_writers(trainer):
+    kept = read_checkpoint(best, module.device) if best else None
+    epoch, figures = (kept["epoch"], kept["figures"]) if kept else (trainer.current_epoch - 1, _numbers(trainer))
+    for writer in continuing.csv_writers(trainer):
         writer.kept = epoch
     folder = Path(cfg.run_dir)
     curves = learning_curves(folder, epoch) if trainer.is_global_zero else None
@@ -200,8 +192,8 @@ def _trained(
     if _part(cfg) == "val" and cfg.optimized_metric not in figures:  # no epoch was completed
         trainer.validate(module, data, verbose=False)
         figures |= _numbers(trainer)
-    if not in_sweep() or _part(cfg) == "test":  # of a sweep, the winner alone is tested, at its end
-        with restoring(best):
+    if not config.in_sweep() or _part(cfg) == "test":  # of a sweep, the winner alone is tested, at its end
+        with continuing.restoring(best):
             trainer.test(module, data, ckpt_path=best, verbose=False)
         figures |= _numbers(trainer)
     if module.members > 1:  # the figures of the kept epochs, of which each member has its own
@@ -210,8 +202,8 @@ def _trained(
     if trainer.is_global_zero:
         left = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}
         (folder / FIGURES).write_text(json.dumps(left, indent=2))
-        if best:  # after a test in other processes (ddp_spawn) the module here has another epoch's parameters
-            module.load_state_dict(read_checkpoint(best, module.device)["state_dict"])
+        if kept:  # after a test in other processes (ddp_spawn) the module here has another epoch's parameters
+            module.load_state_dict(kept["state_dict"])
             module.take_kept()
         facts = run_facts(module, data, trainer, epoch, seconds)
         print(summary(module, data, facts, figures, cfg.optimized_metric))
@@ -240,13 +232,13 @@ def _test(cfg: DictConfig) -> float | None:
 
 def tested(cfg: DictConfig) -> dict[str, float]:
     """Test a checkpoint, and print its summary → all its figures."""
-    content = read_checkpoint(given(cfg, "ckpt_path"))
+    content = read_checkpoint(config.file_of(cfg, "ckpt_path"))
     data = _data(cfg)
-    check_same_rows(content, cfg.ckpt_path, data)
+    continuing.check_same_rows(content, cfg.ckpt_path, data)
     module = MLPModule.load_from_checkpoint(cfg.ckpt_path, metrics=_metrics(cfg, data))
     _set_threads(cfg.threads, module, data)
     trainer = _trainer(cfg)
-    with restoring(cfg.ckpt_path):
+    with continuing.restoring(cfg.ckpt_path):
         trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False)
     figures = content["figures"] | _numbers(trainer)
     if trainer.is_global_zero:
@@ -257,8 +249,12 @@ def tested(cfg: DictConfig) -> dict[str, float]:
     return figures
 
 
+def _predict(cfg: DictConfig) -> None:
+    print(*predict_file(**config.given_to_predict(cfg)), sep="\n")
+
+
 def _data(cfg: DictConfig) -> DataModule:
-    data: DataModule = build(cfg.data)
+    data: DataModule = config.build(cfg.data)
     L.seed_everything(cfg.seed, verbose=False)
     data.setup()
     return data
@@ -300,7 +296,7 @@ def _not_logged(cfg: DictConfig, reason: str) -> InputError:
 
 
 def _module(cfg: DictConfig, data: DataModule) -> MLPModule:
-    module = build(cfg.model, _partial_=True)(
+    module = config.build(cfg.model, _partial_=True)(
         input_size=data.input_size,
         output_size=data.output_size,
         class_names=list(data.class_names),
@@ -334,15 +330,15 @@ def _scheduler(node: DictConfig | None) -> dict[str, Any] | None:
     if node is None:
         return None
     options = cast(dict, OmegaConf.to_container(node, resolve=True))
-    lightnings = {key: options.pop(key) for key in SCHEDULE if key in options}
+    lightnings = {key: options.pop(key) for key in config.SCHEDULE if key in options}
     if lightnings.get("interval", "epoch") not in ("epoch", "step"):
         raise InputError(f"expected scheduler.interval to be epoch or step, but got {node.interval}; correct it")
-    return {**lightnings, "scheduler": build(OmegaConf.create(options))}
+    return {**lightnings, "scheduler": config.build(OmegaConf.create(options))}
 
 
 def _optimizer(node: DictConfig, module: MLPModule) -> partial[Optimizer]:
-    options = optimizer_options(cast(dict, OmegaConf.to_container(node, resolve=True)))
-    optimizer = build(OmegaConf.create(options))
+    options = config.optimizer_options(cast(dict, OmegaConf.to_container(node, resolve=True)))
+    optimizer = config.build(OmegaConf.create(options))
     if optimizer.func is SGD:
         optimizer.keywords.setdefault("lr", module.default_lr())
     return optimizer
@@ -356,7 +352,7 @@ def _built(cfg: DictConfig, group: str, kind: Any, given: Mapping[str, object] |
             continue
         known = inspect.signature(get_object(node._target_)).parameters
         arguments = {key: value for key, value in (given or {}).items() if key in known and key not in node}
-        made[str(name)] = thing = build(node, **arguments)
+        made[str(name)] = thing = config.build(node, **arguments)
         if not isinstance(thing, kind):
             raise InputError(
                 f"expected {group}.{name}._target_ to make a {kind.__name__}, but got {thing!r}; name its class, or "
@@ -370,10 +366,11 @@ def _trainer(cfg: DictConfig, *more: Callback) -> L.Trainer:
     unwanted: tuple[type, ...] = () if cfg.trainer.enable_progress_bar else (ProgressBar,)
     unwanted += () if cfg.trainer.enable_checkpointing else (Checkpoint,)
     unwanted += () if cfg.ckpt_path is None else (LearningRateFinder,)  # it has searched before the first step
-    callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)] + [Continuation()]
+    callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)] + [continuing.Continuation()]
     logger = [*_built(cfg, "logger", Logger).values()]
     try:
-        trainer = build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=logger, plugins=[WholeFiles()])
+        plugins = [WholeFiles()]
+        trainer = config.build(cfg.trainer, _partial_=True)(callbacks=callbacks, logger=logger, plugins=plugins)
     except ValueError as error:
         raise InputError(
             f"expected options that Lightning's Trainer accepts, but: {error}; correct trainer.*"
@@ -385,20 +382,12 @@ def _trainer(cfg: DictConfig, *more: Callback) -> L.Trainer:
             f"but got {cfg.trainer.devices}; lower it"
         )
     by_script = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
-    if in_sweep() and by_script and trainer.world_size > 1:
+    if config.in_sweep() and by_script and trainer.world_size > 1:
         raise InputError(  # each process would begin the whole sweep again
             f"expected a sweep (-m) in one process, but trainer.strategy={cfg.trainer.strategy} runs this command line "
             f"in {trainer.world_size}; use trainer.strategy=ddp_spawn or trainer.devices=1"
         )
     return trainer
-
-
-def _figures(trainer: L.Trainer, checkpoint: str | None) -> tuple[int, dict[str, float]]:
-    """Return the epoch (from 0) whose parameters are kept, and its figures: those of the best checkpoint, if any."""
-    if checkpoint is None:
-        return trainer.current_epoch - 1, _numbers(trainer)
-    content = read_checkpoint(checkpoint)
-    return content["epoch"], content["figures"]
 
 
 def _numbers(trainer: L.Trainer) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""Compare the runs of a sweep (`train.py -m …`): a table, a CSV and a figure."""
+"""End a sweep (`train.py -m …`): its best run is tested, and all are compared in a table, a CSV and a figure."""
 
 import csv
 import json
+import logging
 import shutil
 import sys
 import textwrap
@@ -9,7 +10,7 @@ import time
 from collections.abc import Sequence
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -17,10 +18,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from manual_mlp import tables
-from manual_mlp.errors import shown
+from manual_mlp.errors import InputError, shown
 from manual_mlp.training.config import explain
+from manual_mlp.training.folder import FIGURES
 
-FIGURES = "figures.json"  # what a run leaves in its folder for programs: {"metric": …, "figures": {name: value}, …}
 WIDTH = 80
 SHOWN = 30  # rows of a printed table
 NARROWEST = 15  # columns in which settings are worth wrapping
@@ -51,10 +52,11 @@ class OfSweep(Callback):
 
 
 class Comparison(OfSweep):
-    """A callback that compares the runs of a sweep at its end: a table, and sweep.csv and sweep.png in its folder.
+    """A callback that ends a sweep: it tests the best run, and compares all in a table, sweep.csv and sweep.png.
 
-    A run's figures are read from its folder, because launchers may run it in another process or on another machine.
-    A run that fails on a user error prints its message and is marked failed; the sweep continues.
+    No other run is tested: whoever chooses by the test part has no test left. A run's figures are read from its folder,
+    because launchers may run it in another process or on another machine. A run that fails on a user error prints its
+    message and is marked failed; the sweep continues.
     """
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -70,11 +72,13 @@ class Comparison(OfSweep):
             job_return.return_value, job_return.status = None, JobStatus.COMPLETED  # Optuna drops a run without a value
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
+        folder, minimize = Path(config.hydra.sweep.dir), minimized(config)
+        if order := ranked(self.runs(config), minimize):
+            _test(folder, order[0])
         runs = self.runs(config)
         if len(runs) < 2:
             return
-        order = ranked(runs, minimized(config))
+        order = ranked(runs, minimize)
         settings = list(dict.fromkeys(name for run in runs for name in run.settings))
         write_csv(folder / "sweep.csv", runs, settings)
         print(table(runs, order, min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)))
@@ -92,6 +96,53 @@ class Comparison(OfSweep):
             print(textwrap.fill(closing_of_sweep(config.closing, folder, [run for run in runs if run in order]), WIDTH))
         if failed := sum(bool(run.error) for run in runs):
             sys.exit(f"Error: {failed} of the {len(runs)} runs failed; their reasons stand above and in sweep.csv")
+
+
+class DeltaByLayer(OfSweep):
+    """A callback that draws deltas.png at the end of a sweep: ‖δ^l‖ against l before the first step, for each run.
+
+    A run that has failed, or has recorded no δ, has no line.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        from manual_mlp.plots import delta_by_layer
+        from manual_mlp.training.closing import first_norms
+
+        folder = Path(config.hydra.sweep.dir)
+        norms: dict[str, dict[int, float]] = {}
+        for run in self.runs(config):
+            label = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.settings.items())
+            norms |= {label: found} if not run.error and (found := first_norms(folder, run)) else {}
+        if norms:
+            delta_by_layer(norms).savefig(folder / "deltas.png")
+
+
+def _test(folder: Path, best: Run) -> None:
+    """Test a run by its kept checkpoint, as it was configured, and add to its figures.
+
+    If the sweep was decided by a figure of the test, each run has been tested.
+    """
+    if best.metric.startswith("test_"):
+        return
+    from manual_mlp.training import run  # brings Lightning
+
+    print(f"\nThe best run, {best.name}, is tested; the others are not:")
+    own = folder / best.name
+    cfg = cast(DictConfig, OmegaConf.load(own / ".hydra" / "config.yaml"))
+    cfg.task, cfg.run_dir, cfg.ckpt_path = "test", str(own), str(own / "best.ckpt")
+    cfg.logger, cfg.callbacks, cfg.trainer.enable_progress_bar = {}, {}, False  # which would write to the folder
+    run.quieten()
+    logging.disable(logging.INFO)  # no file takes Lightning's messages now that the runs are over
+    try:
+        with run.in_words(cfg):
+            figures = run.tested(cfg)
+    except InputError as error:
+        print(f"not tested: {error}")
+        return
+    finally:
+        logging.disable(logging.NOTSET)
+    left = json.loads((own / FIGURES).read_text())
+    (own / FIGURES).write_text(json.dumps({**left, "figures": left["figures"] | figures}, indent=2))
 
 
 def read_runs(folder: Path, started: float = 0.0) -> list[Run]:
