@@ -294,6 +294,11 @@ def cross_entropy_of_class(z: Tensor, target: Tensor) -> Tensor:
     return -log_softmax(z).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
+def cross_entropy_delta_of_class(z: Tensor, target: Tensor) -> Tensor:
+    """δ^L = softmax(z) − onehot."""
+    return softmax(z) - onehot(z, target)
+
+
 def onehot(z: Tensor, target: Tensor) -> Tensor:
     """1 at each sample's class, 0 elsewhere, in z's shape and dtype. Scattered: a class out of range is an error."""
     return torch.zeros_like(z).scatter(-1, target.unsqueeze(-1), 1)

@@ -177,6 +177,9 @@ def _softplus_delta(g: Tensor, a: Tensor, β: float, t: float) -> Tensor:
     return g * -torch.expm1(F.threshold(a * -β, -sheet.end(t), -math.inf))
 
 
+_softplus_delta_in_z = rounded_once(sheet.ACTIVATIONS["softplus"].forms[1].delta)
+
+
 @rounded_once
 def _silu_delta(g: Tensor, z: Tensor) -> Tensor:
     s, one = torch.sigmoid(z), number(1, z)
@@ -223,18 +226,25 @@ def _relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, many
         g.masked_fill_(torch.le(a, 0, out=mask), 0)
 
 
-def _leaky_relu_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, s: float) -> None:
-    """δ = g where a > 0, else s g."""
+def _leaky_relu_delta_(g: Tensor, a: Tensor, z: Tensor | None, work: Tensor, mask: Tensor, s: float) -> None:
+    """δ = g where a (or z) > 0, else s g."""
+    saved = a if z is None else z
     if _is_factor(s, a):
-        g.mul_(torch.sign(a, out=work).clamp_min_(s))
+        g.mul_(torch.sign(saved, out=work).clamp_min_(s))
     else:
-        torch.where(torch.gt(a, 0, out=mask), g, torch.mul(g, s, out=work), out=g)
+        torch.where(torch.gt(saved, 0, out=mask), g, torch.mul(g, s, out=work), out=g)
 
 
 def _softplus_delta_(g: Tensor, a: Tensor, z: None, work: Tensor, mask: Tensor, β: float, t: float) -> None:
     """δ = g · (−expm1(−βa)), and g beyond the end of the curve."""
     slope = torch.threshold_(torch.mul(a, -β, out=work), -sheet.end(t), -math.inf)
     g.mul_(slope.expm1_().neg_())
+
+
+def _softplus_delta_in_z_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor, β: float, t: float) -> None:
+    """δ = g σ(βz), and g where βz > t."""
+    torch.gt(z.mul_(β), t, out=mask)
+    g.mul_(z.sigmoid_().masked_fill_(mask, 1))
 
 
 def _silu_delta_(g: Tensor, a: Tensor, z: Tensor, work: Tensor, mask: Tensor) -> None:
@@ -297,7 +307,9 @@ KERNELS = {
     ("tanh", "a"): Kernel(torch.tanh, _tanh_delta, torch.tanh_, _tanh_delta_),
     ("relu", "a"): Kernel(torch.relu, _relu_delta, partial(torch.clamp_min_, min=0), _relu_delta_),
     ("leaky_relu", "a"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu_, _leaky_relu_delta_),
+    ("leaky_relu", "z"): Kernel(F.leaky_relu, _leaky_relu_delta, _nn.leaky_relu, _leaky_relu_delta_),
     ("softplus", "a"): Kernel(F.softplus, _softplus_delta, _softplus_, _softplus_delta_),
+    ("softplus", "z"): Kernel(F.softplus, _softplus_delta_in_z, _nn.softplus, _softplus_delta_in_z_),
     ("silu", "z"): Kernel(F.silu, _silu_delta, _nn.silu, _silu_delta_),
     ("gelu", "z"): Kernel(F.gelu, _gelu_delta, _nn.gelu, _gelu_delta_),
     ("gelu_tanh", "z"): Kernel(_gelu_tanh, _gelu_tanh_delta, partial(_nn.gelu, approximate="tanh"), _gelu_tanh_delta_),
@@ -305,11 +317,10 @@ KERNELS = {
 
 
 def kernel(row: Row) -> Kernel:
-    """Return the forms of a row; of one without a kernel, its formulas and copies, but torch's G if it has one."""
+    """Return the forms of a row; of one without a kernel, its formulas and copies."""
     if (row.name, row.saves) in KERNELS:
         return KERNELS[row.name, row.saves]
-    in_a = KERNELS.get((row.name, "a"))
-    G, delta = rounded_once(row.G) if in_a is None else in_a.G, rounded_once(row.delta)
+    G, delta = rounded_once(row.G), rounded_once(row.delta)
 
     def G_(z: Tensor, *values: float, out: Tensor | None = None) -> Tensor:
         return (z if out is None else out).copy_(G(z, *values))
@@ -394,7 +405,8 @@ def _sum_of_cross_entropy(z: Tensor, target: Tensor) -> Tensor:
 
 
 def _cross_entropy_delta(z: Tensor, target: Tensor) -> Tensor:
-    return sheet.COSTS["cross_entropy"].delta(z, sheet.onehot(z, target) if target.dim() == 1 else target)
+    of_shares = sheet.COSTS["cross_entropy"].delta
+    return sheet.cross_entropy_delta_of_class(z, target) if target.dim() == 1 else of_shares(z, target)
 
 
 def _both_of_cross_entropy(delta: Tensor) -> Both:
@@ -421,7 +433,7 @@ def _both_of_cross_entropy(delta: Tensor) -> Both:
     return both
 
 
-_bce, _cross_entropy = sheet.COSTS["bce"], sheet.COSTS["cross_entropy"]
+_bce = sheet.COSTS["bce"]
 COST_KERNELS = {
     "quadratic": CostKernel(_sum_of_squares, sheet.quadratic_delta, _both_of_squares, total_share=0.5),
     "mse": CostKernel(_sum_of_squares, sheet.quadratic_delta, _both_of_squares, delta_share=2.0),
