@@ -105,7 +105,8 @@ def rows_are_tensors(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @functools.wraps(method)
     def checked(*args: P.args, **options: P.kwargs) -> Tensor:
-        tensors(**dict(zip(["input"], args[1:], strict=False)))
+        if len(args) == 2:
+            tensors(input=args[1])
         return method(*args, **options)
 
     return checked

@@ -322,7 +322,7 @@ class BackpropEngine:
             raise
         if not rates:
             self._give_gradients()
-        cost = torch.mul(plan.cost, plan.total_weight)
+        cost = plan.cost * plan.total_weight
         return cost if plan.rounds_to is None else cost.to(plan.rounds_to)
 
     def _train_rows(
@@ -330,7 +330,7 @@ class BackpropEngine:
     ) -> Tensor:
         checks.count("a batch_size", batch_size)
         self._check_own_memory(input, target, prediction)
-        input, target = input.detach(), target.detach()
+        input, target = (data.detach() if data.requires_grad else data for data in (input, target))
         native = self._natively(input, target, batch_size=batch_size)
         if native is not None:
             cost = self._train_natively(native, input, target, batch_size, order, prediction)
@@ -347,7 +347,8 @@ class BackpropEngine:
                 else:
                     batches = plan.gathered(input, target, order[of])
                 self._train(plan, zip(batches, out, strict=False), rates)
-        return (costs.sum() * kernels.weights(self._cost, len(input), self._outputs)[0]).to(input.dtype)
+        cost = costs.sum() * kernels.weights(self._cost, len(input), self._outputs)[0]
+        return cost if dtype == input.dtype else cost.to(input.dtype)
 
     def _natively(self, *data: Tensor, batch_size: int, gain: bool = True) -> NativeNet | None:
         """Return the net that takes these mini-batches in C, or None. Raises InputError if native=True can't be.
@@ -401,9 +402,10 @@ class BackpropEngine:
     def _train(self, plan: BoundPlan, batches: Iterable[tuple[tuple[Tensor, Tensor], Tensor]], rates: Rates) -> None:
         """Take a step for each (input, target), out; out := the cost, undivided."""
         if rates:
+            run = plan.run
             with torch.inference_mode():
                 for (input, target), out in batches:
-                    plan.run(input, target, out)
+                    run(input, target, out)
             return
         for (input, target), out in batches:
             with inference():
