@@ -124,22 +124,15 @@ class Plan:
     def _slot(self, i: int) -> Any:
         """Return the buffer that node i writes. G writes over z, if G′ is written in a and nobody else reads z."""
         rule, reads, _ = self.program.nodes[i]
-        over_z = isinstance(rule, Activate) and rule.saves == "output" and self._alone(i) and reads[0] > 0
-        if over_z or (isinstance(rule, Drop) and rule.p == 0):
+        if isinstance(rule, Activate) and rule.saves == "output" and self._alone(i):
             return self.slots[reads[0]]
         return self._laid(self.like.new_empty(self.rows * self.widths[i + 1]), i + 1)
 
     def _alone(self, i: int) -> bool:
-        """Return True if node i alone reads its slot, and so may write over it, in both directions.
-
-        A dropout before it that draws nothing only hands the slot on. A rule that saves its output reads it, too.
-        """
-        slot = self.program.nodes[i].reads[0]
-        same = {j for j, buffer in enumerate(self.slots[: i + 1]) if buffer is self.slots[slot]}
-        others = [node for j, node in enumerate(self.program.nodes) if j != i and same & {*node.reads}]
-        if any(self.program.nodes[j - 1].rule.saves == "output" for j in same if j > 0):
-            return False
-        return all(isinstance(rule, Drop) and rule.p == 0 and i >= min(reads) for rule, reads, _ in others)
+        """Return True if node i may write over the slot it reads: not the input, and nobody else reads it again."""
+        nodes, slot = self.program.nodes, self.program.nodes[i].reads[0]
+        others = [node for j, node in enumerate(nodes) if j != i and slot in node.reads]
+        return slot > 0 and not others and nodes[slot - 1].rule.saves != "output"
 
     # -----------------------------------------------------------------------------------------------------------------
     # Instructions
@@ -187,12 +180,11 @@ class Plan:
                 read = out
             to: Any = {"out": out} if rule.saves == "input" else {}
             self._emit(self.up, partial(G_, read, *rule.row.values, **to))
-        elif isinstance(rule, Drop):
-            if rule.p > 0:
-                drawn, scale = self.masks[i + 1]
-                self._emit(self.up, partial(_draw, drawn, scale, 1 - rule.p))
-                self._emit(self.up, partial(torch.mul, scale, out=out), read)
-        elif isinstance(rule, Add):
+        elif i + 1 in self.masks:
+            drawn, scale = self.masks[i + 1]
+            self._emit(self.up, partial(_draw, drawn, scale, 1 - rule.p))
+            self._emit(self.up, partial(torch.mul, scale, out=out), read)
+        elif isinstance(rule, Add | Drop):
             self._add([slots[slot] for slot in reads], out)
         else:
             self._emit(self.up, lambda *ins: out.copy_(rule.forward(*ins)), *(slots[slot] for slot in reads))
@@ -236,7 +228,7 @@ class Plan:
                 self.later.append((delta, slots[reads[0]], sinks, i + 1, reads[0]))
             return
         # The form in place would overwrite a z that somebody else still reads.
-        if isinstance(rule, Activate) and (rule.saves == "output" or (reads[0] > 0 and self._alone(i))):
+        if isinstance(rule, Activate) and (rule.saves == "output" or self._alone(i)):
             delta_ = kernels.kernel(rule.row).delta_
             a, z = self.slots[i + 1], slots[reads[0]] if rule.saves == "input" else None
             # Step 4 has read a^l, so δ may use it as scratch. The prediction is read later.
@@ -247,10 +239,9 @@ class Plan:
                 self._emit(self.down, copy.copy_, a)
                 a = copy
             self._emit(self.down, partial(delta_, delta, a, z, work, mask, *rule.row.values))
-        elif isinstance(rule, Drop):
-            if rule.p > 0:
-                self._emit(self.down, delta.mul_, self.masks[i + 1][1])
-        elif not isinstance(rule, Add):
+        elif i + 1 in self.masks:
+            self._emit(self.down, delta.mul_, self.masks[i + 1][1])
+        elif not isinstance(rule, Add | Drop):
             self._any_rule(i, delta, slots)
             self.free.append(flat)
             return

@@ -180,7 +180,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "plan: what arrives does not add up": ("plan", "partial(add, into, delta, out=into) if more else ", ""),
     "plan: one δ in the place of the next": ("plan", "self.arrived[slot] = self.free.pop()", "self.arrived[slot] = self.flats[0]"),
     "plan: the prediction is written over": ("plan", "z is None and a is not self.slots[-1]", "z is None", "engine", "predictions"),
-    "plan: G over a z that is read again": ("plan", " and self._alone(i) and reads", " and reads"),
+    "plan: G over a z that is read again": ("plan", 'rule.saves == "output" and self._alone(i):', 'rule.saves == "output" and reads[0] > 0:'),
     "plan: W before δ": (
         "plan",
         "            if self.wanted[reads[0]]:\n                self._step_3(delta, own[0], reads[0])\n",
@@ -188,7 +188,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "plan: two branches share the δ of a sum": ("plan", "self._emit(self.down, into.add_ if more else into.copy_, g)", "self.arrived[slot] = flat", "graph", "frozen"),
     "plan: x + x with one g": ("plan", "if wanted.count(keeps) > 1:", "if False:", "program", "thrice or input"),
-    "plan: G over an a that is read again": ("plan", '        if any(self.program.nodes[j - 1].rule.saves == "output" for j in same if j > 0):\n            return False\n', "", "program", "tanh"),
+    "plan: G over an a that is read again": ("plan", ' and nodes[slot - 1].rule.saves != "output"', "", "program", "tanh"),
     "program: a branch begins without a copy": ("program", "if begins and not isinstance(rule, Affine):", "if False:", "graph", "trace"),
     "program: an identity branch is another slot": ("program", "child, of_child, slot, begins=True) for", "child, of_child, len(self.nodes), begins=True) for", "graph", "frozen"),
     "a sum that gives g to its first branch alone": ("functions", "return tuple(g if needed else None for needed in ctx.needs_input_grad)", "return g, *(None for _ in ctx.needs_input_grad[1:])", "graph", "road"),
