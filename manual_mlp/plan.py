@@ -106,11 +106,10 @@ class Plan:
         for slot in range(len(nodes), 0, -1):
             rule, reads, _ = nodes[slot - 1]
             dropped |= set(reads) if slot in dropped and isinstance(rule, Activate) else set()
-        if self.nets:
-            return [False] * (len(nodes) + 1)
         columns = [False]
         for slot, (rule, reads, _) in enumerate(nodes, start=1):
-            narrow = isinstance(rule, Affine) and kernels.by_columns(self.like, self.n, self.widths[slot])
+            one_map = isinstance(rule, Affine) and not self.nets
+            narrow = one_map and kernels.by_columns(self.like, self.n, self.widths[slot])
             follows = isinstance(rule, Activate | Add) and all(columns[read] for read in reads)
             columns.append(slot not in dropped and (narrow or follows))
         return columns

@@ -227,6 +227,7 @@ def test_a_rows_letter_follows_from_its_values() -> None:
 # Costs
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def batch(cost: Cost, dtype: torch.dtype, n: int, m: int, classes: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A prediction, the kernel's target, and the target as the row takes it."""
     prediction = 3 * torch.randn(n, m, dtype=torch.float64)
