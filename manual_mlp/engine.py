@@ -106,8 +106,7 @@ class BoundPlan(Plan):
 
     def bind(self, rates: Any) -> None:
         """Make the calls for these rates, unless they are there. For K nets they are lists of K numbers."""
-        own = self.engine._detached
-        numbers: Any = rates
+        own, numbers = self.engine._detached, rates
         if self.rates_lie_in_tensors:
             numbers = tuple(beta != 1 for beta, _ in rates)
             with torch.inference_mode():
@@ -116,7 +115,7 @@ class BoundPlan(Plan):
                         tensor.copy_(torch.tensor(number, dtype=torch.float64).view(tensor.shape))
                     else:
                         tensor.fill_(number)
-        if self.bound_for == (numbers,):
+        if self.bound_for == numbers:
             return
         self.bound_for = None  # until all of it is done
         with torch.inference_mode():
@@ -130,7 +129,7 @@ class BoundPlan(Plan):
             [(fed, [call for call, _, _ in calls]) for fed, calls in groupby(code, lambda step: step.feeds != ())]
             for code in (self.up, self.down)
         )
-        self.bound_for = (numbers,)
+        self.bound_for = numbers
         if self.target is not None:
             self.launch = Launch(partial(self.steps, None, self.target, self.out), self.ones.device)
 
@@ -347,8 +346,8 @@ class BackpropEngine:
                 else:
                     batches = plan.gathered(input, target, order[of])
                 self._train(plan, zip(batches, out, strict=False), rates)
-        cost = costs.sum() * kernels.weights(self._cost, len(input), self._outputs)[0]
-        return cost if dtype == input.dtype else cost.to(input.dtype)
+        mean = costs.sum() * kernels.weights(self._cost, len(input), self._outputs)[0]
+        return mean if dtype == input.dtype else mean.to(input.dtype)
 
     def _natively(self, *data: Tensor, batch_size: int, gain: bool = True) -> NativeNet | None:
         """Return the net that takes these mini-batches in C, or None. Raises InputError if native=True can't be.

@@ -156,7 +156,9 @@ class NetworkCost(functions.ManualFunction):
             gradients, ctx.gradients = ctx.gradients, None  # given away, they become .grad without a copy
             if gradients is None:  # backward for the second time
                 _, gradients = _at_once(reading, key, weighed, target, tensors, None)
-            return *(None,) * 6, *_times(gradients, g)
+            if g.item() != 1:
+                torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], g)
+            return *(None,) * 6, *gradients
         tensors += chain.from_iterable(zip(drawn, keeps, strict=True))
         if torch.is_grad_enabled() or not slots:  # create_graph: what was saved has no history
             slots = program.forward(tensors)[1:]
@@ -164,14 +166,6 @@ class NetworkCost(functions.ManualFunction):
         g = kernels.cost_kernel(cost).delta(slots[-1], target) * (g * delta_weight)
         _, gradients = program.backward(g, [tensors[0], *slots], tensors, needs)
         return *(None,) * 6, *gradients
-
-
-def _times(gradients: list[Tensor | None], g: Tensor) -> list[Tensor | None]:
-    if g.item() != 1:
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(g)
-    return gradients
 
 
 def network_loss(model: nn.Module, input: Tensor, target: Tensor, loss: str = "quadratic") -> Tensor:
@@ -220,7 +214,11 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
         checks.tensors(input=input, target=target)
         raise
     if special or functional.autocasting(input):
-        return _by_layers(model, reading, input, target, loss, predictions)
+        cost_of(loss, reading.program)
+        prediction = model(input)
+        if predictions is not None:
+            predictions.append(prediction.detach())
+        return functional.COSTS[loss](prediction, target)
     key, weighed, planned = _checked(reading, flat, input, target, loss)
     masks = reading.program.draw(input)
     if not planned or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -235,16 +233,6 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
         checks.labels(target, outputs)
         checks.trainable(flat)
         raise
-
-
-def _by_layers(
-    model: nn.Module, reading: Reading, input: Tensor, target: Tensor, loss: str, predictions: list[Tensor] | None
-) -> Tensor:
-    cost_of(loss, reading.program)
-    prediction = model(input)
-    if predictions is not None:
-        predictions.append(prediction.detach())
-    return functional.COSTS[loss](prediction, target)
 
 
 def _checked(reading: Reading, flat: Sequence[Any], input: Tensor, target: Tensor, loss: str) -> tuple[Any, Any, bool]:

@@ -173,7 +173,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "program: another node's slots": ("program", "for slot in self.saved[i]]", "for slot in self.saved[i - 1]]"),
     "program: a slot that is needed is freed": ("program", " and slot not in self.kept]", "]"),
     "network: second derivative of constants": ("network", "if torch.is_grad_enabled() or not slots:", "if not slots:", "network", "second_derivatives"),
-    "network: g forgotten": ("network", "                gradient.mul_(g)\n", "                pass\n", "network", "retained"),
+    "network: g forgotten": ("network", "if g.item() != 1:", "if False:", "network", "retained"),
     "network: a given gradient given again": ("network", "gradients, ctx.gradients = ctx.gradients, None", "gradients = ctx.gradients", "network", "retained"),
     "network: 1/N forgotten": ("network", "        self.delta.mul_(self.delta_weight)\n", ""),
     "network: a cut parameter": ("network", " or _shapes(tensors) != plan.shapes", "", "network", "cut"),
