@@ -17,7 +17,7 @@ from manual_mlp import InputError
 from manual_mlp import formulas as sheet
 from manual_mlp.training import run as training
 from manual_mlp.training.module import MLPModule
-from manual_mlp.training.predict import Predictor
+from manual_mlp.training.predict import Predictor, predict_file
 from manual_mlp.training.strategies import BACKPROP
 from tests.configs import ROOT, configured
 
@@ -230,3 +230,25 @@ class TestExported:
         (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         # float32, and onnxruntime's own kernel for the sigmoid
         torch.testing.assert_close(torch.from_numpy(output), predictor(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_columns_of_an_npz_that_stand_alone(tmp_path: Path, task: str) -> None:
+    """Arrays (N, 1) answer and name rows of the file itself as they did in training; other shapes are refused."""
+    classes = task == "classification"
+    arrays = {"x": np.random.default_rng(0).normal(size=(60, 2)), "k": np.arange(60)[:, None]}
+    arrays["y"] = np.array(["p", "q"] * 30)[:, None] if classes else np.arange(60.0)[:, None]
+    np.savez(tmp_path / "t.npz", **arrays)
+    words = [f"data.source.path={tmp_path}/t.npz", "data.source.target=y", f"data.source.task={task}"]
+    training.run(configured(tmp_path, "data=table", *words, "data.source.key=k", "trainer.max_epochs=1"))
+
+    def predicted(**arrays: np.ndarray) -> list[str]:
+        np.savez(tmp_path / "n.npz", **arrays)
+        return predict_file(str(tmp_path / "best.ckpt"), str(tmp_path / "n.npz"), str(tmp_path / "o.csv"))
+
+    assert predicted(**arrays)[1].startswith("accuracy 50.00 % over 60" if classes else "rmse ")
+    assert predicted(x=arrays["x"][:0])[0].startswith("predictions for 0 rows")
+    for name in "ky":
+        for wrong in (arrays[name][:9, 0], np.repeat(arrays[name], 2, 1)):
+            with pytest.raises(InputError, match=f"one value of '{name}' for each of 60 rows, but got the shape"):
+                predicted(**{**arrays, name: wrong})

@@ -149,11 +149,6 @@ class TestFitted:
         columns = [preparation.Column("a"), preparation.Column("b")]
         assert preparation.prepared(codes, columns, preparation.fitted(columns, codes)) is codes
 
-    def test_more_columns_than_an_imputer_gets_at_once(self) -> None:
-        codes = np.random.default_rng(0).random((9, 2 * preparation.AT_ONCE + 3))
-        fitted = preparation.fitted([preparation.Column(str(place)) for place in range(codes.shape[1])], codes)
-        np.testing.assert_array_equal([column.fill for column in fitted if column], np.median(codes, axis=0))
-
     def test_split_seed(self, tmp_path: Path) -> None:
         samples = read(written(tmp_path / "t.csv", people()), drop=["id"])
         one, same, other = (module(samples, seed=seed, split_seed=split) for seed, split in ((0, 5), (1, 5), (0, None)))

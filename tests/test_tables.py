@@ -310,7 +310,7 @@ class TestLabels:
 
     def test_nul_in_csv(self, tmp_path: Path) -> None:
         path = written(tmp_path, "csv", {"a": np.arange(3), "y": ["p\0", "p", "q"]})
-        with pytest.raises(InputError, match="text with NUL bytes, perhaps UTF-16; save it as UTF-8"):
+        with pytest.raises(InputError, match="text with NUL bytes, perhaps UTF-16 or UTF-32; save it as UTF-8"):
             labelled(path)
 
     @pytest.mark.parametrize("order", ["<", ">"])
@@ -569,8 +569,8 @@ class TestFiles:
     @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
     def test_other_encodings(self, tmp_path: Path, encoding: str) -> None:
         (tmp_path / "t.csv").write_text("a,y\n1,p\n2,q\n", encoding=encoding)
-        named = encoding.upper() if encoding in ("utf-16", "utf-32") else "text with NUL bytes, perhaps UTF-16"
-        with pytest.raises(InputError, match=f"a CSV file in UTF-8, but t.csv is {named}; save it as UTF-8"):
+        sentence = "a CSV file in UTF-8, but t.csv is text with NUL bytes, perhaps UTF-16 or UTF-32; save it as UTF-8"
+        with pytest.raises(InputError, match=sentence):
             labelled(tmp_path / "t.csv")
 
     def test_utf_8_with_its_mark(self, tmp_path: Path) -> None:

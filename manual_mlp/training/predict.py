@@ -21,7 +21,7 @@ from manual_mlp.modules import MLP, restored
 from manual_mlp.schema import described
 from manual_mlp.training import preparation, readers
 from manual_mlp.training.members import Members
-from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, brief, listed
+from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, brief, listed, quoted
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +117,26 @@ class Predictor(nn.Module):
             )
         readers.check_names(Path("the rows"), map(str, rows.columns))
         columns = {str(name): readers.column(rows[name]) for name in rows.columns}
-        features, said = _features(Table(Path("the rows"), "rows", np.inf, columns, columns=columns), self)
+        features, said = self._features(Table(Path("the rows"), "rows", np.inf, columns, columns=columns))
         for sentence in said:
             log.warning(sentence)
         return torch.from_numpy(features)
 
-    def _taken(self, table: Table, rows: int) -> tuple[np.ndarray, list[str]]:
-        """Return the prepared columns (N, n_1) of a table of raw rows, and words about what is in it besides."""
+    def _features(self, table: Table) -> tuple[np.ndarray, list[str]]:
+        """Return the rows (N, n_1) and words about them. Without names of columns, all of the file's are features."""
+        rows = max((len(values) for values in table.columns.values() if values.ndim), default=0)
+        if not self.columns:
+            codes, columns, defects = preparation.taken(table, rows)
+            defects += [(row, "a cell is empty") for row in np.flatnonzero(np.isnan(codes).any(1)).tolist()]
+            defects += [(None, f"{listed([column.name])} is text") for column in columns if column.kinds]
+            table.refuse(defects)
+            return codes, []
+        for name in {self.target, self.key} & table.columns.keys():
+            if (shape := table.columns[name].shape) != (rows,):
+                raise InputError(
+                    f"expected one value of {quoted(name)} for each of {rows} rows, but got the shape {shape}; mend it "
+                    "or leave it out"
+                )
         there = readers.column_names(table.columns)
         if missing := [column.name for column in self.columns if column.name not in there]:
             raise InputError(
@@ -131,12 +144,12 @@ class Predictor(nn.Module):
                 f"{table.path.name} lacks {listed(missing)}; add {'it' if len(missing) == 1 else 'them'}"
                 + (f", and separate the cells by {table.mark!r}, as in training" if len(table.columns) == 1 else "")
             )
-        codes, said, defects = preparation.known(table, rows, self.columns)
+        codes, raw, said, defects = preparation.known(table, rows, self.columns)
         table.refuse(defects)
         own = {*(column.name for column in self.columns), self.target, self.key}
         if extra := [name for name in there if name not in own]:
             said.append(f"ignored {listed(extra)}: the net was trained without {'it' if len(extra) == 1 else 'them'}")
-        return preparation.prepared(codes, self.columns, self.columns), said
+        return preparation.prepared(codes, raw, self.columns), said
 
     def prediction(self, features: Tensor) -> Tensor:
         """Return a^L (N, n_L) for features (N, n_1); the largest in a row is the class that accuracy counts.
@@ -233,7 +246,7 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
         raise InputError(f"expected output to end in {' or '.join(SUFFIXES)}, but got {destination}; rename it")
     predictor = Predictor.from_checkpoint(checkpoint)
     table = _read(Path(source), predictor, max_bytes)
-    features, notes = _features(table, predictor)
+    features, notes = predictor._features(table)
     if features.shape[1] != predictor._first.sizes[0]:
         raise InputError(
             f"expected {predictor._first.sizes[0]} numbers in each row, as the net was trained on, but {source} has "
@@ -287,51 +300,33 @@ def _read(path: Path, predictor: Predictor, max_bytes: float) -> Table:
     return readers.read_table(table)
 
 
-def _features(table: Table, predictor: Predictor) -> tuple[np.ndarray, list[str]]:
-    """Return the rows (N, n_1) and words about them. Without names of columns, all of the file's are features."""
-    rows = max((len(values) for values in table.columns.values() if values.ndim), default=0)
-    if predictor.columns:
-        return predictor._taken(table, rows)
-    codes, columns, defects = preparation.taken(table, rows)
-    defects += [(row, "a cell is empty") for row in np.flatnonzero(np.isnan(codes).any(1)).tolist()]
-    defects += [(None, f"{listed([column.name])} is text") for column in columns if column.kinds]
-    table.refuse(defects)
-    return codes, []
-
-
 def _key_in_words(predictor: Predictor, key: dict[str, np.ndarray]) -> list[str]:
     if predictor.key is None:
         return []
     if not key:
-        return [f"there is no {listed([predictor.key])}: the predictions stand in the order of the rows"]
+        return [f"there is no {quoted(predictor.key)}: the predictions stand in the order of the rows"]
     values = key[predictor.key]
     repeats = len(values) - len(preparation.distinct(values)[0])
-    return [f"{listed([predictor.key])} repeats in {preparation.counted(repeats, 'row')}"] if repeats else []
+    return [f"{quoted(predictor.key)} repeats in {preparation.counted(repeats, 'row')}"] if repeats else []
 
 
 def _score(table: Table, predictor: Predictor, values: np.ndarray, chosen: Sequence[int]) -> list[str]:
     """Return the accuracy, or in a regression the root of the mean squared error, if the rows bring their targets."""
     if predictor.target not in table.columns:
         return []
-    truth = table.columns[predictor.target]
-    if not predictor.class_names:
+    truth, new = table.columns[predictor.target], list[str]()
+    if predictor.class_names:
+        names, codes = preparation.classes(truth, predictor.target)
+        new, there = [name for name in names if name not in predictor.class_names], codes >= 0
+        each = np.array([*names, None])[codes] == np.array(predictor.class_names, dtype=object)[chosen]
+    else:
         numbers, _ = preparation.numbers(truth, predictor.target)
-        there = np.isfinite(numbers)
-        if values.shape[1] != 1 or not there.any():
-            return []
-        error = np.sqrt(np.mean((values[there, 0] - numbers[there]) ** 2))
-        return [
-            f"rmse {error:.4g} over {preparation.counted(int(there.sum()), 'row')} with {listed([predictor.target])}"
-        ]
-    names, codes = preparation.classes(truth, predictor.target)
-    there = codes >= 0
+        each, there = (values[:, 0] - numbers) ** 2, np.isfinite(numbers) & (values.shape[1] == 1)
     if not there.any():
         return []
-    own = np.array(predictor.class_names, dtype=object)[np.asarray(chosen)[there]]
-    hits = own == np.array(names, dtype=object)[codes[there]]
-    rows = preparation.counted(int(there.sum()), "row")
-    said = [f"accuracy {100 * hits.mean():.2f} % over {rows} with {listed([predictor.target])}"]
-    new = [name for name in names if name not in predictor.class_names]
+    mean, rows = each[there].mean(), preparation.counted(int(there.sum()), "row")
+    score = f"accuracy {100 * mean:.2f} %" if predictor.class_names else f"rmse {np.sqrt(mean):.4g}"
+    said = [f"{score} over {rows} with {quoted(predictor.target)}"]
     return said + [f"{listed(new)} among them is none of the classes, and counts as wrong"] * bool(new)
 
 
@@ -356,11 +351,12 @@ def _cells(values: np.ndarray) -> np.ndarray:
 def _csv(
     values: np.ndarray, names: list[str], chosen: list[int], spread: np.ndarray | None, key: dict[str, np.ndarray]
 ) -> memoryview:
-    header = ["class", *(f"P({name})" for name in names)]
-    if not names:
-        header = ["prediction"] if values.shape[1] == 1 else [f"prediction[{i}]" for i in range(values.shape[1])]
+    answers = names or (
+        ["prediction"] if values.shape[1] == 1 else [f"prediction[{i}]" for i in range(values.shape[1])]
+    )
+    header = ["class", *(f"P({name})" for name in names)] if names else [*answers]
     if spread is not None:
-        header += [f"sd({name.removeprefix('P(').removesuffix(')')})" for name in header[bool(names) :]]
+        header += [f"sd({name})" for name in answers]
         values = np.concatenate([values, spread], 1)
     file = io.BytesIO()
     text = io.TextIOWrapper(file, "utf-8", newline="")

@@ -4,8 +4,9 @@ What is filled in, and which kinds there are, is fitted on the training rows by 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ LARGEST_FLOAT = 2**53  # above it not every whole number has a float of its own
 MOST_CLASSES, LONGEST_NAME = 10_000, 1000
 WHOLE = re.compile("0|-?[1-9][0-9]*").fullmatch
 MOST_KINDS = 50
-AT_ONCE = 64  # columns; an imputer copies them several times
 COMMA = re.compile(r"[-+]?\d+,\d+").fullmatch  # a number with a decimal comma
 MARK = "[,.'’ \\u00a0\\u2009\\u202f]"
 THOUSANDS = re.compile(rf"[-+]?\d{{1,3}}({MARK})\d{{3}}(\1\d{{3}})*([.,]\d+)?").fullmatch  # such as 1,234.5
@@ -74,75 +74,64 @@ def taken(table: Table, rows: int) -> tuple[np.ndarray, list[Column], Defects]:
     Each number is there once. Raises InputError for columns of other lengths, of the same name, of no simple values.
     """
     check_names(table.path, names := column_names(table.columns))
-    codes, columns, defects = np.empty((rows, len(names))), list[Column](), Defects()
-    refused: list[str] = []
+    codes, columns = np.empty((rows, len(names))), list[Column]()
+    defects, refused = Defects(), list[str]()
     for name in list(table.columns):
         values = _checked(table.columns.pop(name), rows, name)
         place, kinds = len(columns), tuple[str, ...]()
         if values.dtype.kind in "biuf":
-            block, wrong = values.reshape(rows, -1), Defects()
+            block = values if values.ndim > 1 else values[:, None]
+            defects += _too_large(block, names[place:])
         else:
-            block, kinds, wrong, words = _text_or_numbers(values, name, table.decimal)
-            if words:
-                defects.append((None, words))
-                refused += [name]
+            found, kinds, wrong = _text_or_numbers(values, name, table.decimal)
+            block = found[:, None]
+            defects += wrong
+            refused += [name] * any(row is None for row, _ in wrong)
         columns += [Column(names[place + index], kinds) for index in range(block.shape[1])]
         codes[:, place : len(columns)] = block
-        defects += wrong + (_too_large(block, names[place : len(columns)]) if values.dtype.kind in "biuf" else [])
     if refused:
         defects.append((None, f"to leave them out: {listing('data.source.drop', [*table.drop, *refused])}"))
     return codes, columns, defects
 
 
-def known(table: Table, rows: int, columns: Sequence[Column]) -> tuple[np.ndarray, list[str], Defects]:
-    """Return `columns` of a table as `taken` does, −1 for a kind that is none of theirs; words about these; defects."""
-    codes, said, defects = np.empty((rows, len(columns))), list[str](), Defects()
-    flat = {name: table.columns[name] for name in table.columns if table.columns[name].ndim == 1}
-    for name, values in table.columns.items():
-        if values.ndim > 1:
-            flat |= dict(zip(column_names({name: values}), values.reshape(len(values), -1).T, strict=True))
+def known(table: Table, rows: int, columns: Sequence[Column]) -> tuple[np.ndarray, list[Column], list[str], Defects]:
+    """Return `columns` of a table as `taken` does, with the kinds that are in it; words about new ones; the defects."""
+    codes, raw, said, defects = np.empty((rows, len(columns))), list[Column](), list[str](), Defects()
+    blocks = (values.T if values.ndim > 1 else [values] for values in table.columns.values())
+    flat = dict(zip(column_names(table.columns), chain.from_iterable(blocks), strict=True))
     for place, column in enumerate(columns):
-        values = _checked(flat[column.name], rows, column.name)
+        values, kinds = _checked(flat[column.name], rows, column.name), tuple[str, ...]()
         if column.kinds:
-            found, kinds = _coded(values, column.name, defects)
-            own = {kind: code for code, kind in enumerate(column.kinds)}
-            codes[:, place] = _recoded(found[:, 0], [own.get(kind, -1) for kind in kinds])
-            if new := [kind for kind in kinds if kind not in own]:
-                count = int((codes[:, place] == -1).sum())
-                said.append(
-                    f"{quoted(column.name)} has {listed(new)} in {counted(count, 'row')}: none of the known kinds"
-                )
+            places, kinds = _coded(values, column.name, defects)
+            codes[:, place] = np.where(places < 0, np.nan, places)
         else:
             codes[:, place], wrong = numbers(values, column.name, gaps=column.fill is not None)
             defects += wrong
-    return codes, said, defects
+        raw.append(Column(column.name, kinds))
+        own = {*column.kinds}
+        if new := {code: kind for code, kind in enumerate(kinds) if kind not in own}:
+            there = counted(int(np.isin(codes[:, place], [*new]).sum()), "row")
+            said.append(f"{quoted(column.name)} has {listed([*new.values()])} in {there}: none of the known kinds")
+    return codes, raw, said, defects
 
 
 def fitted(columns: Sequence[Column], codes: np.ndarray) -> list[Column | None]:
     """Return the columns as fitted on training rows; None for one that is empty in all of them."""
+    from sklearn.impute import SimpleImputer  # type: ignore[import-untyped]
     from sklearn.preprocessing import OneHotEncoder  # type: ignore[import-untyped]
 
-    empty = np.array([np.isnan(column).all() for column in codes.T], dtype=bool)
-    fills: dict[int, float] = {}
-    for strategy, of_text in (("median", False), ("most_frequent", True)):
-        places = [place for place, column in enumerate(columns) if bool(column.kinds) is of_text and not empty[place]]
-        fills |= zip(places, _statistics(codes, places, strategy), strict=True)
-    made: list[Column | None] = [None] * len(columns)
-    for place, fill in fills.items():
-        if kinds := columns[place].kinds:
-            there = np.nan_to_num(codes[:, place : place + 1], nan=fill)
-            (categories,) = OneHotEncoder().fit(there).categories_
-            made[place] = Column(columns[place].name, tuple(kinds[int(code)] for code in categories), kinds[int(fill)])
+    made = list[Column | None]()
+    for column, values in zip(columns, codes.T, strict=True):
+        there = values[~np.isnan(values), None]
+        if not len(there):
+            made.append(None)
+        elif column.kinds:
+            kinds = tuple(column.kinds[int(code)] for code in OneHotEncoder().fit(there).categories_[0])
+            fill = SimpleImputer(strategy="most_frequent").fit(there).statistics_.item()
+            made.append(Column(column.name, kinds, column.kinds[int(fill)]))
         else:
-            made[place] = Column(columns[place].name, (), fill)
+            made.append(Column(column.name, (), SimpleImputer(strategy="median").fit(there).statistics_.item()))
     return made
-
-
-def _statistics(codes: np.ndarray, places: Sequence[int], strategy: str) -> Iterator[float]:
-    from sklearn.impute import SimpleImputer  # type: ignore[import-untyped]
-
-    for start in range(0, len(places), AT_ONCE):
-        yield from SimpleImputer(strategy=strategy).fit(codes[:, places[start : start + AT_ONCE]]).statistics_.tolist()
 
 
 def prepared(codes: np.ndarray, raw: Sequence[Column], columns: Sequence[Column | None]) -> np.ndarray:
@@ -158,10 +147,10 @@ def prepared(codes: np.ndarray, raw: Sequence[Column], columns: Sequence[Column 
             continue
         if column.kinds:
             own = {kind: code for code, kind in enumerate(column.kinds)}
-            found = _recoded(values, [own.get(kind, -1) for kind in before.kinds]) if before != column else values
-            code = np.where(np.isnan(found), own[str(column.fill)], found).astype(np.int64)
-            known = np.flatnonzero(code >= 0)
-            rows[known, place + code[known]] = 1.0
+            new = np.array([*(own.get(kind, -1) for kind in before.kinds), own[str(column.fill)]])
+            code = new[np.nan_to_num(values, nan=-1.0).astype(np.int64)]  # a gap takes the last one
+            there = np.flatnonzero(code >= 0)
+            rows[there, place + code[there]] = 1.0
         else:
             rows[:, place] = np.nan_to_num(values, nan=float(column.fill or 0))
         place += len(column.names())
@@ -233,54 +222,43 @@ def _checked(values: np.ndarray, rows: int, name: str) -> np.ndarray:
 
 
 def _coded(values: np.ndarray, name: str, defects: Defects) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return codes (rows, 1) of the kinds, in order, NaN for a gap, and the kinds; add the defects."""
+    """Return for each row the place of its kind, −1 for a gap, and the kinds in order; add the defects."""
     found, indices = distinct(values)
-    texts: list[str | None] = []
+    texts = list[str | None]()
     for code, value in enumerate(found):
         try:
-            texts.append(_text(value))
+            texts.append(text(value))
         except ValueError as error:
             texts.append(None)
             defects += [(row, f"{quoted(name)} holds {error}") for row in np.flatnonzero(indices == code).tolist()]
-    kinds = tuple(sorted({kind for kind in texts if kind is not None}))
-    place = {kind: float(code) for code, kind in enumerate(kinds)}
-    codes = np.array([np.nan if kind is None else place[kind] for kind in texts], dtype=np.float64)
-    return codes[indices][:, None], kinds
+    kinds, places = _ordered(texts, str)
+    return places[indices], kinds
 
 
-def _text(value: Any) -> str | None:
-    if isinstance(value, str | bytes):
-        return text(value)
-    if value is None or value != value:  # NaN
-        return None
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value)) if whole else str(value).removesuffix(" 00:00:00")  # of a date
+def _ordered(names: Sequence[str | None], order: Any) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the different names in order, and the place of each name among them, −1 for None."""
+    known = sorted({name for name in names if name is not None}, key=order)
+    place = {name: index for index, name in enumerate(known)} | {None: -1}
+    return tuple(known), np.array([place[name] for name in names], dtype=np.int64)
 
 
-def _recoded(codes: np.ndarray, new: Sequence[float]) -> np.ndarray:
-    """Return new[code] for each code, NaN for NaN."""
-    gaps = np.isnan(codes)
-    return np.where(gaps, np.nan, np.array([*new, np.nan])[np.where(gaps, len(new), codes).astype(np.int64)])
-
-
-def _text_or_numbers(
-    values: np.ndarray, name: str, decimal: str | None
-) -> tuple[np.ndarray, tuple[str, ...], Defects, str]:
-    """Return codes (rows, 1) of kinds and the kinds, or numbers and none; the defects; why it is neither, or nothing.
+def _text_or_numbers(values: np.ndarray, name: str, decimal: str | None) -> tuple[np.ndarray, tuple[str, ...], Defects]:
+    """Return codes of kinds and the kinds, or numbers and none; the defects, of no one row if it is neither.
 
     Text of too many kinds is taken for numbers if most of them are: then the others are defects.
     """
     defects = Defects()
-    codes, kinds = _coded(values, name, defects)
+    places, kinds = _coded(values, name, defects)
+    codes = np.where(places < 0, np.nan, places)
     if kinds and (words := _written_otherwise(kinds, decimal)):
-        return codes, kinds, defects, f"{quoted(name)} holds {words}"
+        return codes, kinds, [*defects, (None, f"{quoted(name)} holds {words}")]
     if len(kinds) <= MOST_KINDS and 2 * len(kinds) <= len(codes):
-        return codes, kinds, defects, ""
+        return codes, kinds, defects
     if 2 * sum(_number(kind) is None for kind in kinds) < len(kinds):
         found, defects = numbers(values, name, gaps=True)
-        return found[:, None], (), defects, ""
-    much = f"{counted(len(kinds), 'kind')} in {counted(len(codes), 'row')}"
-    return codes, kinds, defects, f"{quoted(name)} is text of {much}, which are too many to learn from"
+        return found, (), defects
+    much = f"text of {counted(len(kinds), 'kind')} in {counted(len(codes), 'row')}"
+    return codes, kinds, [*defects, (None, f"{quoted(name)} is {much}, which are too many to learn from")]
 
 
 def _written_otherwise(kinds: Sequence[str], decimal: str | None) -> str:
@@ -296,25 +274,20 @@ def _written_otherwise(kinds: Sequence[str], decimal: str | None) -> str:
 
 def numbers(values: np.ndarray, name: str, gaps: bool = False) -> tuple[np.ndarray, Defects]:
     """Return a column of numbers, NaN for gaps, and the cells that are none. gaps: True if these may be empty."""
-    defects, found = Defects(), np.empty(len(values))
+    defects = Defects()
     if values.dtype.kind in "biuf":
-        found[:] = values
+        found = values.astype(np.float64)
     else:
-        codes, kinds = _coded(values, name, defects)
+        places, kinds = _coded(values, name, defects)
         read = [_number(kind) for kind in kinds]
-        found[:] = _recoded(codes[:, 0], [np.nan if number is None else number for number in read])
-        wrong = {code for code, number in enumerate(read) if number is None}
-        defects += _holds(codes[:, 0], kinds, wrong, name)
+        found = np.array([*read, None], dtype=np.float64)[places]  # None, also for a gap, becomes NaN
+        wrong = np.flatnonzero(np.array([*(number is None for number in read), False])[places]).tolist()
+        defects += [(row, f"{quoted(name)} holds {quoted(kinds[places[row]])}, which is not a number") for row in wrong]
     refused = {row for row, _ in defects}
     if not gaps:
         empty = [row for row in np.flatnonzero(np.isnan(found)).tolist() if row not in refused]
         defects += [(row, f"{quoted(name)} is empty") for row in empty]
     return found, defects + _too_large(found[:, None], [name])
-
-
-def _holds(codes: np.ndarray, kinds: Sequence[str], wrong: set[int], name: str) -> Defects:
-    rows = np.flatnonzero(np.isin(codes, [*wrong])).tolist()
-    return [(row, f"{quoted(name)} holds {quoted(kinds[int(codes[row])])}, which is not a number") for row in rows]
 
 
 def _number(kind: str) -> float | None:
@@ -348,17 +321,18 @@ def classes(values: np.ndarray, target: str) -> tuple[tuple[str, ...], np.ndarra
         found, indices = distinct(values)
         if len(found) > MOST_CLASSES:
             raise ValueError(f"{len(found)} different ones")
-        labels = [label(value) for value in found]
+        floats = [value for value in found if isinstance(value, float) and not np.isnan(value)]
+        if odd := [value for value in floats if not value.is_integer() or abs(value) >= LARGEST_FLOAT]:
+            raise ValueError(f"numbers such as {odd[0]}")
+        labels = [text(value) for value in found]
     except ValueError as error:
         raise InputError(
             f"expected class labels in the target {quoted(target)}, but got {error}; write them as whole numbers or "
             "short text in UTF-8; for a regression set data.source.task=regression"
         ) from error
-    known = {name for name in labels if name is not None}
-    order: Any = int if all(not isinstance(name, str) or WHOLE(name) for name in known) else str
-    names = sorted(known, key=order)
-    place = {name: index for index, name in enumerate(names)} | {None: -1}
-    return tuple(map(str, names)), np.array([place[name] for name in labels], dtype=np.int64)[indices]
+    whole = all(WHOLE(name) for name in labels if name is not None)
+    names, places = _ordered(labels, int if whole else str)
+    return names, places[indices]
 
 
 def distinct(values: np.ndarray) -> tuple[list[Any], np.ndarray]:
@@ -371,23 +345,18 @@ def distinct(values: np.ndarray) -> tuple[list[Any], np.ndarray]:
     return [*codes], np.fromiter(map(codes.__getitem__, values.tolist()), dtype=np.int64, count=len(values))
 
 
-def label(value: Any) -> bool | int | str | None:
-    """Return the label that a value stands for; None if it is missing. Raises ValueError with the kind of value."""
-    if isinstance(value, float):
-        if not np.isnan(value) and (not value.is_integer() or abs(value) >= LARGEST_FLOAT):
-            raise ValueError(f"numbers such as {value}")
-        return None if np.isnan(value) else int(value)
-    if not isinstance(value, str | bytes):
-        return value if isinstance(value, int | None) else str(value)  # a date
-    return text(value)
-
-
-def text(value: str | bytes) -> str | None:
-    """Return a text as str, None if it is empty. Raises ValueError for one that is too long, or no UTF-8."""
+def text(value: Any) -> str | None:
+    """Return a cell as text, None if it is empty. Raises ValueError for one that is too long, or no UTF-8."""
+    if value is None or value != value:  # NaN
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     try:
-        decoded = value.decode() if isinstance(value, bytes) else value
+        written = value.decode() if isinstance(value, bytes) else str(value)
     except UnicodeDecodeError as error:
         raise ValueError(f"bytes that are no text ({error})") from error
-    if len(decoded.encode()) > LONGEST_NAME or "\0" in decoded:
-        raise ValueError(f"text of more than {LONGEST_NAME} bytes, or with NUL in it: {quoted(decoded)}")
-    return decoded or None
+    if not isinstance(value, str | bytes):
+        written = written.removesuffix(" 00:00:00")  # of a date
+    if len(written.encode()) > LONGEST_NAME or "\0" in written:
+        raise ValueError(f"text of more than {LONGEST_NAME} bytes, or with NUL in it: {quoted(written)}")
+    return written or None

@@ -28,7 +28,6 @@ LARGEST = np.finfo(np.float32).max
 MOST_BYTES, MOST_TIMES = 1 << 28, 100
 MAX_BYTES = 1 << 31  # largest decoded table, unless the user says otherwise
 COLUMN = 10_000  # bytes that are counted for a column itself
-BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # Columns that nobody named: a blank name, pandas' word for one, and the index that pandas keeps in a Parquet file.
 INDEX = re.compile(r"\s*|Unnamed: \d+(\.\d+)*|__index_level_\d+__").fullmatch
 # A label that is a number is written so. Others, such as 007 and +7, are text.
@@ -80,7 +79,7 @@ class Table:
     """The columns of a table file; while it is being read, also the bound on what it may decode to.
 
     columns: by name, in the order of the file: numbers, booleans, or text as objects, with None for an empty cell. An
-        array of an NPZ file may have more axes than the rows.
+        array of an NPZ file may stand for several columns: (rows, n).
     left_out: columns that nobody named, such as the index that pandas writes, unless `wanted` names them.
     option: the key that a message names. drop: columns not to read. texts: columns of a CSV file that are text as it
         stands. labels: the one whose cells are class labels: text, too, unless all are written as numbers.
@@ -113,7 +112,8 @@ class Table:
         limit = csv.field_size_limit(2**31 - 1)  # of letters in a cell: max_bytes has been looked at
         try:
             with TextIOWrapper(self.open(), "utf-8-sig", newline="") as text:
-                rows, line = csv.reader(text, delimiter=self.mark, skipinitialspace=True), 1
+                allowed = (line for line in text if self.allows(COLUMN * line.count(self.mark)))
+                rows, line = csv.reader(allowed, delimiter=self.mark, skipinitialspace=True), 1
                 for row in rows:
                     if len(row) > 1 or (row and row[0].strip()):
                         yield line, row
@@ -198,12 +198,12 @@ def read_table(table: Table) -> Table:
     return table
 
 
-def column_names(columns: dict[str, np.ndarray]) -> tuple[str, ...]:
+def column_names(columns: dict[str, np.ndarray]) -> list[str]:
     """Return the names of all features; those in an array of several columns (NPZ) are name[0], name[1] and so on."""
-    widths = {name: math.prod(values.shape[1:]) for name, values in columns.items()}
-    return tuple(
-        name if columns[name].ndim == 1 else f"{name}[{index}]" for name in columns for index in range(widths[name])
-    )
+    names = list[str]()
+    for name, values in columns.items():
+        names += [f"{name}[{place}]" for place in range(values.shape[1])] if values.ndim > 1 else [name]
+    return names
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
@@ -235,6 +235,10 @@ def _read_npz(table: Table, file: IO[bytes]) -> None:
                 values = np.lib.format.read_array(array, allow_pickle=False)  # a pickle could run code
                 if dtype.kind == "U" and np.frombuffer(values.tobytes(), dtype.str[0] + "u4").max(initial=0) > 0x10FFFF:
                     raise ValueError(f"{quoted(names[place])} holds letters beyond Unicode")  # Python would fail later
+                if values.ndim > 1:
+                    values = values.reshape(len(values), math.prod(values.shape[1:]))
+                if values.shape[1:] == (1,) and names[place] in table.wanted:
+                    values = values[:, 0]
                 with np.errstate(all="ignore"):  # a long double too large for float64 becomes infinite
                     table.columns[names[place]] = values.astype(np.float64, copy=False) if dtype.kind == "f" else values
 
@@ -266,21 +270,17 @@ def _read_csv(table: Table, file: IO[bytes]) -> None:
             if "EOF inside string" in str(error):  # all from there on is one cell
                 table.refuse([(len(lines) - 2, "a quotation mark opens here and never closes")])
             raise
-    labels = {place for place in places if names[place] == table.labels}
-    texts = [place for place in places if names[place] in table.texts or frame[place].dtype.kind not in "biuf"]
-    there = {place: frame[place].notna() for place in labels}  # NA among numbers is a gap
-    kept = {names[place]: column(frame[place]) for place in places if place not in texts}
-    table.columns = dict.fromkeys([names[place] for place in places], np.empty(0)) | kept
+    read = {place: column(frame[place]) for place in places if frame[place].dtype.kind in "biuf"}
     del frame  # two copies of a text are too many
-    if not labels.union(texts):
-        return
-    file.seek(0)
-    read = [*labels.union(texts)]  # in text only an empty cell is a gap
-    cells = pd.read_csv(file, usecols=read, dtype=str, keep_default_na=False, na_values=[""], **options)
-    for place in read:
-        words = cells[place][there[place]].unique() if place in labels and place not in texts else [""]
-        if not (len(words) and all(map(NUMBER, words))):
-            table.columns[names[place]] = column(cells.pop(place))
+    if again := [place for place in places if place not in read or names[place] in (*table.texts, table.labels)]:
+        file.seek(0)  # in text only an empty cell is a gap
+        cells = pd.read_csv(file, usecols=again, dtype=str, keep_default_na=False, na_values=[""], **options)
+        for place in again:
+            label = place in read and names[place] == table.labels
+            words = cells[place][~np.isnan(read[place])].unique() if label else ()  # NA among numbers is a gap
+            if not (len(words) and all(map(NUMBER, words))):
+                read[place] = column(cells.pop(place))
+    table.columns = {names[place]: read[place] for place in places}
 
 
 def _measured(table: Table, file: IO[bytes]) -> tuple[int, int]:
@@ -288,26 +288,23 @@ def _measured(table: Table, file: IO[bytes]) -> tuple[int, int]:
 
     Raises InputError for text in UTF-16 and the like.
     """
-    start, ends, size = file.read(4), {b"\n": 1, b"\r": 1}, 0
-    encoding = next((name for mark, name in BOMS.items() if start.startswith(mark)), "")
-    file.seek(0)
-    while not encoding and (block := file.read(1 << 20)):
+    ends, size = {b"\n": 1, b"\r": 1}, 0
+    while block := file.read(1 << 20):
         size += len(block)
         table.allows(size)
-        encoding = "text with NUL bytes, perhaps UTF-16" if b"\0" in block else ""
+        if b"\0" in block:
+            raise InputError(
+                f"expected a CSV file in UTF-8, but {table.path.name} is text with NUL bytes, perhaps UTF-16 or "
+                "UTF-32; save it as UTF-8"
+            )
         ends = {end: count + block.count(end) for end, count in ends.items()}
-    if encoding:
-        raise InputError(f"expected a CSV file in UTF-8, but {table.path.name} is {encoding}; save it as UTF-8")
     return size, max(ends.values())
 
 
 def _header(table: Table) -> list[str]:
     """Return the names in the first row that is not blank, as they are; a nameless one gets pandas' name."""
-    with TextIOWrapper(table.open(), "utf-8-sig", newline="") as text:
-        lines = (line for line in text if table.allows(COLUMN * line.count(table.mark)))
-        for row in csv.reader(lines, delimiter=table.mark, skipinitialspace=True):
-            if len(row) > 1 or (row and row[0].strip()):
-                return [name if name.strip() else f"Unnamed: {place}" for place, name in enumerate(row)]
+    for _, row in table.lines():
+        return [name if name.strip() else f"Unnamed: {place}" for place, name in enumerate(row)]
     raise ValueError("No columns to parse")
 
 

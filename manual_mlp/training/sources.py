@@ -191,7 +191,6 @@ def _taken(table: readers.Table, name: str, option: str) -> np.ndarray:
             f"its columns are {readers.listed([*columns])}; {readers.separated([*columns]) or 'name one of them'}"
         )
     values = columns.pop(name)
-    values = values[:, 0] if values.shape[1:] == (1,) else values
     if values.ndim != 1:
         raise InputError(f"expected one {option} per row, but {quoted(name)} has the shape {values.shape}; split it up")
     if not len(values):
