@@ -239,8 +239,8 @@ def _read_npz(table: Table, file: IO[bytes]) -> None:
                     values = values.reshape(len(values), math.prod(values.shape[1:]))
                 if values.shape[1:] == (1,) and names[place] in table.wanted:
                     values = values[:, 0]
-                with np.errstate(all="ignore"):  # a long double too large for float64 becomes infinite
-                    table.columns[names[place]] = values.astype(np.float64, copy=False) if dtype.kind == "f" else values
+                with np.errstate(all="ignore"):  # too large a long double becomes infinite, a signalling NaN quiet
+                    table.columns[names[place]] = np.multiply(values, 1.0, dtype=float) if dtype.kind == "f" else values
 
 
 def _read_csv(table: Table, file: IO[bytes]) -> None:
