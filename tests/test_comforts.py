@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,14 +185,15 @@ class TestWeights:
             fitted("trainer.max_epochs=1", *overrides)
 
     def test_imbalance_is_told(self) -> None:
-        def told(small: int, takes_weights: bool = True, **options: object) -> str:
+        def told(small: int, loss: str = "quadratic", **options: object) -> str:
             target = (np.arange(100) < small).astype(int)
             data = data_of(Samples(np.arange(100.0)[:, None], target, ("many", "few")), **options)
-            return _imbalance(data, SimpleNamespace(takes_weights=lambda: takes_weights))  # type: ignore[arg-type]
+            return _imbalance(data, MLPModule(1, 2, ("many", "few"), loss=loss, backprop="engine"))
 
         assert told(45) == ""
-        assert told(20) == "80.0 % many, 20.0 % few, data.class_weight=balanced weights them equally"
-        assert told(20, takes_weights=False) == "80.0 % many, 20.0 % few"
+        advice = "80.0 % many, 20.0 % few, data.class_weight=balanced weights them equally"
+        assert told(20, loss="cross_entropy") == advice
+        assert told(20) == "80.0 % many, 20.0 % few"
         assert told(20, class_weight="balanced").endswith("20.0 % few, weighted by data.class_weight")
 
 

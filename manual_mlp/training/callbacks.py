@@ -199,18 +199,10 @@ class Progress(TQDMProgressBar):
     """
 
     def __init__(self, refresh_rate: int = 20) -> None:
-        super().__init__(refresh_rate)
         self.watched = is_watched()
+        super().__init__(refresh_rate if self.watched else 0)
         self.ended: int | None = None  # epoch
         self.validated = False
-
-    @property
-    def is_enabled(self) -> bool:
-        return self.watched and super().is_enabled
-
-    @property
-    def is_disabled(self) -> bool:
-        return not self.is_enabled
 
     def init_train_tqdm(self) -> Any:
         with redirect_stdout(sys.stderr):  # it writes to what is stdout now

@@ -14,7 +14,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from manual_mlp import checks
 from manual_mlp.errors import InputError
@@ -26,18 +26,12 @@ EVALUATION_BATCH = 1000  # without gradients larger batches cost nothing and sav
 Part = tuple[np.ndarray, ...]  # features, target, and the weights where there are any
 
 
-class Rows(Dataset[tuple[Tensor, ...]]):
+class Rows(TensorDataset):
     """Tensors in memory. A batch is one `index_select` for each instead of a Python loop over rows."""
 
     def __init__(self, features: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+        super().__init__(features, target, *(() if weight is None else (weight,)))
         self.features, self.target = features, target
-        self.tensors = (features, target) if weight is None else (features, target, weight)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return tuple(tensor[index] for tensor in self.tensors)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         rows = torch.tensor(indices)
@@ -239,6 +233,8 @@ class DataModule(L.LightningDataModule):
             return {name: torch.as_tensor(target, dtype=torch.int64) for name, target in targets.items()}
         columns = {name: target.reshape(len(target), -1) for name, target in targets.items()}
         scaler = StandardScaler().fit(columns["train"])
+        if (columns["train"] == columns["train"][0]).all(0).any():
+            self.said["target"] = "constant in the training rows: there is nothing to learn"
         if not self.standardise_target:
             scaler.mean_, scaler.scale_ = np.zeros_like(scaler.mean_), np.ones_like(scaler.scale_)
         self.target_mean, self.target_scale = scaler.mean_.tolist(), scaler.scale_.tolist()
@@ -334,7 +330,7 @@ def _scaled(scaler: StandardScaler, name: str, values: np.ndarray) -> Tensor:
 
 def _loader(rows: Rows, batch_size: int, sampler: DistributedSampler) -> Batches:
     """Make batches with a generator of their own: an iterator draws a number, which must not disturb dropout's."""
-    return Batches(rows, batch_size, sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())
+    return Batches(rows, batch_size, sampler=sampler, collate_fn=tuple, generator=torch.Generator())
 
 
 def _fingerprint(parts: dict[str, Part]) -> int:
@@ -347,7 +343,3 @@ def _fingerprint(parts: dict[str, Part]) -> int:
 
 def _tensor(values: np.ndarray) -> Tensor:
     return torch.as_tensor(np.ascontiguousarray(values), dtype=torch.float32)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

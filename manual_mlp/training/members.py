@@ -5,17 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
-from manual_mlp.errors import InputError
 from manual_mlp.formulas import committee
 from manual_mlp.modules import MLP, fill
-
-MOST = 256
-
-
-def check_members(members: int) -> None:
-    if not 1 <= members <= MOST:
-        raise InputError(f"expected members from 1 to {MOST}, but got {members}; correct it")
 
 
 class Members(nn.ModuleList):
@@ -35,7 +28,7 @@ class Members(nn.ModuleList):
     def __init__(self, nets: Sequence[MLP], loss: str, classes: bool) -> None:
         super().__init__(nets)
         self.loss, self.classes = loss, classes
-        self.register_buffer("kept", torch.stack([_flat(net) for net in nets]))
+        self.register_buffer("kept", torch.stack([parameters_to_vector(net.parameters()).detach() for net in nets]))
         self.register_buffer("kept_cost", self.kept.new_full((len(nets),), math.inf))
         self.register_buffer("kept_epoch", self.kept.new_zeros(len(nets)))
 
@@ -50,10 +43,11 @@ class Members(nn.ModuleList):
         """Return the committee's prediction for those of its members, (K, N, n_L) → (N, n_L)."""
         return committee(predictions, self.loss) if self.classes else predictions.mean(0)
 
+    @torch.no_grad()
     def keep(self, costs: Tensor, epoch: int) -> None:
         """Keep the nets whose validation costs (K,) are their lowest ones."""
         for k in (costs < self.kept_cost).nonzero()[:, 0].tolist():
-            self.kept[k] = _flat(self[k])
+            self.kept[k] = parameters_to_vector(self[k].parameters())
             self.kept_cost[k], self.kept_epoch[k] = costs[k], epoch
 
     @torch.no_grad()
@@ -67,7 +61,3 @@ class Members(nn.ModuleList):
         """Return the epochs of the kept parameters, in words."""
         first, last = (int(end) for end in self.kept_epoch.aminmax())
         return str(first) if first == last else f"{first} to {last}"
-
-
-def _flat(net: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])

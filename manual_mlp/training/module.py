@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torchmetrics import MeanSquaredError, Metric, MetricCollection, R2Score
 from torchmetrics.classification import MulticlassAccuracy
 
-from manual_mlp import checks
 from manual_mlp import formulas as sheet
 from manual_mlp.checkpoint import FORMAT, read_checkpoint
 from manual_mlp.errors import InputError
@@ -84,8 +83,6 @@ class MLPModule(L.LightningModule):
         super().__init__()
         if any(width < 1 for width in hidden):
             raise InputError(f"expected positive whole numbers in model.hidden, but got {list(hidden)}; correct it")
-        if residual:
-            checks.one_width(hidden)
         if l1 < 0:
             raise InputError(f"expected model.l1 of at least 0, but got {l1}; correct it")
         if loss == "auto":
@@ -124,10 +121,10 @@ class MLPModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features, target, *weight = batch
         wanted = self.as_cost_takes(target)
-        if weight and self.loss == "cross_entropy":  # −Σ t log softmax(z) with t = w ŷ is w times the row's cost
-            wanted, weight = self._one_hot(target) * weight.pop().unsqueeze(-1), []
-        elif weight:
+        if weight:
             self.backprop.check_weights()
+        if weight and self.loss == "cross_entropy":  # −Σ t log softmax(z) with t = w ŷ is w times the row's cost
+            wanted = self._one_hot(target) * weight.pop().unsqueeze(-1)
         loss, prediction = self.backprop.train(self.net, features, wanted, *weight)
         self._add("train", loss, prediction, target)
         self._check_loss(loss, features, batch_idx)
@@ -253,14 +250,6 @@ class MLPModule(L.LightningModule):
         """Return the advice to lower the optimizer's step, and what it is now."""
         lr = self.optimizer and self.optimizer.keywords.get("lr")
         return "lower optimizer.lr" + ("" if lr is None else f" (now {lr})")
-
-    def takes_weights(self) -> bool:
-        """Return True if rows can have weights under this cost and backprop."""
-        try:
-            self.backprop.check_weights()
-        except InputError:
-            return False
-        return True
 
     def default_lr(self) -> float:
         """Return LR for plain gradient descent: large where sigmoids and the quadratic cost keep δ small."""

@@ -21,7 +21,7 @@ from manual_mlp.modules import MLP, restored
 from manual_mlp.schema import described
 from manual_mlp.training import preparation, readers
 from manual_mlp.training.members import Members
-from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, brief, listed, quoted
+from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, brief, cut, listed, quoted
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Predictor(nn.Module):
         if not self.columns:
             codes, columns, defects = preparation.taken(table, rows)
             defects += [(row, "a cell is empty") for row in np.flatnonzero(np.isnan(codes).any(1)).tolist()]
-            defects += [(None, f"{listed([column.name])} is text") for column in columns if column.kinds]
+            defects += [(None, f"{quoted(column.name)} is text") for column in columns if column.kinds]
             table.refuse(defects)
             return codes, []
         for name in {self.target, self.key} & table.columns.keys():
@@ -261,7 +261,7 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
             spread = torch.cat([predictor.spread(rows) for rows in torch.from_numpy(features).split(ROWS)]).numpy()
     finite = scaled.isfinite().all(1) & prediction.isfinite().all(1) & values.isfinite().all(1)
     if not finite.all():
-        rows = listed((~finite).nonzero()[:, 0].tolist()).replace("'", "")
+        rows = ", ".join(cut((~finite).nonzero()[:, 0].tolist()))
         raise InputError(
             f"expected a finite prediction for each row, but in {Path(source).name} numbers far from the training's "
             f"lead to NaN or infinity in the rows {rows} (counted from 0); correct or remove them"

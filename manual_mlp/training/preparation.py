@@ -13,7 +13,7 @@ import numpy as np
 
 from manual_mlp.errors import InputError
 from manual_mlp.training.commands import for_the_shell, listing, override
-from manual_mlp.training.readers import LARGEST, Table, check_names, column_names, example, listed, quoted
+from manual_mlp.training.readers import LARGEST, Table, check_names, column_names, cut, example, listed, quoted
 
 LARGEST_FLOAT = 2**53  # above it not every whole number has a float of its own
 MOST_CLASSES, LONGEST_NAME = 10_000, 1000
@@ -177,8 +177,8 @@ def words(
             constant.append(column.name)
     plain = sum(column is not None and not column.kinds for column in columns) - len(numbers)
     said = {
-        "numbers": ", ".join([f"{counted(plain, 'column')} without gaps"] * (plain > 0) + _some(numbers)),
-        "text": ", ".join(_some(texts)),
+        "numbers": ", ".join([f"{counted(plain, 'column')} without gaps"] * (plain > 0) + cut(numbers)),
+        "text": ", ".join(cut(texts)),
         "empty": f"{listed(empty)} in all training rows, left out" if empty else "",
         "constant": f"{listed(constant)} in the training rows" if constant else "",
     }
@@ -198,10 +198,6 @@ def white_space(columns: Sequence[Column]) -> str:
 
 def counted(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number != 1)}"
-
-
-def _some(said: list[str], most: int = 20) -> list[str]:
-    return said[:most] + [f"… ({len(said)} in all)"] * (len(said) > most)
 
 
 def _is_like_an_id(values: np.ndarray) -> bool:

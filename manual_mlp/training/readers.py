@@ -8,7 +8,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from itertools import compress
@@ -21,7 +21,7 @@ import numpy as np
 from manual_mlp.errors import InputError, shown
 from manual_mlp.training.commands import for_the_shell, install, override
 
-SHOWN = 20  # column names in a message
+SHOWN = 20  # column names, or the like, in a message
 LETTERS = 100  # letters of a file's own words in a message
 LARGEST = np.finfo(np.float32).max
 # Largest unpacked IDX file: a damaged header claims any size, and a gzip bomb grows a thousandfold.
@@ -133,12 +133,10 @@ class Table:
             lines, kind, end = [line for line, _ in self.lines()][1:], "line", ""
         said = []
         for words, rows in places.items():
-            some = ", ".join(str(lines[row] if lines else row) for row in rows[:SHOWN])
-            more = f", … ({len(rows)} in all)" * (len(rows) > SHOWN)
-            said.append(f"{kind}{'s' * (len(rows) > 1)} {some}{more}{end}: {words}" if rows else words)
-        said = said[:SHOWN] + [f"… ({len(said)} in all)"] * (len(said) > SHOWN)
+            some = ", ".join(cut(rows, lambda row: str(lines[row] if lines else row)))
+            said.append(f"{kind}{'s' * (len(rows) > 1)} {some}{end}: {words}" if rows else words)
         raise InputError(
-            f"expected a table without defects, but {self.path.name} has:\n  " + "\n  ".join(said) + "\n"
+            f"expected a table without defects, but {self.path.name} has:\n  " + "\n  ".join(cut(said)) + "\n"
             "correct the cells, or leave out the lines or columns"
         )
 
@@ -385,9 +383,14 @@ def example(values: np.ndarray) -> str:
     return brief(repr(values.ravel()[:1].tolist())[1:-1])
 
 
+def cut(items: Sequence[Any], word: Callable[[Any], str] = str) -> list[str]:
+    """Return items in words; of many the first ones, and how many there are."""
+    return [*map(word, items[:SHOWN]), *[f"… ({len(items)} in all)"] * (len(items) > SHOWN)]
+
+
 def listed(names: Sequence[str]) -> str:
     """Return names out of a file, for a message."""
-    return ", ".join(map(quoted, names[:SHOWN])) + (f", … ({len(names)} in all)" if len(names) > SHOWN else "")
+    return ", ".join(cut(names, quoted))
 
 
 def separated(names: Sequence[str]) -> str:

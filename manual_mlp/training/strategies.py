@@ -26,8 +26,9 @@ from manual_mlp.perceptron import Perceptron
 from manual_mlp.program import Program, read
 from manual_mlp.tracing import up
 from manual_mlp.training.data import DataModule
-from manual_mlp.training.members import Members, check_members
+from manual_mlp.training.members import Members
 
+MOST_MEMBERS = 256
 MOST_BATCHES = 128  # in a training step of the engine: enough to share Lightning's cost for a step;
 MOST_NUMBERS = 1 << 20  # the 4 MB of their inputs stay in the cache,
 MOST_PRODUCTS = 1 << 28  # and the progress bar moves several times a second
@@ -94,7 +95,8 @@ class ByLayers:
     native: bool | str = "auto"  # as BackpropEngine's
     began: str | None = None  # the road in the checkpoint that the training goes on from
     road: str | None = None  # the one of this training, "native" or "torch"; only the engine has two
-    weighted: ClassVar[Sequence[str]] = ("quadratic", "bce")  # costs that take weights: (1/N) Σ w_n C_n
+    optimizer: Any = None
+    weighted: ClassVar[Sequence[str]] = ("quadratic", "bce", "cross_entropy")  # costs that take (1/N) Σ w_n C_n
 
     def __init__(self, options: MutableMapping[str, Any]) -> None:
         self.options, self.loss = options, options["loss"]
@@ -116,15 +118,16 @@ class ByLayers:
             _check_alone(trainer, "model.batch_norm=true")
 
     def check_weights(self) -> None:
-        """Raise InputError if rows can't have weights. Cross-entropy takes them in its target."""
+        """Raise InputError if rows can't have weights."""
         if self.loss not in self.weighted:
-            known = " or ".join([*self.weighted, "cross_entropy"])
+            known = " or ".join(self.weighted)
             fix = " or take backprop=layers" if self.loss in ByLayers.weighted else ""
             wanted = f"expected model.loss={known} for weighted rows under backprop={self.options['backprop']}"
             raise InputError(f"{wanted}, but got {self.loss}; change it{fix}")
 
     def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
         """Check once more, for callers that have not; keep what `train` needs. The module has set `trainer` before."""
+        self.optimizer = optimizer
         if self.trainer is not None:  # without one, `configure_optimizers` was called by itself
             self.check(self.trainer)
 
@@ -133,7 +136,7 @@ class ByLayers:
 
     def end(self) -> None:
         """Drop what can't be copied with the module."""
-        self.trainer = None
+        self.trainer = self.optimizer = None
 
     def batches_per_step(self, net: nn.Module, trainer: L.Trainer, batch_size: int) -> int:
         """Return how many mini-batches of so many rows `train` gets at once."""
@@ -166,7 +169,7 @@ class ByLayers:
 class ByNetwork(ByLayers):
     """Net and cost as one Function, with gradients by the δ recursion. The optimizer takes the step."""
 
-    weighted = ()
+    weighted = ("cross_entropy",)  # in its target
 
     def train(self, net: nn.Module, features: Tensor, target: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
         return cost_and_prediction(net, features, target, self.loss)
@@ -181,32 +184,29 @@ class ByEngine(ByLayers):
     optimization would do the same, but refuses clipping, and leaves schedules and their monitors to the module.)
     """
 
-    weighted = ()
+    weighted = ("cross_entropy",)
     nets: tuple[int, ...] = ()
     engine: Any = None
     several = size = 1  # mini-batches in a training step, rows in a mini-batch
     every = 20  # mini-batches between two looks of a callback at the net
 
-    def __init__(self, options: MutableMapping[str, Any]) -> None:
-        super().__init__(options)
-        for name in ("batch_norm", "channels"):
-            if options[name]:
-                got = f"model.{name}={options[name]}"
-                raise _refused("affine maps and activations alone", "which knows no other rules", got, "leave it out")
-
     def check(self, trainer: L.Trainer) -> None:
         _check_alone(trainer, "backprop=engine", ", or take backprop=network")
-        if trainer.precision not in PRECISIONS:
-            names = f"trainer.precision to be one of {', '.join(PRECISIONS)}"
-            raise _refused(names, "which computes in these", trainer.precision, "choose one of them")
-        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
-            got = "trainer.gradient_clip_algorithm=value"
-            raise _refused("gradients to be clipped by their norm", "which knows no other way", got, "leave it out")
-        if (accumulated := trainer.accumulate_grad_batches) != 1:
-            fix = "raise data.batch_size instead"
-            raise _refused("trainer.accumulate_grad_batches=1", "whose every mini-batch is a step", accumulated, fix)
-        if l1 := self.options["l1"]:
-            raise _refused("model.l1=0", "which takes the step of the cost alone", l1, "leave it out")
+        rules = [f"model.{name}={self.options[name]}" for name in ("batch_norm", "channels") if self.options[name]]
+        odd, precisions = trainer.precision not in PRECISIONS, f"trainer.precision to be one of {', '.join(PRECISIONS)}"
+        by_value = trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value"
+        clipping = by_value and "trainer.gradient_clip_algorithm=value"
+        batches = trainer.accumulate_grad_batches if trainer.accumulate_grad_batches != 1 else 0
+        for got, wanted, reason, fix in (
+            (" ".join(rules), "affine maps and activations alone", "which knows no other rules", "leave it out"),
+            (odd and trainer.precision, precisions, "which computes in these", "choose one of them"),
+            (clipping, "gradients to be clipped by their norm", "which knows no other way", "leave it out"),
+            (batches, "trainer.accumulate_grad_batches=1", "whose every mini-batch is a step", "raise data.batch_size"),
+            (self.options["l1"], "model.l1=0", "which takes the step of the cost alone", "leave it out"),
+        ):
+            if got:
+                wanted = f"expected {wanted} for backprop=engine, {reason}"
+                raise InputError(f"{wanted}, but got {got}; {fix}, or take backprop=network")
 
     def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
         super().begin(net, optimizer)
@@ -254,7 +254,8 @@ class ByEngine(ByLayers):
         return [c for c in self.trainer.lr_scheduler_configs if c.interval == "step" and not c.reduce_on_plateau]
 
     def end(self) -> None:
-        self.engine = self.trainer = None
+        super().end()
+        self.engine = None
 
     def batches_per_step(self, net: nn.Module, trainer: L.Trainer, batch_size: int) -> int:
         """Return 1 if an option counts batches or steps, so that it counts what it says; else at most MOST_BATCHES.
@@ -275,7 +276,6 @@ class ByEngine(ByLayers):
         return self.several
 
     def train(self, net: nn.Module, features: Tensor, target: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.engine is not None
         self.check(self.trainer)  # a callback may change an option at any time
         data = self.trainer.datamodule
         self.size = size = data.batch_size if isinstance(data, DataModule) else len(features)
@@ -293,7 +293,6 @@ class ByEngine(ByLayers):
 
     def _take(self, features: Tensor, target: Tensor, prediction: Tensor) -> Tensor:
         """Take a step for each mini-batch of these rows, and fill prediction → mean C."""
-        assert self.engine is not None
         return self.engine.train_batches(features, target, self.size, prediction)
 
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
@@ -314,7 +313,6 @@ class ByEnsemble(ByEngine):
     def __init__(self, options: MutableMapping[str, Any]) -> None:
         super().__init__(options)
         self.nets = (options["members"],)
-        self.optimizer: Any = None
 
     def make_net(self) -> Any:
         nets, seed = [super().make_net()], torch.initial_seed()
@@ -337,7 +335,6 @@ class ByEnsemble(ByEngine):
 
     def begin(self, net: Any, optimizer: Optimizer) -> None:
         ByLayers.begin(self, net, optimizer)
-        self.optimizer = optimizer
         (whole,) = optimizer.param_groups
         kind: Any = type(optimizer)
         own = [kind([{**whole, "params": list(member.parameters())}]) for member in net]
@@ -345,10 +342,6 @@ class ByEnsemble(ByEngine):
             self.engine = EnsembleEngine(list(net), own, self.loss, self.native)
         except InputError as error:
             raise InputError(f"{error}; or take members=1") from None
-
-    def end(self) -> None:
-        super().end()
-        self.optimizer = None
 
     def evaluate(self, net: Any, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         predictions = net.each(features)
@@ -366,11 +359,6 @@ def _check_alone(trainer: L.Trainer, learner: str, otherwise: str = "") -> None:
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         wanted, got = f"one process for {learner}, whose steps no other would see", type(trainer.strategy).__name__
         raise InputError(f"expected {wanted}, but got {got}; set trainer.devices=1 trainer.strategy=auto{otherwise}")
-
-
-def _refused(expected: str, reason: str, got: object, fix: str) -> InputError:
-    wanted = f"expected {expected} for backprop=engine, {reason}"
-    return InputError(f"{wanted}, but got {got}; {fix}, or take backprop=network")
 
 
 def torch_quadratic_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -417,7 +405,7 @@ class ByRosenblatt(ByLayers):
         **{"hidden": (), "activation": "sigmoid", "initialisation": "torch", "loss": "quadratic"},
         **{"bias": True, "dropout": 0.0, "residual": False, "l1": 0.0, "batch_norm": False, "channels": []},
     }
-    optimizer: Optimizer | None = None
+    weighted = ()
 
     def __init__(self, options: MutableMapping[str, Any]) -> None:
         options.update(backprop="none, Rosenblatt's rule", hidden=tuple(options["hidden"]))
@@ -443,12 +431,7 @@ class ByRosenblatt(ByLayers):
     def check(self, trainer: L.Trainer) -> None:
         _check_alone(trainer, "model=perceptron")
 
-    def begin(self, net: nn.Module, optimizer: Optimizer) -> None:
-        super().begin(net, optimizer)
-        self.optimizer = optimizer
-
     def train(self, net: Any, features: Tensor, target: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.optimizer is not None
         rate = self.optimizer.param_groups[0]["lr"]
         y = torch.stack([net.learn(x, label, rate) for x, label in zip(features, target[:, 1:], strict=True)])
         prediction = torch.cat([1 - y, y], -1)
@@ -463,7 +446,9 @@ BACKPROP = {"layers": ByLayers, "network": ByNetwork, "engine": ByEngine, "autog
 
 def strategy(options: MutableMapping[str, Any]) -> ByLayers:
     """Return the strategy that a module's hyper-parameters name, for its net, cost and way to train."""
-    check_members(members := options.get("members", 1))
+    members = options.get("members", 1)
+    if not 1 <= members <= MOST_MEMBERS:
+        raise InputError(f"expected members from 1 to {MOST_MEMBERS}, but got {members}; correct it")
     threshold = options["output_activation"] == "threshold"
     if members > 1 and (threshold or options["backprop"] != "engine"):
         given = "a perceptron" if threshold else f"backprop={options['backprop']}"

@@ -12,7 +12,7 @@ from manual_mlp import tables
 from manual_mlp.errors import shown
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
-from manual_mlp.training.readers import listed
+from manual_mlp.training.readers import listed, quoted
 
 WIDTH = 60
 IMBALANCED = 1.5  # times as many rows in the largest class as in the smallest are worth a line
@@ -61,7 +61,7 @@ def run_facts(
 def _key(data: DataModule) -> str:
     if not data.raw or data.raw.key is None:
         return ""
-    return f"{listed([data.raw.key])}" + ", which repeats" * data.raw.repeated
+    return quoted(data.raw.key) + ", which repeats" * data.raw.repeated
 
 
 def files(folder: Path) -> str:
@@ -90,7 +90,7 @@ def _imbalance(data: DataModule, module: MLPModule) -> str:
     shares = [f"{100 * n / counts.sum():.1f} % {data.class_names[i]}" for n, i in ends]
     if data.class_weight:
         shares.append("weighted by data.class_weight")
-    elif module.takes_weights():
+    elif module.loss in module.backprop.weighted:
         shares.append("data.class_weight=balanced weights them equally")
     return ", ".join(shares)
 
