@@ -57,14 +57,10 @@ class Predictor(nn.Module):
         self.columns = preparation.from_plain(data, values["input_size"])
         self.target, self.key = data.get("target"), data.get("key")
         self.separator, self.decimal = data.get("separator"), data.get("decimal")
-        numbers = {
-            "mean": data["feature_mean"] or [0.0],
-            "scale": data["feature_scale"] or [1.0],
-            "target_mean": values["target_mean"],
-            "target_scale": values["target_scale"],
-        }
-        for name, value in numbers.items():
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        self.register_buffer("mean", torch.tensor(data["feature_mean"] or [0.0], dtype=torch.float64))
+        self.register_buffer("scale", torch.tensor(data["feature_scale"] or [1.0], dtype=torch.float64))
+        self.register_buffer("target_mean", torch.tensor(values["target_mean"], dtype=torch.float64))
+        self.register_buffer("target_scale", torch.tensor(values["target_scale"], dtype=torch.float64))
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike[str]) -> "Predictor":
@@ -276,9 +272,14 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
         ) from error
     said = [f"predictions for {preparation.counted(len(features), 'row')} in {shown(relpath(destination))}"]
     said += [f"left out {listed(table.left_out)}: an index, or without a name"] if table.left_out else []
-    said += [*notes, *_key_in_words(predictor, key), *_score(table, predictor, values.numpy(), chosen)]
-    odd = [name for name in names if _is_odd(name) and suffix == ".csv"]
-    if odd:
+    said += notes
+    repeats = sum(len(cells) - len(preparation.distinct(cells)[0]) for cells in key.values())
+    if predictor.key is not None and not key:
+        said.append(f"there is no {quoted(predictor.key)}: the predictions stand in the order of the rows")
+    if repeats:
+        said.append(f"{quoted(predictor.key)} repeats in {preparation.counted(repeats, 'row')}")
+    said += _score(table, predictor, values.numpy(), chosen)
+    if suffix == ".csv" and (odd := list(filter(_is_odd, names))):
         said.append(
             f"caution: {listed(odd)} among the classes is in the file as it is; a spreadsheet runs what begins with "
             "= + - @ or a tab as a formula, a terminal obeys control characters"
@@ -298,16 +299,6 @@ def _read(path: Path, predictor: Predictor, max_bytes: float) -> Table:
     table.labels = predictor.target if predictor.class_names else None
     table.separator, table.decimal = predictor.separator, predictor.decimal
     return readers.read_table(table)
-
-
-def _key_in_words(predictor: Predictor, key: dict[str, np.ndarray]) -> list[str]:
-    if predictor.key is None:
-        return []
-    if not key:
-        return [f"there is no {quoted(predictor.key)}: the predictions stand in the order of the rows"]
-    values = key[predictor.key]
-    repeats = len(values) - len(preparation.distinct(values)[0])
-    return [f"{quoted(predictor.key)} repeats in {preparation.counted(repeats, 'row')}"] if repeats else []
 
 
 def _score(table: Table, predictor: Predictor, values: np.ndarray, chosen: Sequence[int]) -> list[str]:

@@ -223,13 +223,10 @@ class ByEngine(ByLayers):
         """
         reason = self._why_torch()
         self.road = "torch" if reason else "native"
-        if self.road != (self.began or self.road):
-            fix = (
-                "set native=true"
-                if reason == NO_GAIN
-                else "start a new run without ckpt_path, or take backprop=network"
-            )
-            fix = fix if self.native == "auto" else "leave out native"
+        if self.began not in (None, self.road):
+            fix = "set native=true" if self.native == "auto" else "leave out native"
+            if self.native == "auto" and reason != NO_GAIN:
+                fix = "start a new run without ckpt_path, or take backprop=network"
             raise InputError(
                 f"expected the {self.began} road, on which the run began, but {reason or 'native is true'}; {fix}"
             )
@@ -422,11 +419,10 @@ class ByRosenblatt(ByLayers):
         return TwoClasses(self.sizes[0])
 
     def check_weights(self) -> None:
-        rows, fix = (
-            "rows that count the same for model=perceptron",
-            "leave out data.class_weight and data.source.weight",
+        raise InputError(
+            "expected rows that count the same for model=perceptron, whose rule knows no weights, but got weights; "
+            "leave out data.class_weight and data.source.weight"
         )
-        raise InputError(f"expected {rows}, whose rule knows no weights, but got weights; {fix}")
 
     def check(self, trainer: L.Trainer) -> None:
         _check_alone(trainer, "model=perceptron")
