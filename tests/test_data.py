@@ -416,6 +416,13 @@ class TestSplits:
 
 
 class TestStandardisation:
+    def test_a_constant_target_is_told(self) -> None:
+        target = np.random.default_rng(0).normal(size=(40, 2))
+        assert "target" not in module(Samples(target, target)).said
+        target[:, 1] = 7.0
+        told = module(Samples(target, target), standardise_target=False).said["target"]
+        assert told == "constant in the training rows: there is nothing to learn"
+
     def test_is_fitted_on_the_training_part_alone(self) -> None:
         raw, data = (module(sources.bundled("iris"), standardise=value) for value in (False, True))
         train = raw.splits["train"].features.double()
