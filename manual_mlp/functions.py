@@ -106,6 +106,7 @@ def _differentiated(args: tuple[Any, ...]) -> bool:
 
 
 def save_all(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward and the tangent, and let a g that nobody sends be None."""
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
@@ -127,7 +128,6 @@ class Affine(ManualFunction):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         a, weight, _ = inputs
         _save_affine(ctx, a, weight)
-        ctx.save_for_forward(a, weight)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
@@ -158,8 +158,7 @@ def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
     needs_a, needs_weight, _ = ctx.needs_input_grad[:3]
     if kernels.transforming():  # vmap takes what is saved for the backward and for the tangent to be the same tensors
         needs_a = needs_weight = True
-    ctx.save_for_backward(a if needs_weight else None, weight if needs_a else None, *also)
-    ctx.set_materialize_grads(False)
+    save_all(ctx, a if needs_weight else None, weight if needs_a else None, *also)
 
 
 def _affine_gradients(ctx: Any, delta: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,7 +234,6 @@ class AffineSigmoid(ManualFunction):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         a, weight, _ = inputs
         _save_affine(ctx, a, weight, output)
-        ctx.save_for_forward(a, weight, output)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
@@ -314,9 +312,7 @@ def _affine_activation_function(row: Row) -> type[ManualFunction]:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         a, weight, _, *ctx.values = inputs
-        saved = output[1] if keeps_z else output
-        _save_affine(ctx, a, weight, saved)
-        ctx.save_for_forward(a, weight, saved)
+        _save_affine(ctx, a, weight, output[1] if keeps_z else output)
 
     def backward(ctx: Any, g: Tensor | None, g_z: Tensor | None = None) -> Gradients:
         a, weight, saved = ctx.saved_tensors
@@ -410,9 +406,9 @@ Dropout = linear(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _cost_function(title: str, cost: Cost, C: Callable[..., Tensor]) -> type[ManualFunction]:
+def _cost_function(title: str, cost: Cost) -> type[ManualFunction]:
     """C = Σ w C(a, ŷ) / divisor. prediction, target (…), weight broadcastable to it, *constants. Saves the tensors."""
-    delta_of, target_delta_of = cost.delta, cost.delta_target
+    C, delta_of, target_delta_of = cost.C, cost.delta, cost.delta_target
 
     def forward(
         prediction: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *constants: Tensor
@@ -452,10 +448,10 @@ def _weighted(elements: Tensor, weight: Tensor | None) -> Tensor:
     return elements if weight is None else elements * weight
 
 
-Quadratic = _cost_function("Quadratic", sheet.COSTS["quadratic"], sheet.COSTS["quadratic"].C)
-MeanSquares = _cost_function("MeanSquares", sheet.COSTS["mse"], sheet.COSTS["mse"].C)
-BinaryCrossEntropy = _cost_function("BinaryCrossEntropy", sheet.COSTS["bce"], sheet.COSTS["bce"].C)
-WeightedBinaryCrossEntropy = _cost_function("WeightedBinaryCrossEntropy", sheet.WEIGHTED_BCE, sheet.WEIGHTED_BCE.C)
+Quadratic = _cost_function("Quadratic", sheet.COSTS["quadratic"])
+MeanSquares = _cost_function("MeanSquares", sheet.COSTS["mse"])
+BinaryCrossEntropy = _cost_function("BinaryCrossEntropy", sheet.COSTS["bce"])
+WeightedBinaryCrossEntropy = _cost_function("WeightedBinaryCrossEntropy", sheet.WEIGHTED_BCE)
 _entropy = sheet.COSTS["cross_entropy"]
 
 

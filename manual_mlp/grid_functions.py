@@ -44,9 +44,7 @@ class Convolution(ManualFunction):
         wanted = ctx.needs_input_grad[1:4]
         if not kernels.transforming():  # where vmap takes what is saved for both to be the same tensors
             three = [x if any(wanted[:i] + wanted[i + 1 :]) else None for i, x in enumerate(three)]
-        ctx.save_for_backward(*three)
-        ctx.save_for_forward(*three)
-        ctx.set_materialize_grads(False)
+        save_all(ctx, *three)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Gradients:
@@ -54,7 +52,7 @@ class Convolution(ManualFunction):
             return (None,) * 6
         three, wanted = ctx.saved_tensors, ctx.needs_input_grad
         gradients = [
-            Convolution.of(role, _with(_with(three, ctx.role, g), role, None), None, ctx.at)
+            apply(Convolution, role, *_with(_with(three, ctx.role, g), role, None), None, ctx.at)
             if wanted[1 + role]
             else None
             for role in range(3)
@@ -66,17 +64,12 @@ class Convolution(ManualFunction):
         three, (*moving, bias_t, _) = primals(ctx), tangents
         return sum_of(
             *(
-                Convolution.of(ctx.role, _with(three, i, x_t), None, ctx.at)
+                apply(Convolution, ctx.role, *_with(three, i, x_t), None, ctx.at)
                 for i, x_t in enumerate(moving)
                 if x_t is not None
             ),
             None if bias_t is None else bias_t.view(-1, 1, 1).expand(ctx.shape),
         )
-
-    @staticmethod
-    def of(role: int, three: Sequence[Any], bias: Tensor | None, at: Geometry) -> Tensor:
-        """Apply the Function in a role."""
-        return apply(Convolution, role, *three, bias, at)
 
 
 def _with(three: Sequence[Any], role: int, x: Tensor | None) -> list[Any]:

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from manual_mlp import functional, grid_functions, kernels, modules
 from manual_mlp import grids as sheet
-from manual_mlp.functions import apply
+from manual_mlp.functions import Gradients, apply
 from manual_mlp.grid_functions import INPUT, WEIGHT, Convolution
-
-Gradients = tuple[Tensor | None, ...]
 
 
 class GridRule:
@@ -47,39 +45,48 @@ class Convolve(GridRule):
     def backward(self, g: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Gradients:
         at, (needs_a, needs_weight, needs_bias) = functional.geometry(a, weight, *self._places()), needs
         return (
-            Convolution.of(INPUT, (None, weight, g), None, at) if needs_a else None,
-            Convolution.of(WEIGHT, (a, None, g), None, at) if needs_weight else None,
+            apply(Convolution, INPUT, None, weight, g, None, at) if needs_a else None,
+            apply(Convolution, WEIGHT, a, None, g, None, at) if needs_weight else None,
             kernels.conv_bias(g) if needs_bias else None,
         )
 
 
 class Pool(GridRule):
-    """The largest number or the mean of each window."""
-
-    @property
-    def title(self) -> str:  # type: ignore[override]
-        """Return max pool or mean pool."""
-        return "max pool" if isinstance(self.module, nn.MaxPool2d) else "mean pool"
+    """A number for each window."""
 
     def _at(self, a: Tensor) -> sheet.Windows:
         of = self.module
         d = getattr(of, "dilation", 1)
         return functional.windows(a, of.kernel_size, of.stride, of.padding, d, of.ceil_mode)
 
-    def _function(self, x: Tensor, at: sheet.Windows, transposed: bool) -> Tensor:
+
+class MaxPool(Pool):
+    """The largest number of each window."""
+
+    title = "max pool"
+
+    def forward(self, a: Tensor) -> Tensor:
+        return apply(grid_functions.Largest, a, self._at(a))[0]
+
+    def backward(self, g: Tensor, a: Tensor, needs: Sequence[bool]) -> Gradients:
+        at = self._at(a)
+        return (apply(grid_functions.Picked, g, True, sheet.largest(a.detach(), at)[1], at),)
+
+
+class MeanPool(Pool):
+    """The mean of each window."""
+
+    title = "mean pool"
+
+    def _average(self, x: Tensor, transposed: bool, at: sheet.Windows) -> Tensor:
         of = self.module
         return apply(grid_functions.Average, x, transposed, None, at, of.count_include_pad, of.divisor_override)
 
     def forward(self, a: Tensor) -> Tensor:
-        if isinstance(self.module, nn.MaxPool2d):
-            return apply(grid_functions.Largest, a, self._at(a))[0]
-        return self._function(a, self._at(a), False)
+        return self._average(a, False, self._at(a))
 
     def backward(self, g: Tensor, a: Tensor, needs: Sequence[bool]) -> Gradients:
-        at = self._at(a)
-        if isinstance(self.module, nn.MaxPool2d):
-            return (apply(grid_functions.Picked, g, True, sheet.largest(a.detach(), at)[1], at),)
-        return (self._function(g, at, True),)
+        return (self._average(g, True, self._at(a)),)
 
 
 class Reshape(GridRule):
@@ -150,7 +157,7 @@ class Softmax(GridRule):
 
 
 RULES: dict[type[nn.Module], type[GridRule]] = {
-    **{nn.Conv2d: Convolve, nn.MaxPool2d: Pool, nn.AvgPool2d: Pool},
+    **{nn.Conv2d: Convolve, nn.MaxPool2d: MaxPool, nn.AvgPool2d: MeanPool},
     **{nn.Flatten: Reshape, nn.Unflatten: Reshape},
     **{nn.BatchNorm1d: Normalise, nn.BatchNorm2d: Normalise, nn.LayerNorm: Normalise, nn.Softmax: Softmax},
 }

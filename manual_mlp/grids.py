@@ -149,19 +149,13 @@ def shared(g: Tensor, at: Windows, with_padding: bool, divisor: int | None) -> T
 
 def spread(g: Tensor, at: Windows, with_padding: bool, divisor: int | None) -> Tensor:
     """Sᵀ (g / D), (N, C, H′, W′) → (N, C, H, W): each cell gets what the windows send that read it."""
-    g = shared(g, at, with_padding, divisor)
     n, c, *places = g.shape
-    full = [(count - 1) * s + k for count, s, k in zip(places, at.s, at.kernel, strict=True)]
-    if at.s == at.kernel:
-        whole = g[..., :, None, :, None].expand(n, c, places[0], at.kernel[0], places[1], at.kernel[1])
-        whole = whole.reshape(n, c, *full)
-    else:
-        cells, windows = at.kernel[0] * at.kernel[1], places[0] * places[1]
-        copies = g.reshape(n, c, 1, windows).expand(n, c, cells, windows).reshape(n, c * cells, windows)
-        whole = F.fold(copies, (full[0], full[1]), at.kernel, stride=at.s)
-    for dim, (q, size) in enumerate(zip(at.q, at.size, strict=True), start=2):
-        whole = whole.narrow(dim, q, min(size, whole.shape[dim] - q))
-    return F.pad(whole, (0, at.size[1] - whole.shape[3], 0, at.size[0] - whole.shape[2]))
+    cells, windows = at.kernel[0] * at.kernel[1], places[0] * places[1]
+    g = shared(g, at, with_padding, divisor).reshape(n, c, 1, windows).expand(n, c, cells, windows)
+    h, w = ((count - 1) * s + k for count, s, k in zip(places, at.s, at.kernel, strict=True))
+    whole = F.fold(g.reshape(n, c * cells, windows), (h, w), at.kernel, stride=at.s)
+    (top, left), (height, width) = at.q, at.size
+    return F.pad(whole, (-left, left + width - w, -top, top + height - h))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -676,6 +676,13 @@ def test_each_line_of_a_trace_of_norms_is_true(training: bool) -> None:
     assert len(mm.plots.network(traced).axes) == 1
 
 
+def test_softmax_without_a_dimension() -> None:
+    """As torch chooses one, with torch's warning."""
+    z = randn(3, 4)
+    with pytest.warns(UserWarning, match="Implicit dimension choice"):
+        same([F.softmax(z), mm.Softmax()(z)], [z.softmax(1)] * 2)
+
+
 def test_what_a_trace_of_grids_refuses() -> None:
     model, x = nets()["lenet"]
     for input, target, sentence in (

@@ -176,7 +176,7 @@ def test_float16(case: Case) -> None:
 
 
 def test_complex_is_refused_or_right(case: Case) -> None:
-    """By the Function itself, and never silently wrong: the sheet's formulas have no conjugates."""
+    """Never silently wrong: the sheet's formulas have no conjugates."""
     inputs = tuple(tensor.detach().to(torch.complex128) * (1 + 1j) for tensor in case.inputs(torch.float64))
     inputs = tuple(tensor.requires_grad_() for tensor in inputs)
     if case.name in ("dropout", "sum"):  # linear with real factors: right as it is
