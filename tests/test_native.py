@@ -466,8 +466,13 @@ def test_parameters_of_a_row_are_arguments() -> None:
     [
         (lambda z: torch.cumsum(z, 0), "cumsum"),
         (lambda z: z if z > 0 else -z, "branch"),
-        (lambda z: z**3, r"\*\* 3"),
-        (lambda z: torch.softmax(z * 2, -1), "softmax|argument"),
+        (lambda z: z**3, r"pow\(x, 3\)"),
+        (lambda z: torch.softmax(z * 2, -1), r"softmax\(mul, -1\)"),
+        (lambda z: torch.nn.functional.softplus(z, 2.0), r"softplus\(x, 2.0\)"),
+        (lambda z: z[:1], "getitem"),
+        (lambda z: z * torch.ones(1), "a Tensor"),
+        (lambda z: z * math.exp(z), "real number"),
+        (lambda z: z.tolist(), "tolist"),
     ],
 )
 def test_what_c_does_not_have(formula: Any, words: str) -> None:

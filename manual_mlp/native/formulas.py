@@ -1,36 +1,38 @@
-"""The sheet's formulas as C: the code of a row runs on numbers that write down each operation, in the row's order.
+"""The sheet's formulas as C: torch.fx writes down each operation of a row, in the row's order.
 
 Every Python number that meets one of them becomes an argument of the call. So one C function serves all slopes, β and
 thresholds, and what Python computes from these, such as `end(t)`, torch and C get alike.
 """
 
-import builtins
 import functools
 import hashlib
+import operator
 from collections.abc import Callable
-from types import CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer, TraceError
+from torch.nn.functional import softplus
 
 from manual_mlp import formulas as sheet
 
-ONE_BY_ONE = {
-    torch.sigmoid: "sigmoid_({})",
-    torch.tanh: "tanh_({})",
-    torch.exp: "exp_({})",
-    torch.expm1: "expm1_({})",
-    torch.log1p: "log1p_({})",
-    torch.erfc: "erfc_({})",
-    torch.sqrt: "SQRT({})",
-    sheet.softplus: "softplus_({})",
+OPERATIONS: dict[Any, str] = {
+    **{operator.add: "{} + {}", operator.sub: "{} - {}", operator.mul: "{} * {}", operator.truediv: "{} / {}"},
+    **{operator.lt: "{} < {}", operator.le: "{} <= {}", operator.gt: "{} > {}", operator.ge: "{} >= {}"},
+    **{operator.neg: "-{}", operator.pow: "{0} * {0}", torch.where: "{} ? {} : {}", torch.sqrt: "SQRT({})"},
+    **{torch.exp: "exp_({})", torch.expm1: "expm1_({})", torch.log1p: "log1p_({})", torch.erfc: "erfc_({})"},
+    **{torch.sigmoid: "sigmoid_({})", torch.tanh: "tanh_({})", softplus: "softplus_({})"},
 }
 # What sums over the row of x or y: what is computed from it first, and then each number.
-BY_ROW = {
-    sheet.Σ: (("sum",), "{0}_sum"),
-    sheet.softmax: (("most", "all"), "exp_({0}[i] - {0}_most) / {0}_all"),
-    sheet.log_softmax: (("most", "all"), "{0}[i] - {0}_most - log_({0}_all, 0)"),
+BY_ROW: dict[Any, tuple[tuple[str, ...], str]] = {
+    "sum": (("sum",), "{0}_sum"),
+    torch.softmax: (("most", "all"), "exp_({0}[i] - {0}_most) / {0}_all"),
+    torch.log_softmax: (("most", "all"), "{0}[i] - {0}_most - log_({0}_all, 0)"),
 }
+# The arguments after the first, with which alone C has these.
+FIXED: dict[Any, tuple[Any, ...]] = {operator.pow: (2,), softplus: (1.0, 40.0), "sum": (-1, True)}
+FIXED |= {torch.softmax: (-1,), torch.log_softmax: (-1,)}
 SUMS = {
     "sum": "T {0}_sum = 0; EACH(i, n) {0}_sum += {0}[i];",
     "most": "T {0}_most = -(T)INFINITY; EACH(i, n) {0}_most = {0}[i] > {0}_most ? {0}[i] : {0}_most;",
@@ -51,133 +53,62 @@ class Compiled(NamedTuple):
     by_row: bool
 
 
-class _Trace:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.values: list[float] = []
-        self.sums: list[str] = []
-
-    def number(self, text: str) -> "_Number":
-        """Write down an operation, and return its result."""
-        self.lines.append(f"const T t{len(self.lines)} = {text};")
-        return _Number(self, f"t{len(self.lines) - 1}")
-
-    def text(self, operand: Any) -> str:
-        if isinstance(operand, _Number):
-            return operand.text
-        if isinstance(operand, int | float):
-            self.values.append(float(operand))
-            return f"v[{len(self.values) - 1}]"
-        raise NotInC(f"a {type(operand).__name__}")
-
-    def by_row(self, function: Any, of: "_Number") -> "_Number":
-        if of.text not in ("x[i]", "y[i]"):
-            raise NotInC(f"{function.__name__} of a formula")
-        sums, text = BY_ROW[function]
-        self.sums += [line for name in sums if (line := SUMS[name].format(of.text[0])) not in self.sums]
-        return self.number(text.format(of.text[0]))
-
-
-def _operator(text: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def operate(x: "_Number", y: Any) -> Any:
-        return x.trace.number(f"{x.text} {text} {x.trace.text(y)}")
-
-    def reflected(x: "_Number", y: Any) -> Any:
-        return x.trace.number(f"{x.trace.text(y)} {text} {x.text}")
-
-    return operate, reflected
-
-
-def _comparison(text: str) -> Callable[..., Any]:
-    return lambda x, y: _Number(x.trace, f"{x.text} {text} {x.trace.text(y)}")
-
-
-class _Number:
-    """A number of the C code, by its text. Python's operators on it write C."""
-
-    def __init__(self, trace: _Trace, text: str) -> None:
-        self.trace, self.text = trace, text
-
-    __add__, __radd__ = _operator("+")
-    __sub__, __rsub__ = _operator("-")
-    __mul__, __rmul__ = _operator("*")
-    __truediv__, __rtruediv__ = _operator("/")
-    __lt__, __le__ = _comparison("<"), _comparison("<=")
-    __gt__, __ge__ = _comparison(">"), _comparison(">=")
-
-    def __neg__(self) -> Any:
-        return self.trace.number(f"-{self.text}")
-
-    def __pow__(self, exponent: Any) -> Any:
-        if exponent != 2:
-            raise NotInC(f"** {exponent}")
-        return self * self
-
-    def __bool__(self) -> bool:
-        raise NotInC("a branch")
-
-
-def _where(condition: Any, x: Any, y: Any) -> Any:
-    if not isinstance(condition, _Number):
-        return x if condition else y
-    return condition.trace.number(f"{condition.text} ? {condition.trace.text(x)} : {condition.trace.text(y)}")
-
-
-def _in_c(value: Any) -> Any:
-    """Return what stands in C's place for something that a formula calls."""
-    if value is torch.where:
-        return _where
+def _graph(formula: Callable[..., Any], values: tuple[float, ...], inputs: int) -> tuple[Graph, Any]:
+    """Return the operations of a formula, and the operation or number that is its result."""
+    graph = Graph()
+    tracer = GraphAppendingTracer(graph)
     try:
-        if value in ONE_BY_ONE:
-            return lambda x: x.trace.number(ONE_BY_ONE[value].format(x.text))
-        if value in BY_ROW:
-            return lambda x: x.trace.by_row(value, x)
-    except TypeError:  # not hashable
-        return value
-    if isinstance(value, ModuleType) and value.__name__.partition(".")[0] == "torch":
-        return _Torch(value)
-    if isinstance(value, FunctionType) and value.__module__.partition(".")[0] != "torch":
-        return lambda *arguments: _executed(value, arguments)
-    return value
+        result = formula(*(Proxy(graph.placeholder(name), tracer) for name in "xy"[:inputs]), *values)
+    except TraceError:
+        raise NotInC("a branch") from None
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise NotInC(str(error)) from error
+    return graph, result.node if isinstance(result, Proxy) else result
 
 
-class _Torch:
-    """A module of torch, whose functions write C."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self.module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return _in_c(getattr(self.module, name))
-
-
-def _executed(formula: Any, arguments: Any) -> Any:
-    """Execute a formula's code with C's names."""
-    names = {
-        name: _in_c(formula.__globals__[name]) for name in formula.__code__.co_names if name in formula.__globals__
-    }
-    names["__builtins__"] = builtins
-    cells = tuple(CellType(_in_c(cell.cell_contents)) for cell in formula.__closure__ or ())
-    defaults = tuple(map(_in_c, formula.__defaults__ or ()))
-    return FunctionType(formula.__code__, names, None, defaults, cells)(*arguments)
-
-
+@functools.lru_cache(256)
 def compiled(formula: Callable[..., Any], *values: float, inputs: int) -> Compiled:
     """Return a formula of x, or of x and y, and of these parameters, in C. Raises NotInC."""
-    trace = _Trace()
-    numbers = [_Number(trace, text) for text in ("x[i]", "y[i]")[:inputs]]
-    try:
-        result = trace.text(_executed(formula, [*numbers, *values]))
-    except (AttributeError, TypeError) as error:
-        raise NotInC(str(error)) from error
+    graph, result = _graph(formula, values, inputs)
+    texts: dict[Node, str] = {}
+    numbers: list[float] = []
+    sums: list[str] = []
+    lines: list[str] = []
+
+    def text(operand: Any) -> str:
+        if isinstance(operand, Node):
+            return texts[operand]
+        if isinstance(operand, int | float):
+            numbers.append(float(operand))
+            return f"v[{len(numbers) - 1}]"
+        raise NotInC(f"a {type(operand).__name__}")
+
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            texts[node] = f"{node.target}[i]"
+            continue
+        fixed, given = FIXED.get(node.target, ()), (*node.args, *node.kwargs.values())
+        operands = given[: len(given) - len(fixed)]
+        has = given[len(operands) :] == fixed
+        if has and node.target in OPERATIONS:
+            line = OPERATIONS[node.target].format(*map(text, operands))
+        elif has and node.target in BY_ROW and operands[0].op == "placeholder":
+            needed, line = BY_ROW[node.target]
+            sums += [SUMS[name].format(operands[0].target) for name in needed]
+            line = line.format(operands[0].target)
+        else:
+            name = getattr(node.target, "__name__", node.target)
+            raise NotInC(f"{name}({', '.join(map(str, given))})")
+        texts[node] = f"t{len(lines)}"
+        lines.append(f"const __auto_type {texts[node]} = {line};")
     body = "\n".join(
-        [*(f"    {line}" for line in trace.sums), "    EACH_AT_ONCE {"]
-        + [f"        {line}" for line in trace.lines]
-        + [f"        out[i] = {result};", "    }"]
+        [*(f"    {line}" for line in dict.fromkeys(sums)), "    EACH_AT_ONCE {"]
+        + [f"        {line}" for line in lines]
+        + [f"        out[i] = {text(result)};", "    }"]
     )
     name = f"f_{hashlib.sha256(body.encode()).hexdigest()[:12]}"
     code = f"void {name}(long n, const T *v, const T *x, const T *y, T *out) {{\n{body}\n}}\n"
-    return Compiled(code, name, tuple(trace.values), bool(trace.sums))
+    return Compiled(code, name, tuple(numbers), bool(sums))
 
 
 @functools.cache
