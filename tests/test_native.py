@@ -10,8 +10,7 @@ import pickle
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -798,18 +797,20 @@ def test_a_compiler_that_hangs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library goes to a folder that the process removes when it ends."""
-    code = f"""
-from manual_mlp.native import build
-assert build.library({SEVEN!r}).seven() == 7
-print(build._of_this_process())
-"""
-    no_folder = tmp_path / "file"
+    """The library is made in a folder of its own, which is gone once it is loaded, or could not be built."""
+    no_folder, folder = tmp_path / "file", tmp_path / "temporary"
     no_folder.write_text("")
-    environment = {**os.environ, "XDG_CACHE_HOME": str(no_folder), "TMPDIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert Path(run.stdout.strip()).parent == tmp_path
-    assert not Path(run.stdout.strip()).exists()
+    folder.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(build, "_libraries", {})
+    monkeypatch.delenv("CC", raising=False)
+    assert build.library(SEVEN).seven() == 7
+    assert [*folder.iterdir()] == []
+    monkeypatch.setenv("CC", "true")
+    with pytest.raises(build.CantBuild, match="true wrote no library"):
+        build.library(SEVEN)
+    assert [*folder.iterdir()] == []
 
 
 @pytest.mark.slow

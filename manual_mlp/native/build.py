@@ -14,6 +14,8 @@ import stat
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -50,13 +52,13 @@ def _loaded(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     compiler = _compiler()
     version = _run([*compiler, "--version"])
     key = hashlib.sha256("\0".join((source, *compiler, version, *flags, _processor())).encode()).hexdigest()
-    folder = _folder()
-    _only_ours(folder, private=True)
-    path = folder / f"{key}.so"
-    if not os.path.lexists(path):
-        _compile(source, [*compiler, *flags], path)
-    _only_ours(path)
-    return ctypes.CDLL(str(path))
+    with _folder() as folder:
+        _only_ours(folder, private=True)
+        path = folder / f"{key}.so"
+        if not os.path.lexists(path):
+            _compile(source, [*compiler, *flags], path)
+        _only_ours(path)
+        return ctypes.CDLL(str(path))
 
 
 def _compiler() -> list[str]:
@@ -118,40 +120,24 @@ def _compile(source: str, command: list[str], path: Path) -> None:
             each.unlink(missing_ok=True)
 
 
-def _folder() -> Path:
-    """Return the cache, made if need be; without a usable home a folder that goes with this process."""
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Yield the cache, made if need be; without a usable home a folder that is gone once the library is loaded."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(home) / "manual_mlp"
     if folder.is_absolute():
-        try:
+        with suppress(OSError):  # a home that is read-only, full, or no folder: then this is no folder either
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK | os.X_OK):
-                return folder
-        except OSError:  # a home that is read-only, full, or no folder
-            return _of_this_process()
-    return _of_this_process()
-
-
-@cache
-def _of_this_process() -> Path:
+        if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+            yield folder
+            return
     folder = Path(tempfile.mkdtemp(prefix="manual_mlp-"))
-    atexit_remove(folder)
-    return folder
-
-
-def atexit_remove(folder: Path) -> None:
-    """Remove our libraries from a folder of this process when it ends, and then the folder."""
-    import atexit
-
-    owner = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:
-            for path in folder.glob("*.so"):
-                path.unlink(missing_ok=True)
-            folder.rmdir()
-
-    atexit.register(remove)
+    try:
+        yield folder
+    finally:
+        for path in folder.glob("*.so"):
+            path.unlink()
+        folder.rmdir()
 
 
 def _only_ours(path: Path, private: bool = False) -> None:
