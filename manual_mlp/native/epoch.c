@@ -186,10 +186,15 @@ typedef struct {
     T *at[4];
 } Parameter;
 
+/* a formula and its numbers */
+typedef struct {
+    Formula *f;
+    const T *v;
+} Call;
+
 typedef struct {
     long in, out;
-    Formula *G, *delta; /* none for the identity */
-    const T *G_values, *delta_values;
+    Call G, delta; /* none for the identity */
     long saves_z;
     Parameter W, b;
     T *z, *a, *transposed; /* the slots of z and a, which are one if δ is written in a; W for step 3 */
@@ -200,8 +205,7 @@ typedef struct {
 typedef struct {
     Layer *layers;
     long count, kind, per_element, row_by_row;
-    Formula *C, *delta;
-    const T *C_values, *delta_values;
+    Call C, delta;
     double total;
     T *arrived[2], *target, *of_each;
     const T **input, **deltas;
@@ -472,8 +476,8 @@ static T cost(const Net *net, const T *a, long n, int labelled, T *delta) {
     T total = 0;
     EACH(i, rows) {
         const long from = i * ld, numbers = net->row_by_row ? m : n * ld;
-        net->C(numbers, net->C_values, a + from, net->target + from, net->of_each + from);
-        net->delta(numbers, net->delta_values, a + from, net->target + from, delta + from);
+        net->C.f(numbers, net->C.v, a + from, net->target + from, net->of_each + from);
+        net->delta.f(numbers, net->delta.v, a + from, net->target + from, delta + from);
     }
     EACH(i, n) {
         const T *of_row = net->of_each + i * ld;
@@ -517,7 +521,7 @@ void train(Net *net, const T *x, long stride, const T *y, long y_stride, const i
         /* 1. forward */
         for (Layer *l = first; l <= last; l++) {
             product(l == first ? net->input : l[-1].rows, n, l->in, l->W.at[0], by_4(l->in), l->out, l->b.at[0], l->z);
-            if (l->G) l->G(n * padded(l->out), l->G_values, l->z, l->z, l->a);
+            if (l->G.f) l->G.f(n * padded(l->out), l->G.v, l->z, l->z, l->a);
         }
         if (prediction)
             EACH(r, n) EACH(j, last->out)
@@ -526,7 +530,7 @@ void train(Net *net, const T *x, long stride, const T *y, long y_stride, const i
         T *delta = net->arrived[0], *next = net->arrived[1];
         net->total += cost(net, last->a, n, labels != 0, delta);
         for (Layer *l = last; l >= lowest; l--) {
-            if (l->delta) l->delta(n * padded(l->out), l->delta_values, delta, l->z, delta);
+            if (l->delta.f) l->delta.f(n * padded(l->out), l->delta.v, delta, l->z, delta);
             /* 3. right to left, with the old weights */
             if (l > lowest) {
                 EACH(r, n) net->deltas[r] = delta + r * padded(l->out);

@@ -6,6 +6,7 @@ A call takes as many mini-batches as take about 50 ms, so that Ctrl-C is heard. 
 import ctypes
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_double, c_long, c_void_p
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from manual_mlp.formulas import Cost
 from manual_mlp.native import build
 from manual_mlp.native.formulas import Compiled, NotInC, compiled, of_the_sheet
-from manual_mlp.program import Activate, Affine, Drop, Program
+from manual_mlp.program import Drop, Layer, Program
 
 SECONDS = 0.05  # of one call
 # `auto`: where the benchmark shows a gain
@@ -39,10 +40,14 @@ class _Parameter(Structure):
     )
 
 
+class _Call(Structure):
+    _fields_ = (("formula", c_void_p), ("values", c_void_p))
+
+
 class _Layer(Structure):
     _fields_ = (
         *((name, c_long) for name in ("inputs", "outputs")),
-        *((name, c_void_p) for name in ("G", "delta", "G_values", "delta_values")),
+        *((name, _Call) for name in ("G", "delta")),
         ("saves_z", c_long),
         *((name, _Parameter) for name in ("W", "b")),
         *((name, c_void_p) for name in ("z", "a", "transposed", "rows")),
@@ -53,7 +58,7 @@ class _Net(Structure):
     _fields_ = (
         ("layers", POINTER(_Layer)),
         *((name, c_long) for name in ("count", "kind", "per_element", "row_by_row")),
-        *((name, c_void_p) for name in ("C", "delta", "C_values", "delta_values")),
+        *((name, _Call) for name in ("C", "delta")),
         ("total", c_double),
         ("room", c_void_p * 7),
     )
@@ -82,19 +87,12 @@ def gains(widths: list[int], rows: int, batch_size: int) -> bool:
     return not few and max(widths[1:]) <= WIDEST and widths[0] <= WIDEST_INPUT
 
 
-def _layers(program: Program) -> list[tuple[Any, Any]]:
-    """Return the owner of the parameters of each layer of a chain, and its row or None."""
-    layers: list[tuple[Any, Any]] = []
-    for i, (rule, reads, owner) in enumerate(program.nodes):
-        if reads != (i,):
-            raise CantRun("the net is no chain")
-        if isinstance(rule, Affine):
-            layers.append((owner, None))
-        elif isinstance(rule, Activate) and layers and layers[-1][1] is None:
-            layers[-1] = layers[-1][0], rule.row
-        elif not isinstance(rule, Drop):
-            raise CantRun(f"the net has a {type(rule).__name__}")
-    return layers
+def _chain(program: Program) -> list[Layer]:
+    """Return the layers of a chain of affine maps. Raises CantRun for another net."""
+    for index, layer in program.layers.items():
+        if layer.reads != (index - 1,) or layer.rule != "affine":
+            raise CantRun("the net is no chain of affine maps")
+    return [*program.layers.values()]
 
 
 def _library(dtype: torch.dtype, needed: list[Compiled]) -> ctypes.CDLL:
@@ -119,50 +117,47 @@ class NativeNet:
         self.drops = [node.rule for node in program.nodes if isinstance(node.rule, Drop)]
         self.bound: list[dict[str, Any]] = []
         try:
-            self._read(_layers(program), cost)
+            self._read(_chain(program), cost)
         except CantRun as error:
             self.cannot = str(error)
 
-    def _read(self, chain: list[tuple[Any, Any]], cost: Cost) -> None:
-        like = chain[0][0].weight
+    def _read(self, layers: list[Layer], cost: Cost) -> None:
+        like: Any = layers[0].weight
         if like.dtype not in DTYPES or not like.is_cpu:
             raise CantRun(f"the parameters are {like.dtype} on {like.device}")
-        owned = [p for owner, _ in chain for p in (owner.weight, owner.bias) if p is not None]
+        self.layers = (_Layer * len(layers))()
+        self.parameters: list[tuple[_Parameter, Any]] = []
+        for to, layer in zip(self.layers, layers, strict=True):
+            self.parameters += [(to.W, layer.weight)] + [(to.b, layer.bias)] * (layer.bias is not None)
+        owned = [p for _, p in self.parameters]
         if any(type(p) is not nn.Parameter or not p.is_contiguous() or p.numel() == 0 for p in owned):
             raise CantRun("a parameter is not contiguous, empty, or of a class of its own")
+        self.trained = [p for p in owned if p.requires_grad]
         self.like, self.kept = like.detach(), []  # type: ignore[var-annotated]
+        rows = [layer.row for layer in layers]
         try:
-            rows = [None if row is None else (compiled(row.G, *row.values, inputs=1),
-                    compiled(row.delta, *row.values, inputs=2)) for _, row in chain]  # fmt: skip
+            pairs = [(compiled(r.G, *r.values, inputs=1), compiled(r.delta, *r.values, inputs=2)) for r in rows]
             of_cost = compiled(cost.C, inputs=2), compiled(cost.delta, inputs=2)
         except NotInC as error:
             raise CantRun(f"a formula calls what the C code doesn't have: {error}") from None
-        needed = [formula for pair in (*rows, of_cost) if pair is not None for formula in pair]
-        self.library = _library(like.dtype, needed)
-        self.layers = (_Layer * len(chain))()
-        self.parameters: list[tuple[_Parameter, Any]] = []
-        for layer, (owner, row), formulas in zip(self.layers, chain, rows, strict=True):
-            layer.outputs, layer.inputs = owner.weight.shape
-            layer.saves_z = row is not None and row.saves == "z"
-            self.parameters += [(layer.W, owner.weight)] + [(layer.b, owner.bias)] * (owner.bias is not None)
-            if formulas is not None:
-                layer.G, layer.G_values = self._call(formulas[0])
-                layer.delta, layer.delta_values = self._call(formulas[1])
-        self.trained = [p for _, p in self.parameters if p.requires_grad]
-        self.net = _Net(self.layers, len(chain))
-        self.net.C, self.net.C_values = self._call(of_cost[0])
-        self.net.delta, self.net.delta_values = self._call(of_cost[1])
+        self.library = _library(like.dtype, [*chain.from_iterable(pairs), *of_cost])
+        self.net = _Net(self.layers, len(layers))
+        for to, layer, row, pair in zip(self.layers, layers, rows, pairs, strict=True):
+            to.outputs, to.inputs = layer.weight.shape  # type: ignore[union-attr]
+            to.saves_z = row.saves == "z"
+            if row.name != "identity":
+                to.G, to.delta = map(self._call, pair)
+        self.net.C, self.net.delta = map(self._call, of_cost)
         self.net.row_by_row = any(formula.by_row for formula in of_cost)
-        self.net.per_element = 1 if cost.per == "N" else chain[-1][0].weight.shape[0]
+        self.net.per_element = 1 if cost.per == "N" else self.layers[-1].outputs
         self.run, self.address = self.library.train, ctypes.byref(self.net)
-        self.placed, products = 0, sum(owner.weight.numel() for owner, _ in chain)
+        self.placed, products = 0, sum(layer.inputs * layer.outputs for layer in self.layers)
         self.seconds = products * 6 / 2e9  # of one row, until the first call has been timed
 
-    def _call(self, formula: Compiled) -> tuple[Any, int]:
-        """Return the addresses of a formula and of its numbers."""
+    def _call(self, formula: Compiled) -> _Call:
         values = torch.tensor(formula.values or (0.0,), dtype=self.like.dtype, device="cpu")
         self.kept.append(values)
-        return ctypes.cast(getattr(self.library, formula.name), c_void_p), values.data_ptr()
+        return _Call(ctypes.cast(getattr(self.library, formula.name), c_void_p), values.data_ptr())
 
     def bind(self, gradient_of: Callable[[Tensor], Tensor]) -> None:
         """Hand over the rates and the optimizer's state, which begins at 0. Raises CantRun."""
