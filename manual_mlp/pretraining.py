@@ -10,7 +10,6 @@ from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
 from manual_mlp.kernels import autocasting
 from manual_mlp.network import parameters_of, reading_of
-from manual_mlp.program import Activate, Drop
 
 _START, _DECAY = 0.01, 2e-4  # the standard deviation of W at the start, and λ of −λW
 _MOMENTUM, _EARLY_MOMENTUM, _EARLY = 0.9, 0.5, 5  # and in how many first epochs it is the smaller one
@@ -85,29 +84,27 @@ def pretrain(
 def _hidden_layers(net: nn.Module) -> list[Any]:
     """Return the owners of the hidden layers' W and b. Raises InputError for a net that is no sigmoid chain."""
     program = reading_of(net).program
-    flat = parameters_of(net, program)
-    rules = [node.rule for node in program.nodes if not isinstance(node.rule, Drop)]
-    hidden = program.affine[:-1]
-    if any(node.reads != (i,) for i, node in enumerate(program.nodes)):
+    hidden, layers = program.affine[:-1], program.layers
+    flat = [p for p in parameters_of(net, program) if p is not None]
+    if any(layer.rule != "affine" or layer.reads != (index - 1,) for index, layer in layers.items()):
         raise InputError("expected a chain of layers; got a net with sums, whose layers model no single input")
-    if any(isinstance(node.rule, Drop) and node.rule.p > 0 for node in program.nodes):
+    if any(layer.drops for layer in layers.values()):
         raise InputError("expected a net that draws no dropout, as pretraining has none; call .eval() before it")
     if not hidden:
         raise InputError("expected a net with a hidden layer; got none: the output layer learns from targets alone")
-    for i in range(len(hidden)):
-        of_layer = rules[2 * i : 2 * i + 2]
-        name = of_layer[1].row.name if isinstance(of_layer[1], Activate) else "identity"
+    for i, name in enumerate([layer.row.name for layer in layers.values()][:-1], start=1):
         if name != "sigmoid":
             raise InputError(
-                f"expected sigmoid hidden layers, because σ(z) is the probability of a unit; hidden layer {i + 1} has "
+                f"expected sigmoid hidden layers, because σ(z) is the probability of a unit; hidden layer {i} has "
                 f"{name}: take activation='sigmoid'"
             )
-    if len({*map(id, (p for p in flat if p is not None))}) < sum(p is not None for p in flat):
+    if len({*map(id, flat)}) < len(flat):
         raise InputError("expected layers with parameters of their own; got tied ones: give each layer its own")
     checks.trainable(flat)
-    if len({(p.dtype, p.device) for layer in hidden for p in layer.parameters()}) > 1:
+    owned = [p for layer in hidden for p in layer.parameters()]
+    if len({(p.dtype, p.device) for p in owned}) > 1:
         raise InputError("expected hidden layers of one dtype on one device: call .to() with both on the net")
-    if any(not parameter.requires_grad for layer in hidden for parameter in layer.parameters()):
+    if not all(p.requires_grad for p in owned):
         raise InputError("expected hidden layers that may change; got a frozen one: call requires_grad_() on the net")
     return hidden
 

@@ -340,23 +340,17 @@ def read(model: nn.Module, grids: bool = False) -> Program:
         raise InputError(f"expected a model, an mm.MLP or an nn.Sequential; got {type(model).__name__}")
     reader = _Reader(grids)
     reader.read(model, "", 0)
-    if reader.first is None:
-        raise InputError("expected a net with at least one affine layer; got none: add an mm.Affine or an nn.Linear")
+    _check_widths(reader.nodes, reader.names)
     return Program(reader.nodes)
 
 
 class _Reader:
-    """Nodes of the modules read so far.
-
-    ends    for each slot the affine map that gives it its width; None while it is as wide as the input
-    first   the first affine map, whose in_features is the input's width
-    """
+    """Nodes of the modules read so far, and the name of each one's module."""
 
     def __init__(self, grids: bool) -> None:
         self.grids = grids
         self.nodes: list[Node] = []
-        self.ends: list[Any] = [None]
-        self.first: Any = None
+        self.names: list[str] = []
 
     def read(self, module: nn.Module, name: str, slot: int, begins: bool = False) -> int:
         """Append the nodes of a module that reads `slot`, and return the slot that it writes.
@@ -384,44 +378,41 @@ class _Reader:
         return slot
 
     def _append(self, node: Node, name: str) -> int:
-        """Return the slot that the node writes. Raises InputError if what it reads has the wrong width."""
-        end, affine = self.ends[node.reads[0]], node.owner if isinstance(node.rule, Affine) else None
-        if isinstance(node.rule, Drop) and end is _GRID:
+        """Return the slot that the node writes."""
+        self.nodes.append(node)
+        self.names.append(name)
+        return len(self.nodes)
+
+
+_BY_LAYERS = "only its own layers run it (backprop=layers)"  # what a caller of trace or curvature can read, too
+
+
+def _check_widths(nodes: Sequence[Node], names: Sequence[str]) -> None:
+    """Raise InputError for layers and branches that do not fit each other, and for a dropout on a grid."""
+    places = [i for i, node in enumerate(nodes) if isinstance(node.rule, Affine)]
+    if not places:
+        raise InputError("expected a net with at least one affine layer; got none: add an mm.Affine or an nn.Linear")
+    grids = [isinstance(node.rule, GridRule) and not node.rule.keeps_width for node in nodes]
+    first = nodes[places[0]].owner
+    # The width of each slot, and the affine map that gives it; None on a grid, whose widths no affine map says.
+    ends: list[tuple[int | None, Any]] = [(None if any(grids[: places[0]]) else first.weight.shape[1], None)]
+    for (rule, reads, owner), name, is_grid in zip(nodes, names, grids, strict=True):
+        (width, end), widths = ends[reads[0]], [*{ends[slot][0] for slot in reads} - {None}]
+        if isinstance(rule, Drop) and width is None:
             raise InputError(
                 f"expected dropout after an affine map only; got one at {_place(name)} that follows a grid: "
                 + _BY_LAYERS
             )
-        if isinstance(node.rule, GridRule) and not node.rule.keeps_width:
-            self.nodes.append(node)
-            self.ends.append(_GRID)
-            return len(self.nodes)
-        width, *others = {self._width(slot) for slot in node.reads} - {None} or {None}
-        if others:
+        if len(widths) > 1:
             raise InputError(
-                f"expected branches of one width in the Sum at {_place(name)}; got {width} and {others[0]}: "
+                f"expected branches of one width in the Sum at {_place(name)}; got {widths[0]} and {widths[1]}: "
                 "an identity beside layers needs as many outputs as inputs"
             )
-        if affine is not None and width not in (None, affine.weight.shape[1]):
-            before = f"beside {self.first}" if end is None else f"after {end}"
-            raise InputError(f"expected a layer of in_features={width} {before}; got {affine}")
-        if affine is not None and self.first is None:
-            self.first = affine
-            self.ends = [of or _GRID for of in self.ends] if end is _GRID else self.ends
-        self.nodes.append(node)
-        self.ends.append(affine or end)
-        return len(self.nodes)
-
-    def _width(self, slot: int) -> int | None:
-        """Return the number of neurons of a slot, None while no affine map has said it."""
-        if self.ends[slot] is _GRID:
-            return None
-        if self.ends[slot] is not None:
-            return self.ends[slot].weight.shape[0]
-        return self.first and self.first.weight.shape[1]
-
-
-_BY_LAYERS = "only its own layers run it (backprop=layers)"  # what a caller of trace or curvature can read, too
-_GRID: Any = object()  # of a slot whose width no affine map says
+        if isinstance(rule, Affine) and width not in (None, owner.weight.shape[1]):
+            before = f"beside {first}" if end is None else f"after {end}"
+            raise InputError(f"expected a layer of in_features={width} {before}; got {owner}")
+        own = (owner.weight.shape[0], owner) if isinstance(rule, Affine) else (width, end)
+        ends.append((None, None) if is_grid else own)
 
 
 def _place(name: str) -> str:
