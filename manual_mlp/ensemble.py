@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from manual_mlp import checks, kernels
 from manual_mlp.engine import BackpropEngine, BoundPlan, inference, refuse_autocast
 from manual_mlp.errors import InputError
-from manual_mlp.native.road import NativeNet
-from manual_mlp.program import Activate, Add, Affine, Drop
+from manual_mlp.program import Activate, Drop
 
 _PLANS = 8  # batch shapes whose buffers are kept
 NO_GAIN = "native=auto takes C only from four mini-batches a call on, for small nets"
@@ -132,7 +131,7 @@ class EnsembleEngine:
         >>> engine.road
         'torch'
         """
-        return self._engines[-1].road
+        return "native" if all(engine.road == "native" for engine in self._engines) else "torch"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.models, self.optimizers, self.loss, self.native)
@@ -167,13 +166,17 @@ class EnsembleEngine:
             self._ask()
             self._check(input, target, batch_size, generators, prediction)
             input, target = input.detach(), target.detach()
-            nets = self._natively(input, target, batch_size)
-            if not nets:
+            # In C one net is worth a call where torch's road can't take all at once.
+            native = all(
+                engine._natively(input, target, batch_size=batch_size, gain=not self._unlike)
+                for engine in self._engines
+            )
+            if not native:
                 self._prepare()
             given = list(generators or [None] * self._k)  # type: ignore[list-item]
             orders = torch.stack([checks.order(len(input), generator) for generator in given])
-            if nets:
-                return self._train_natively(nets, input, target, batch_size, orders, prediction)
+            if native:
+                return self._train_natively(input, target, batch_size, orders, prediction)
             whole = len(input) // batch_size * batch_size
             costs = [
                 self._train_rows(input, target, n, orders[:, of].to(input.device), prediction)
@@ -183,31 +186,20 @@ class EnsembleEngine:
             weight, _ = kernels.weights(self._cost, len(input), self._outputs)
             return (torch.cat(costs).sum(0) * weight).to(input.dtype)
 
-    def _natively(self, input: Tensor, target: Tensor, batch_size: int) -> list[NativeNet]:
-        """Return the nets that train in C, all or none."""
-        nets: list[NativeNet] = []
-        for engine in self._engines:
-            net = engine._natively(input, target, batch_size=batch_size, gain=self._unlike == "")
-            if net is None:
-                self._engines[-1]._road = "torch"
-                return []
-            nets.append(net)
-        return nets
-
-    def _train_natively(
-        self, nets: list[NativeNet], input: Tensor, target: Tensor, n: int, orders: Tensor, prediction: Tensor | None
-    ) -> Tensor:
+    def _train_natively(self, input: Tensor, target: Tensor, n: int, orders: Tensor, prediction: Any) -> Tensor:
         """Train one net after another, which keeps each in the cache → their mean costs (K,)."""
-        rows = [
-            (engine, net, input, target, n, order, None if prediction is None else prediction[k])
-            for k, (engine, net, order) in enumerate(zip(self._engines, nets, orders, strict=True))
-        ]
+        nets: list[Any] = [engine._native for engine in self._engines]
+
+        def train(k: int) -> float:
+            into = None if prediction is None else prediction[k]
+            return self._engines[k]._train_natively(nets[k], input, target, n, orders[k], into)
+
         if (threads := min(self._k, torch.get_num_threads())) == 1:
-            costs = [engine._train_natively(*of) for engine, *of in rows]
+            costs = [*map(train, range(self._k))]
         else:
             with ThreadPoolExecutor(threads) as pool:
                 try:
-                    costs = list(pool.map(lambda of: of[0]._train_natively(*of[1:]), rows))
+                    costs = [*pool.map(train, range(self._k))]
                 except BaseException:  # Ctrl-C is heard here, while the threads train
                     pool.shutdown(wait=False, cancel_futures=True)
                     for net in nets:
@@ -245,7 +237,7 @@ class EnsembleEngine:
         for engine in self._engines:
             engine._ask()
         seen = [engine._training for engine in self._engines]
-        if len(seen) != len(self._seen) or any(a is not b for a, b in zip(seen, self._seen, strict=True)):
+        if seen != self._seen:  # another object for each net that was read again
             self._seen, self._stacked = [], False
             self._compare()
             if not self.native:
@@ -260,8 +252,6 @@ class EnsembleEngine:
         if self._unlike:
             raise InputError(f"expected nets and optimizers of one kind, to share each product; got {self._unlike}")
         first = self._engines[0]
-        if any(not isinstance(node.rule, Affine | Activate | Drop | Add) for node in first._program.nodes):
-            raise InputError("expected affine maps, activations, dropouts and sums: train other nets by their engines")
         if first._owned[0].dtype == torch.float16:
             raise InputError("expected nets in float32, float64 or bfloat16; got float16: call .float() on each")
         self._outputs, self._graphed = first._outputs, first._graphed
@@ -285,8 +275,8 @@ class EnsembleEngine:
                 f"another {what} in net {k} than in net 0: train it by an engine of its own, or all in C "
                 "(native=True says what stands against it)"
                 for k, form in enumerate(others, start=1)
-                for what, of_first, own in zip(_FORM, first, form, strict=True)
-                if own != of_first
+                for what in form
+                if form[what] != first[what]
             ),
             "",
         )
@@ -334,12 +324,10 @@ class EnsembleEngine:
     @torch.no_grad()
     def _store(self) -> None:
         """Copy the stacks into the parameters, those that are trained."""
-        for place in self._gradients_wanted():
-            own = [engine._flat[place] for engine in self._engines]
-            torch._foreach_copy_(own, list(self._detached[place].unbind()))
-
-    def _gradients_wanted(self) -> list[int]:
-        return [place for place, p in enumerate(self._flat) if p is not None and p.requires_grad]
+        for place, parameter in enumerate(self._flat):
+            if parameter is not None and parameter.requires_grad:
+                own = [engine._flat[place] for engine in self._engines]
+                torch._foreach_copy_(own, list(self._detached[place].unbind()))
 
     def _gradient(self, place: int) -> Tensor:
         """Return the stack whose slices become the .grad of a parameter of each net."""
@@ -358,10 +346,8 @@ class EnsembleEngine:
             return ()
         pairs = []
         for place in range(len(self._flat)):
-            betas, alphas = zip(
-                *(rates[engine._group_of[place]] for engine, rates in zip(self._engines, of_nets, strict=True)),
-                strict=True,
-            )
+            groups = [engine._group_of[place] for engine in self._engines]
+            betas, alphas = zip(*(rates[group] for rates, group in zip(of_nets, groups, strict=True)), strict=True)
             pairs.append((1.0 if set(betas) == {1.0} else betas, alphas))
         return tuple(pairs)
 
@@ -372,23 +358,19 @@ class EnsembleEngine:
         self._load()
 
 
-_FORM = ("list of layers", "list of sizes", "dtype or device", "set of frozen parameters", "class of optimizer")
-
-
-def _form(engine: BackpropEngine) -> tuple[Any, ...]:
-    """Return all in which the nets must agree, in the order of _FORM."""
-    nodes = [
-        (type(rule), reads, (rule.row.name, rule.row.values) if isinstance(rule, Activate) else None)
-        for rule, reads, _ in engine._program.nodes
-    ]
+def _form(engine: BackpropEngine) -> dict[str, Any]:
+    """Return all in which the nets must agree, by its name."""
     flat = engine._flat
-    return (
-        nodes,
-        [None if p is None else p.shape for p in flat],
-        (engine._owned[0].dtype, engine._owned[0].device),
-        [p is not None and p.requires_grad for p in flat],
-        type(engine.optimizer),
-    )
+    return {
+        "list of layers": [
+            (type(rule), reads, (rule.row.name, rule.row.values) if isinstance(rule, Activate) else None)
+            for rule, reads, _ in engine._program.nodes
+        ],
+        "list of sizes": [None if p is None else p.shape for p in flat],
+        "dtype or device": (engine._owned[0].dtype, engine._owned[0].device),
+        "set of frozen parameters": [p is not None and p.requires_grad for p in flat],
+        "class of optimizer": type(engine.optimizer),
+    }
 
 
 def why_torch(engine: BackpropEngine | EnsembleEngine, rows: int, batch_size: int) -> str:

@@ -17,7 +17,7 @@ from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting
 from manual_mlp.functions import sum_of
 from manual_mlp.network import parameters_of, reading_of
-from manual_mlp.program import Activate, Add, Affine, Drop, Program, cost_of
+from manual_mlp.program import Activate, Affine, Drop, Program, cost_of
 
 Named = dict[str, Tensor]
 
@@ -416,12 +416,8 @@ def _check_samples(model: nn.Module) -> None:
                 f"expected samples that do not depend on each other; {type(module).__name__} at {name!r} joins the "
                 "rows of a batch, so a sample has no gradient of its own: leave it out"
             )
-    for rule, _, owner in reading_of(model).program.nodes:
-        if isinstance(rule, Drop) and rule.p > 0:
-            raise InputError("expected a model that draws no dropout, so that it is one net; call .eval()")
-        if not isinstance(rule, Activate | Add | Affine | Drop):
-            kind = type(rule if owner is None else owner).__name__
-            raise InputError(f"expected affine maps and activations, and sums of them; got {kind}: leave it out")
+    if any(isinstance(rule, Drop) and rule.p > 0 for rule, _, _ in reading_of(model).program.nodes):
+        raise InputError("expected a model that draws no dropout, so that it is one net; call .eval()")
 
 
 def _check_parameters(model: nn.Module, flat: list[Any]) -> list[str | None]:
