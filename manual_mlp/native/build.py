@@ -70,17 +70,14 @@ def _compiler() -> list[str]:
     raise CantBuild(f"no C compiler ({words[0] if words else 'cc, gcc or clang'}) is installed")
 
 
-def _run(command: list[str]) -> str:
-    """Run a compiler, and all that it starts, for at most TIMEOUT seconds → what it prints."""
+def _run(command: list[str], given: str = "") -> str:
+    """Run a compiler, and all that it starts, for at most TIMEOUT seconds: what it is given → what it prints."""
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
         try:
-            printed = process.communicate(timeout=TIMEOUT)[0].decode(errors="replace")
+            printed = process.communicate(given.encode(), TIMEOUT)[0].decode(errors="replace")
         except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
@@ -103,21 +100,17 @@ def _processor() -> str:
 
 def _compile(source: str, command: list[str], path: Path) -> None:
     """Compile beside `path` and rename, so that another process sees all of the library or none."""
-    written = []
+    handle, name = tempfile.mkstemp(".so", "build-", path.parent)
+    os.close(handle)
+    written = Path(name)
     try:
-        for suffix in (".c", ".so"):
-            handle, name = tempfile.mkstemp(suffix, "build-", path.parent)
-            os.close(handle)
-            written.append(Path(name))
-        written[0].write_text(source, encoding="utf-8")
-        _run([*command, "-o", str(written[1]), str(written[0]), "-lm"])
-        if written[1].stat().st_size == 0:  # kept, it would be refused by every later process
+        _run([*command, "-o", name, "-x", "c", "-", "-lm"], source)
+        if written.stat().st_size == 0:  # kept, it would be refused by every later process
             raise CantBuild(f"{command[0]} wrote no library")
-        written[1].chmod(0o700)
-        written[1].replace(path)
+        written.chmod(0o700)
+        written.replace(path)
     finally:
-        for each in written:
-            each.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
 
 
 @contextmanager
