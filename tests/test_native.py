@@ -496,7 +496,26 @@ def dropping(by: mm.BackpropEngine) -> None:
     by.model = nn.Sequential(by.model[0], nn.Dropout(0.5), *by.model[1:])
 
 
+def summing(by: Any) -> None:
+    by.model = nn.Sequential(*by.model[:-1], mm.Sum(nn.Identity(), nn.Identity()), by.model[-1])
+
+
+def in_two_groups(by: Any) -> None:
+    first, *others = by.model.parameters()
+    by.optimizer = torch.optim.SGD([{"params": [first], "momentum": 0.9}, {"params": others}], lr=0.1)
+
+
+def remembering(by: Any, name: str, value: Tensor) -> None:
+    by.optimizer = OPTIMIZERS["adam"](by.model.parameters())
+    by.train_batches(*data("quadratic", double, 7), 7)
+    by.optimizer.state[by.model[0].weight][name] = value
+
+
 CHANGES: dict[str, Any] = {
+    "no chain of affine maps": summing,
+    "some groups of the optimizer have momentum": in_two_groups,
+    "exp_avg has another shape": lambda by: remembering(by, "exp_avg", torch.zeros(5, 9, dtype=double).t()),
+    "counts its steps in no float tensor": lambda by: remembering(by, "step", torch.tensor(1.0).bfloat16()),
     "max_grad_norm": lambda by: setattr(by, "max_grad_norm", 1.0),
     "a hook": hooked,
     "step is replaced": stepping,

@@ -504,18 +504,18 @@ static void gather(const Net *net, const T *x, long stride, const T *y, long y_s
     }
 }
 
-/* The five steps for each mini-batch of n of the rows order[i], or i, of x and of y or labels.
+/* The five steps for each mini-batch of n of the rows order[i], or i, of x and of y or labels, from <= i < to.
    prediction: where a^L of each row goes, if it is wanted. net: placed for n */
 void train(Net *net, const T *x, long stride, const T *y, long y_stride, const int64_t *labels,
-           const int64_t *order, long count, long n, T *prediction, long p_row, long p_column) {
+           const int64_t *order, T *prediction, long p_row, long p_column, long from, long to, long n) {
     Layer *const first = net->layers, *const last = first + net->count - 1, *lowest = last;
     for (Layer *l = last; l >= first; l--)
         if (l->W.trained || l->b.trained) lowest = l;
     pack_all(net, 0);
     EACH(i, net->count) EACH(r, n) first[i].rows[r] = first[i].a + r * padded(first[i].out);
     long step = 0;
-    for (long start = 0; start < count; start += n) {
-        if (count - start < n) n = count - start;
+    for (long start = from; start < to; start += n) {
+        if (to - start < n) n = to - start;
         step++;
         gather(net, x, stride, y, y_stride, labels, order, start, n);
         /* 1. forward */

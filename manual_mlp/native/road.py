@@ -105,7 +105,7 @@ def _library(dtype: torch.dtype, needed: list[Compiled]) -> ctypes.CDLL:
     found.place.restype = c_long
     found.place.argtypes = [c_void_p, c_long, c_void_p]
     words: dict[str, Any] = {"p": c_void_p, "n": c_long}
-    found.train.argtypes = [words[letter] for letter in "ppnpnppnnpnn"]  # pointers and numbers
+    found.train.argtypes = [words[letter] for letter in "ppnpnpppnnnnn"]  # pointers and numbers
     return found
 
 
@@ -200,11 +200,11 @@ class NativeNet:
             if state.get(name) is None:
                 with torch.inference_mode(False):
                     state[name] = torch.zeros_like(parameter.detach())
-            if state[name].shape != parameter.shape or not state[name].is_contiguous():
-                raise CantRun(f"the optimizer's {name} has another shape or strides than its parameter")
-            if state[name].dtype != parameter.dtype or not state[name].is_cpu:
-                raise CantRun(f"the optimizer's {name} has another dtype or device than its parameter")
-            yield state[name]
+            average = state[name]
+            alike = [(t.shape, t.dtype, t.device) for t in (average, parameter)]
+            if alike[0] != alike[1] or not average.is_contiguous():
+                raise CantRun(f"the optimizer's {name} has another shape, strides, dtype or device than its parameter")
+            yield average
 
     def _steps(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the number of steps that Adam has taken for a parameter, a tensor."""
@@ -215,32 +215,28 @@ class NativeNet:
                 state["step"] = torch.zeros((), dtype=dtype, device="cpu")
         step = state["step"]
         if not isinstance(step, Tensor) or not step.is_cpu or step.dtype not in DTYPES:
-            raise CantRun("the optimizer counts its steps in no CPU tensor")
+            raise CantRun("the optimizer counts its steps in no float tensor on the CPU")
         return step
 
     def train(
         self, input: Tensor, target: Tensor, batch_size: int, order: Tensor | None, prediction: Tensor | None
     ) -> float:
         """Take a step for each mini-batch → the mean cost of all rows. Another thread may set `stopped`."""
-        input, target, rows = _rows(input), _rows(target), input.shape[0]
-        batch_size, net, done = min(batch_size, rows), self.net, 0
-        self._place(batch_size)
-        x, y, filled = input.data_ptr(), target.data_ptr(), None if prediction is None else prediction.data_ptr()
-        strides = (0, 0) if prediction is None else prediction.stride()
+        input, target, rows, net, done = _rows(input), _rows(target), len(input), self.net, 0
         order = None if order is None else order.contiguous()
-        x_row, y_row, at = input.stride(0), target.stride(0), None if order is None else order.data_ptr()
-        (size, y_size), labelled, net.total = (input.element_size(), target.element_size()), target.dim() == 1, 0.0
+        batch_size, net.total = min(batch_size, rows), 0.0
+        self._place(batch_size)
+        x, y, picked, into = (None if of is None else of.data_ptr() for of in (input, target, order, prediction))
+        given = (
+            *(self.address, x, input.stride(0)),
+            *((None, 0, y) if target.dim() == 1 else (y, target.stride(0), None)),
+            *(picked, into, *((0, 0) if prediction is None else prediction.stride())),
+        )
         try:
             while done < rows and not self.stopped:
                 count = min(max(1, int(SECONDS / (self.seconds * batch_size))) * batch_size, rows - done)
-                here = done if at is None else 0
-                of_target, picked = y + here * y_row * y_size, at and at + done * 8
-                targets = (None, 0, of_target) if labelled else (of_target, y_row, None)
-                into = filled and filled + here * strides[0] * size
                 begun = perf_counter()
-                self.run(
-                    self.address, x + here * x_row * size, x_row, *targets, picked, count, batch_size, into, *strides
-                )
+                self.run(*given, done, done + count, batch_size)
                 self.seconds = (perf_counter() - begun) / count
                 done += count
         finally:
