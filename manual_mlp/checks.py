@@ -7,13 +7,14 @@ functions are called only after torch has refused.
 import functools
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from itertools import accumulate, pairwise
 from typing import Any, ParamSpec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from manual_mlp.errors import InputError
@@ -331,6 +332,16 @@ def share_memory(parameters: Iterable[Tensor]) -> bool:
         if p.numel() > 0  # all empty ones lie at 0
     )
     return any(end > start for (_, end), (start, _) in pairwise(extents))
+
+
+def own_parameters(model: nn.Module, parameters: Iterable[Tensor | None]) -> None:
+    """Refuse parameters of which two layers share one."""
+    times = Counter(parameters)
+    for name, parameter in model.named_parameters():
+        if times[parameter] > 1:
+            raise InputError(
+                f"expected layers with parameters of their own; got {name!r} twice, a tied one: give each layer its own"
+            )
 
 
 def order(rows: int, generator: Any) -> Tensor:

@@ -84,8 +84,7 @@ def pretrain(
 def _hidden_layers(net: nn.Module) -> list[Any]:
     """Return the owners of the hidden layers' W and b. Raises InputError for a net that is no sigmoid chain."""
     program = reading_of(net).program
-    hidden, layers = program.affine[:-1], program.layers
-    flat = [p for p in parameters_of(net, program) if p is not None]
+    hidden, layers, flat = program.affine[:-1], program.layers, parameters_of(net, program)
     if any(layer.rule != "affine" or layer.reads != (index - 1,) for index, layer in layers.items()):
         raise InputError("expected a chain of layers; got a net with sums, whose layers model no single input")
     if any(layer.drops for layer in layers.values()):
@@ -98,8 +97,7 @@ def _hidden_layers(net: nn.Module) -> list[Any]:
                 f"expected sigmoid hidden layers, because σ(z) is the probability of a unit; hidden layer {i} has "
                 f"{name}: take activation='sigmoid'"
             )
-    if len({*map(id, flat)}) < len(flat):
-        raise InputError("expected layers with parameters of their own; got tied ones: give each layer its own")
+    checks.own_parameters(net, flat)
     checks.trainable(flat)
     owned = [p for layer in hidden for p in layer.parameters()]
     if len({(p.dtype, p.device) for p in owned}) > 1:

@@ -422,16 +422,10 @@ def _check_samples(model: nn.Module) -> None:
 
 def _check_parameters(model: nn.Module, flat: list[Any]) -> list[str | None]:
     """Return the name of each parameter, None for a missing or frozen one. Refuse tied ones."""
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    given = [parameter for parameter in flat if parameter is not None]
-    if len({*map(id, given)}) < len(given):
-        twice = next(p for i, p in enumerate(given) if any(p is other for other in given[:i]))
-        raise InputError(
-            f"expected layers with parameters of their own; got {name_of[id(twice)]!r} twice: a tied weight adds "
-            "products of both places to a norm, so give each layer its own"
-        )
-    if len({(parameter.dtype, parameter.device) for parameter in given}) > 1:
+    checks.own_parameters(model, flat)  # a norm of a tied one would add products of both places
+    if len({(parameter.dtype, parameter.device) for parameter in flat if parameter is not None}) > 1:
         raise InputError("expected parameters of one dtype on one device: call model.to() with both")
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     names = [None if p is None or not p.requires_grad else name_of[id(p)] for p in flat]
     if not any(names):
         raise InputError("expected a parameter that requires a gradient; all are frozen: call requires_grad_()")

@@ -446,8 +446,7 @@ def trace(
     program = reading_of(model, grids=True).program
     layers = program.layers
     weights = [layer.weight for layer in layers.values() if layer.weight is not None]
-    if len(set(map(id, weights))) < len(weights):
-        raise InputError("expected a net whose layers have weights of their own; got one that uses a layer twice")
+    checks.own_parameters(model, weights)
     x, target = _batch(x, target, weights[0], loss, 3 if isinstance(program.nodes[0].rule, Convolve | Pool) else 1)
     if program.grids:  # which look at x themselves
         checks.some_rows(len(weights[-1]), x, target)

@@ -366,7 +366,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "layer norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), "got LayerNorm"),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(3, 2)), "got Conv2d"),
-    "tied": (tied, "'0.weight' twice: a tied weight"),
+    "tied": (tied, "'0.weight' twice, a tied one"),
     "used twice": (lambda: nn.Sequential(*[nn.Linear(3, 3)] * 2, nn.Linear(3, 2)), "got '0.weight' twice"),
     "dropout": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 2)), r"call .eval\(\)"),
     "frozen": (frozen, "all are frozen"),

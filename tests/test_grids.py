@@ -699,7 +699,7 @@ def test_what_a_trace_of_grids_refuses() -> None:
     with pytest.raises(mm.InputError, match="draw its histograms"):
         mm.plots.flow(mm.trace(model, x, randn(4, 5)))
     norm = mm.LayerNorm(5)
-    with pytest.raises(mm.InputError, match="uses a layer twice"):
+    with pytest.raises(mm.InputError, match="weight' twice, a tied one"):
         mm.trace(nn.Sequential(mm.Affine(2, 5), norm, norm).double(), randn(4, 2), randn(4, 5))
 
 

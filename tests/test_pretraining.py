@@ -174,7 +174,7 @@ NETS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no hidden layer": (lambda: mm.MLP([4, 2], dtype=double), "with a hidden layer"),
     "dropout": (lambda: mm.MLP([4, 3, 2], dropout=0.5, dtype=double), "draws no dropout"),
-    "tied": (tied, "tied"),
+    "tied": (tied, "'0.weight' twice, a tied one"),
     "frozen": (frozen, "frozen"),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(3, 2)), "Conv2d"),
     "no net": (lambda: torch.tanh, "expected a model"),
