@@ -139,7 +139,7 @@ class Affine(ManualFunction):
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         a, weight = primals(ctx)
-        return _affine_tangent(a, weight, a_t, weight_t, bias_t)
+        return affine_tangent(a, weight, a_t, weight_t, bias_t)
 
 
 def _own(z: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def _joined(x: Tensor) -> Tensor:
     return x.values() if x.is_nested else x
 
 
-def _affine_tangent(
+def affine_tangent(
     a: Tensor, weight: Tensor, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None
 ) -> Tensor:
     """ż = ȧ Wᵀ + a Ẇᵀ + ḃ, the terms that are there."""
@@ -246,7 +246,7 @@ class AffineSigmoid(ManualFunction):
     @staticmethod
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         a, weight, activation = primals(ctx)
-        z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
+        z_t = affine_tangent(a, weight, a_t, weight_t, bias_t)
         return sigmoid_delta(z_t, activation)
 
 
@@ -323,7 +323,7 @@ def _affine_activation_function(row: Row) -> type[ManualFunction]:
 
     def tangent(ctx: Any, a_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Any:
         a, weight, saved = primals(ctx)
-        z_t = _affine_tangent(a, weight, a_t, weight_t, bias_t)
+        z_t = affine_tangent(a, weight, a_t, weight_t, bias_t)
         activation_t = delta_of(z_t, saved, *ctx.values)
         return (activation_t, z_t) if keeps_z else activation_t
 

@@ -15,7 +15,7 @@ from manual_mlp import checks
 from manual_mlp import formulas as sheet
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting
-from manual_mlp.functions import sum_of
+from manual_mlp.functions import affine_tangent, sum_of
 from manual_mlp.network import parameters_of, reading_of
 from manual_mlp.program import Activate, Affine, Drop, Program, cost_of
 
@@ -303,20 +303,17 @@ class Curvature:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _direction(self, v: Named) -> list[Any]:
-        """Return v in the order of the run's tensors: None for x and a missing bias, 0 for what is frozen."""
+        """Return v in the order of the run's tensors: None for x, a missing bias and what is frozen."""
         trained = [name for name in self._names if name is not None]
         if not isinstance(v, dict) or v.keys() != {*trained}:
             came = ", ".join(map(str, v)) if isinstance(v, dict) else type(v).__name__
             raise InputError(f"expected a dict with a tensor for each of {', '.join(trained)}; got {came or 'no name'}")
-        direction: list[Any] = [None]
         for name, own in zip(self._names, self._tensors[1:], strict=True):
-            of: Any = None if own is None else torch.zeros_like(own) if name is None else v[name]
             if name is not None:
-                checks.tensors(**{f"v[{name!r}]": of})
-                checks.like(f"v[{name!r}]", of, own)
-                checks.dense(**{f"v[{name!r}]": of})
-            direction.append(of)
-        return direction
+                checks.tensors(**{f"v[{name!r}]": v[name]})
+                checks.like(f"v[{name!r}]", v[name], own)
+                checks.dense(**{f"v[{name!r}]": v[name]})
+        return [None, *(None if name is None else v[name] for name in self._names)]
 
     def _moved(self, direction: list[Any]) -> list[Any]:
         """Return R{slot} of each slot, None where it is 0: R{z} = R{a} Wᵀ + a Vᵀ + v, R{a} = R{z} ⊙ G′."""
@@ -324,9 +321,8 @@ class Curvature:
         for i, (rule, reads, _) in enumerate(self._program.nodes):
             span, ins = self._program.spans[i], [moved[slot] for slot in reads]
             if isinstance(rule, Affine):
-                terms = [rule.forward(self._slots[reads[0]], *direction[span])] if any(self._needs[span]) else []
-                terms += [] if ins[0] is None else [rule.forward(ins[0], self._tensors[span][0], None)]
-                moved.append(sum_of(*terms))
+                a, (weight, _) = self._slots[reads[0]], self._tensors[span]
+                moved.append(affine_tangent(a, weight, ins[0], *direction[span]))
             elif isinstance(rule, Activate) and ins[0] is not None:
                 moved.append(rule.backward(ins[0], self._saved(i), needs=())[0])
             else:  # a sum, or a dropout that draws nothing
@@ -338,14 +334,13 @@ class Curvature:
     ) -> Sequence[Tensor | None]:
         """Return R{∂C/∂slot} of each slot that node i reads, from that of its output; R{∂C/∂w} goes to found."""
         (rule, reads, _), span = self._program.nodes[i], self._program.spans[i]
-        is_affine, slot = isinstance(rule, Affine), reads[0]
-        g, wanted = self._arrived[i + 1], [self._wanted[slot] for slot in reads]
-        if is_affine:
+        slot, g, wanted = reads[0], self._arrived[i + 1], [self._wanted[slot] for slot in reads]
+        if isinstance(rule, Affine):
             # R{δ W} = R{δ} W + δ V, R{δᵀ a} = R{δ}ᵀ a + δᵀ R{a}
-            needs = *wanted, *self._needs[span]
+            needs, V = (*wanted, *self._needs[span]), direction[span][0]
             first = rule.backward(arriving, self._slots[slot], *self._tensors[span], needs=needs)
-            needs = *(wanted if any(self._needs[span]) else [False]), needs[1] and moved[slot] is not None, False
-            second = rule.backward(g, moved[slot], *direction[span], needs=needs)
+            needs = needs[0] and V is not None, needs[1] and moved[slot] is not None, False
+            second = rule.backward(g, moved[slot], V, None, needs=needs)
             parts = [a if b is None else a + b for a, b in zip(first, second, strict=True)]
             for name, part in zip(self._names_of(i), parts[1:], strict=True):
                 if name is not None:

@@ -204,7 +204,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "plan: z's form overwrites a": ("plan", "            if z is not None and self.longest is not None:", "            if False:", "sample_norm", "every_row and silu"),
     "plan: the bias is not in a sample's norm": ("plan", "*[] if bias is None else [one]", "*[]", "sample_norm", "optimizers"),
     "plan: the sample's own gradient": ("plan", "of_sample = self.n * kernels", "of_sample = kernels", "sample_norm", "optimizers"),
-    "second_order: δ V forgotten": ("second_order", "needs = *(wanted if any(self._needs[span]) else [False]), ", "needs = False, ", "curvature", "every_quantity"),
+    "second_order: δ V forgotten": ("second_order", "needs = needs[0] and V is not None, ", "needs = False, ", "curvature", "every_quantity"),
     "second_order: a column of √H": ("second_order", "root * self._share**0.5", "root * self._share", "curvature", "every_quantity"),
     "engine: 1/N forgotten": ("engine", "self.delta_weight = kernels.weights(engine._cost, self.n, self.widths[-1])[1]", "self.delta_weight = 1.0"),
     "engine: sign of the step": ("engine", "-lr))\n", "lr))\n"),
