@@ -337,11 +337,12 @@ class Curvature:
         slot, g, wanted = reads[0], self._arrived[i + 1], [self._wanted[slot] for slot in reads]
         if isinstance(rule, Affine):
             # R{δ W} = R{δ} W + δ V, R{δᵀ a} = R{δ}ᵀ a + δᵀ R{a}
-            needs, V = (*wanted, *self._needs[span]), direction[span][0]
-            first = rule.backward(arriving, self._slots[slot], *self._tensors[span], needs=needs)
+            W, V = self._tensors[span][0], direction[span][0]
+            needs = *wanted, *self._needs[span]
+            first = rule.backward(arriving, self._slots[slot], W, None, needs=needs)
             needs = needs[0] and V is not None, needs[1] and moved[slot] is not None, False
             second = rule.backward(g, moved[slot], V, None, needs=needs)
-            parts = [a if b is None else a + b for a, b in zip(first, second, strict=True)]
+            parts = [*map(sum_of, first, second)]
             for name, part in zip(self._names_of(i), parts[1:], strict=True):
                 if name is not None:
                     found[name] = part / self._n
