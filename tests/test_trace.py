@@ -299,7 +299,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "got Tanh at '2'",
     ),
     "no module": (lambda: mm.trace(torch.relu, [[1.0]], [[1.0]]), "expected a model"),  # type: ignore[arg-type]
-    "a layer twice": (lambda: mm.trace(nn.Sequential(*[nn.Linear(1, 1)] * 2), [[1.0]], [[1.0]]), "uses a layer twice"),
+    "a layer twice": (lambda: mm.trace(nn.Sequential(*[nn.Linear(1, 1)] * 2), [[1.0]], [[1.0]]), "twice, a tied one"),
     "a loss": (lambda: mm.trace(nn.Linear(1, 1), [[1.0]], [[1.0]], "hinge"), "expected a loss, one of"),
     "logits": (lambda: mm.trace(mm.MLP([1, 1]), [[1.0]], [[1.0]], "bce"), "gives logits"),
     "no sample": (lambda: mm.trace(mm.MLP([1, 1]), torch.zeros(0, 1), torch.zeros(0, 1)), "at least one row"),
