@@ -247,7 +247,7 @@ class DataModule(L.LightningDataModule):
         values |= {"name": Path(str(self.name)).name, "feature_names": list(self.feature_names)}
         if self.raw:
             values |= {name: getattr(self.raw, name) for name in ("target", "key", "separator", "decimal")}
-            values["columns"] = [column.plain() for column in self.columns]
+            values["columns"] = [vars(column) | {"kinds": list(column.kinds)} for column in self.columns]
         return values
 
     def train_dataloader(self) -> DataLoader:

@@ -5,7 +5,7 @@ What is filled in, and which kinds there are, is fitted on the training rows by 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -42,9 +42,6 @@ class Column:
     def names(self) -> list[str]:
         """Return the names of the prepared columns."""
         return [f"{self.name}={kind}" for kind in self.kinds] or [self.name]
-
-    def plain(self) -> dict[str, Any]:
-        return {**asdict(self), "kinds": list(self.kinds)}
 
 
 def from_plain(data: Mapping[str, Any], inputs: int) -> list[Column]:

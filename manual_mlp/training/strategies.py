@@ -150,8 +150,7 @@ class ByLayers:
 
     def evaluate(self, net: nn.Module, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return C and a^L of a batch in validation and test, whatever `train` does."""
-        prediction = net(features)
-        return self.cost(prediction, target), prediction
+        return ByLayers.train(self, net, features, target)
 
     def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
         loss.backward(*arguments, **options)
