@@ -301,8 +301,12 @@ def _of_sizes(content: dict[str, Any]) -> Iterator[Misfit]:
         value = table.get(name)
         if isinstance(value, list | tuple) and len(value) not in sizes:
             yield name, f"a list of {' or '.join(map(str, sorted(sizes)))}", value
-    if values.get("members", 1) > 1 and (values.get("channels") or values.get("batch_norm")):
-        yield "members", "left out for a net with norms or convolutions", values["members"]
+    members = values.get("members", 1)
+    for name, total in content["sums"].items():
+        if isinstance(total, Tensor) and total.shape not in ((), (members,) if members > 1 else ()):
+            yield f"sums.{name}", f"one number, or one for each of {members} nets", total
+    if members > 1 and (values.get("channels") or values.get("batch_norm")):
+        yield "members", "left out for a net with norms or convolutions", members
     if values.get("channels"):
         sides, kernel = values.get("image_shape", ()), values.get("kernel", 0)
         if len(sides) != 2 or math.prod(sides) != inputs or not kernel:
