@@ -12,10 +12,10 @@ from torchmetrics.functional import f1_score, mean_absolute_error
 
 from manual_mlp import InputError
 from manual_mlp.training import run as training
+from manual_mlp.training.closing import _imbalance
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.sources import Samples
 from manual_mlp.training.strategies import BACKPROP
-from manual_mlp.training.summary import _imbalance
 from tests.configs import configured
 from tests.test_data import module as data_of
 

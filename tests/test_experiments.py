@@ -398,7 +398,7 @@ def swept(**figures: float) -> list[Run]:
     [
         ("residual", swept(e9_false=0.1, e9_true=0.9), "carry δ"),
         ("residual", swept(e9_false=0.1, e9_true=0.12), "this training does not show more"),
-        ("residual", swept(e3_false=0.1, e3_true=0.9, e9_true=0.9), "One net of 9 layers is missing"),
+        ("residual", swept(e3_false=0.1, e3_true=0.9, e9_true=0.9), "One of the two nets is missing"),
         ("residual", swept(e0=0.1, e10=0.9), "^$"),  # something else was swept
         ("batch_norm", swept(efalse=0.1, etrue=0.9), "is 1e-05 .* without batch norm .* 0.5 with it .*carry δ"),
         ("batch_norm", swept(efalse=0.9, etrue=0.1), "this training does not show more"),

@@ -16,10 +16,10 @@ from torch import nn
 import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.training import run as training
+from manual_mlp.training.closing import _table
 from manual_mlp.training.metrics import Writer
 from manual_mlp.training.module import MLPModule, resolve_output_activation
 from manual_mlp.training.strategies import BACKPROP, INITIALISATIONS
-from manual_mlp.training.summary import _table
 from tests.configs import ROOT, configured
 
 

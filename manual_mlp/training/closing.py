@@ -1,40 +1,68 @@
-"""The sentence that ends a preset: what was to be seen, whether it was, and in which picture; all from the run itself.
+"""What a run says at its end: a summary of at most 60 columns, its files, and the sentence that ends a preset.
 
-A preset names its sentence by `closing`, such as `closing: xor`. A new one is a function of the run and an entry in
-CLOSINGS, or of the runs of a sweep and an entry in SWEEPS.
+A preset names its sentence by `closing`, such as `closing: xor`: what was to be seen, whether it was, and in which
+picture; all from the run itself. A new one is a function of the run and an entry in CLOSINGS, or of the runs of a sweep
+and an entry in SWEEPS.
 """
 
 import csv
 import math
+import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import lightning as L
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
+from torch.optim import Adam
 
+from manual_mlp import tables
 from manual_mlp.checkpoint import read_checkpoint
+from manual_mlp.errors import shown
 from manual_mlp.tables import ERRORS
+from manual_mlp.training.callbacks import Traced
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
+from manual_mlp.training.readers import listed, quoted
 from manual_mlp.training.strategies import choose
 
+WIDTH = 60
+IMBALANCED = 1.5  # times as many rows in the largest class as in the smallest are worth a line
+MARGIN = 0.05  # a net that got less of the way from the largest class's share to 100 % has learned nothing
+FILES = (  # in a run's folder
+    *("best.ckpt", "last.ckpt", "metrics.csv", "figures.json", "learning_curves.png", "report.html"),
+    *("trace.md", "flow.png", "tensorboard", "train.log", ".hydra"),
+)
 CLOSE = 0.1  # of the spread around a line: two lines nearer than that are one
 ALIKE = 0.05  # accuracies that differ by less are as good as each other
 NIELSEN = 0.9542  # chapter 1, 784-30-10 at its best
 IN_REPORT = "report.html, "
+C = TypeVar("C", bound=L.Callback)
 
 
 class Run(NamedTuple):
-    """A run at its end. module: with the kept parameters, those of `epoch`, counted from 0; figures: of the summary."""
+    """A run at its end.
 
+    module: with the kept parameters, those of `epoch`, counted from 0. seconds: of the training; None if there was
+    none. figures: by name, such as test_accuracy.
+    """
+
+    cfg: DictConfig
     module: MLPModule
     data: DataModule
-    figures: Mapping[str, float]
+    trainer: L.Trainer
     epoch: int
-    traced: Any  # the callback Traced, if there is one
-    folder: Path
+    seconds: float | None
+    figures: Mapping[str, float]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.run_dir)
 
     @property
     def accuracy(self) -> float:
@@ -51,14 +79,133 @@ class Run(NamedTuple):
     @property
     def mistakes(self) -> int | None:
         """Return how many mistakes a perceptron made from w = 0 on; None if metrics.csv lacks some of them."""
-        path, trainer = self.folder / "metrics.csv", self.module.trainer
-        if not (self.is_perceptron and path.is_file() and trainer.limit_train_batches == 1):
+        path = self.folder / "metrics.csv"
+        if not (self.is_perceptron and path.is_file() and self.trainer.limit_train_batches == 1):
             return None
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("train_loss")]
-        if [row["epoch"] for row in rows] != [*map(str, range(trainer.current_epoch))]:  # some lie in another folder
+        if [row["epoch"] for row in rows] != [*map(str, range(self.trainer.current_epoch))]:  # some lie elsewhere
             return None
         return sum(round(float(row["train_loss"]) * len(self.data.splits["train"])) for row in rows)
+
+    @property
+    def traced(self) -> Any:
+        """Return the callback Traced, if there is one."""
+        return self.callback(Traced)
+
+    def callback(self, kind: type[C]) -> C | None:
+        """Return the run's callback of a kind, if it has one."""
+        return next((own for own in self.trainer.callbacks if isinstance(own, kind)), None)  # type: ignore[attr-defined]
+
+
+def summary(run: Run, facts: Mapping[str, str]) -> str:
+    """Return what was trained, how well, and what to try if that failed. facts: from `run_facts`."""
+    figures, metric = run.figures, run.cfg.optimized_metric
+    lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
+    lines += ["", _table({name: figures[name] for name in run.module.figure_names() if name in figures})]
+    lines += [f"  {'returned':<12}{metric} {figures[metric]:.6g}"] if metric in figures else []
+    return "\n".join(["", *lines, *_hint(run)])
+
+
+def run_facts(run: Run) -> dict[str, str]:
+    """Return what was trained on what, by name."""
+    module, data = run.module, run.data
+    rows = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
+    lr = module.optimizer and module.optimizer.keywords.get("lr")
+    facts = {
+        "data": f"{Path(str(data.name)).name} ({rows})",
+        "left out": f"{listed(data.left_out)}: an index, or without a name" if data.left_out else "",
+        **data.said,
+        "key": quoted(data.raw.key) + ", which repeats" * data.raw.repeated if data.raw and data.raw.key else "",
+        "classes": _imbalance(data, module) if data.class_names else "",
+        "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
+        "members": f"{module.members}, best epochs {module.net.best_epochs()}" if module.members > 1 else "",
+        "parameters": f"{sum(parameter.numel() for parameter in module.parameters()):,}",
+        "cost": "share of mistakes" if run.is_perceptron else module.loss,
+        "optimizer": f"none, LR {lr}" if run.is_perceptron else module.optimizer_in_words() if module.optimizer else "",
+        "scheduler": module.scheduler["scheduler"].func.__name__ if module.scheduler else "",
+        "backprop": str(module.hparams["backprop"]) + (f" ({road})" if (road := module.backprop.road) else ""),
+        "epochs": _epochs(run),
+    }
+    return {name: shown(text) for name, text in facts.items() if text}
+
+
+def files(folder: Path) -> str:
+    """List the files in the run's folder; nothing if there are none."""
+    names = [name for name in FILES if (folder / name).exists()]
+    where = os.path.relpath(folder)
+    heading = f"files in {shown(folder if where.startswith('..') else where)}"
+    return "\n".join(["", heading, _wrapped("  ", "  ".join(names)), ""]) if names else ""
+
+
+def _epochs(run: Run) -> str:
+    if run.seconds is None:
+        return f"checkpoint of {run.epoch}"
+    last = run.trainer.current_epoch - 1  # not known where the training ran in processes that have ended (ddp_spawn)
+    text = f"best {run.epoch}" if run.epoch >= 0 else "none completed"
+    return text + (f" of 0 to {last}" if last >= run.epoch >= 0 else "") + f", in {run.seconds:.1f} s"
+
+
+def _imbalance(data: DataModule, module: MLPModule) -> str:
+    """Return the shares of the largest and the smallest training class; nothing if they are about equal."""
+    counts = data.splits["train"].target.bincount(minlength=len(data.class_names))
+    (most, greatest), (least, smallest) = (getattr(counts, end)(0) for end in ("max", "min"))
+    if most < IMBALANCED * least:
+        return ""
+    ends = ((most, greatest), (least, smallest))
+    shares = [f"{100 * n / counts.sum():.1f} % {data.class_names[i]}" for n, i in ends]
+    if data.class_weight:
+        shares.append("weighted by data.class_weight")
+    elif module.loss in module.backprop.weighted:
+        shares.append("data.class_weight=balanced weights them equally")
+    return ", ".join(shares)
+
+
+def _activations(module: MLPModule) -> str:
+    hidden = module.hparams["activation"]
+    names = hidden if isinstance(hidden, str) else "-".join(hidden)
+    words = [names] * (len(module.sizes) > 2) + ["residual"] * bool(module.hparams["residual"])
+    words += ["batch norm"] * module.hparams["batch_norm"]
+    if channels := module.hparams["channels"]:
+        kernel = module.hparams["kernel"]
+        words.append(f"convolutions {'-'.join(map(str, channels))} of {kernel}×{kernel}")
+    return ", ".join([*words, f"output {module.output_activation}"])
+
+
+def _hint(run: Run) -> list[str]:
+    """Return what to try if the training failed; nothing if it did not."""
+    module = run.module
+    if run.classifies:
+        share = _guess(run, "train")
+        failed = run.figures.get("train_accuracy", 1.0) < share + MARGIN * (1 - share)
+        reason = f"always guessing the largest class gives {100 * share:.2f} %"
+    else:
+        failed, reason = run.figures.get("val_r2", 0.0) < 0, "always guessing the mean gives r2 0"
+    if not failed or module.optimizer is None:
+        return []
+    advice = module.lower_lr() + ("" if module.optimizer.func is Adam else " or use optimizer=adam")
+    if run.is_perceptron:
+        advice = "if no straight line separates the classes, use model=mlp"
+    return ["", _wrapped("  ", f"hint: {reason}; {advice}")]
+
+
+def _table(figures: dict[str, float]) -> str:
+    """Return a line for each part, such as train cost and train accuracy; more lines where 60 columns are too few."""
+    cells: dict[str, list[str]] = {}
+    for name, value in figures.items():
+        cells.setdefault(name.partition("_")[0], []).extend((tables.words(name), tables.figure(name, value)))
+    printed = ""
+    for most in range(max(map(len, cells.values()), default=0), 0, -2):
+        rows = [part[at : at + most] for part in cells.values() for at in range(0, len(part), most)]
+        printed = tables.text([row + [""] * (most - len(row)) for row in rows], gap=" ")
+        if tables.width(printed) <= WIDTH:
+            break
+    return printed
+
+
+def _wrapped(indent: str, text: str) -> str:
+    filled = partial(textwrap.fill, break_on_hyphens=False, break_long_words=False)
+    return filled(text, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent))
 
 
 def _percent(share: float) -> str:
@@ -80,9 +227,9 @@ def _score(run: Run) -> str:
     return f"The net answers {_percent(run.accuracy)} of the test part rightly, {beaten} {_percent(guess)} by a guess"
 
 
-def _guess(run: Run) -> float:
-    """Return the share of the largest class in the test part."""
-    return run.data.splits["test"].target.bincount().max().item() / len(run.data.splits["test"])
+def _guess(run: Run, part: str = "test") -> float:
+    """Return the share of the largest class in a part."""
+    return run.data.splits[part].target.bincount().max().item() / len(run.data.splits[part])
 
 
 def _line(run: Run) -> str:
@@ -115,13 +262,14 @@ def _perceptron(run: Run) -> str:
     mistakes = run.figures["train_loss"]
     if mistakes == 0:
         return f"From epoch {run.epoch} on the rule makes no mistake: it converged, as the Convergence Theorem says"
-    return f"Even in its best epoch, {run.epoch}, the rule makes mistakes on {_percent(mistakes)}: it has not converged"
-
-
-def _perceptron_xor(run: Run) -> str:
-    mistakes = run.figures["train_loss"]
     text = f"Even in its best epoch, {run.epoch}, the rule makes mistakes on {_percent(mistakes)} of the rows: "
-    return text + ("no straight line separates XOR, so it never settles" if mistakes else "it settled, on these rows")
+    ends = _allowed_mistakes(run) < math.inf
+    return text + ("it has not converged" if ends else "no straight line separates them, so it never settles")
+
+
+def _allowed_mistakes(run: Run) -> float:
+    rows = run.data.splits["train"]
+    return most_mistakes(rows.features, rows.target[:, None])
 
 
 def most_mistakes(x: Tensor, target: Tensor) -> float:
@@ -141,8 +289,7 @@ def most_mistakes(x: Tensor, target: Tensor) -> float:
 
 
 def _perceptron_theorem(run: Run) -> str:
-    rows = run.data.splits["train"]
-    most = most_mistakes(rows.features, rows.target[:, None])
+    most = _allowed_mistakes(run)
     text = f"The rule made {run.mistakes} mistakes"
     if most == math.inf:
         return f"{text}: no straight line separates these rows, so the theorem promises no end"
@@ -207,7 +354,6 @@ CLOSINGS = {
     "nielsen": Closing(_nielsen, f"{IN_REPORT}Worst mistakes", lambda run: run.classifies),
     "nielsen_fashion": Closing(_score, f"{IN_REPORT}Worst mistakes", lambda run: run.classifies),
     "perceptron": Closing(_perceptron, "learning_curves.png", lambda run: run.is_perceptron),
-    "perceptron_xor": Closing(_perceptron_xor, "learning_curves.png", lambda run: run.is_perceptron),
     "perceptron_theorem": Closing(_perceptron_theorem, "learning_curves.png", lambda run: run.mistakes is not None),
     "regression": Closing(_score, f"{IN_REPORT}Prediction and target", lambda run: not run.classifies),
     "xor": Closing(_xor, f"{IN_REPORT}Decision boundary", lambda run: run.classifies and not run.is_perceptron),
@@ -240,6 +386,8 @@ def _share(norms: Mapping[int, float]) -> float:
 
 def _compared(folder: Path, told: Mapping[str, Any], seen: str) -> str:
     """Compare two runs, each by its words, and say what was seen if the second keeps more of δ and learns more."""
+    if None in told.values() or len(told) < 2:
+        return "One of the two nets is missing, so nothing can be compared"
     shares = [_share(first_norms(folder, run)) for run in told.values()]
     accuracies = [run.figures["val_accuracy"] for run in told.values()]
     first, second = (
@@ -262,18 +410,14 @@ def _residual(folder: Path, runs: Sequence[Any]) -> str:
     """Compare the deepest nets, without and with connections."""
     most = max(int(run.settings["layers"]) for run in runs)
     deepest = {run.settings["model.residual"].lower(): run for run in runs if int(run.settings["layers"]) == most}
-    if deepest.keys() != {"false", "true"}:
-        return f"One net of {most} layers is missing, so nothing can be compared"
-    told = {f"in a chain of {most} layers": deepest["false"], "with residual connections": deepest["true"]}
+    told = {f"in a chain of {most} layers": deepest.get("false"), "with residual connections": deepest.get("true")}
     return _compared(folder, told, "the connections carry δ through a net that does not learn without them")
 
 
 def _batch_norm(folder: Path, runs: Sequence[Any]) -> str:
     """Compare the net without norms and the one with them."""
     nets = {run.settings["model.batch_norm"].lower(): run for run in runs}
-    if nets.keys() != {"false", "true"}:
-        return "One of the two nets is missing, so nothing can be compared"
-    told = {"without batch norm": nets["false"], "with it": nets["true"]}
+    told = {"without batch norm": nets.get("false"), "with it": nets.get("true")}
     return _compared(folder, told, "the norms carry δ through a net that does not learn without them")
 
 
@@ -310,12 +454,13 @@ def closing_of_sweep(name: str | None, folder: Path, runs: Sequence[Any]) -> str
     return f"{sentence(folder, runs)} ({picture})." if told else ""
 
 
-def closing(name: str | None, run: Run, report: bool) -> str:
-    """Return the sentence of a preset with its picture; "" for none. report: the run leaves report.html."""
+def closing(run: Run) -> str:
+    """Return the sentence of a preset with its picture; "" for none."""
+    name = run.cfg.closing
     if name is None or name in SWEEPS or not {"test_accuracy", "test_r2"} & run.figures.keys():
         return ""
     chosen = choose(name, CLOSINGS | SWEEPS, "closing")
     if not chosen.fits(run):
         return f"The preset was changed. {_score(run)}."
-    where = chosen.picture if report else chosen.picture.replace(IN_REPORT, "report=true draws it: ")
+    where = chosen.picture if run.cfg.report else chosen.picture.replace(IN_REPORT, "report=true draws it: ")
     return f"{chosen.sentence(run)} ({where})."

@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning as L
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from sklearn.inspection import permutation_importance  # type: ignore[import-untyped]
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, r2_score  # type: ignore[import-untyped]
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from manual_mlp.errors import InputError, shown
 from manual_mlp.report import Picture
 from manual_mlp.tracing import Trace, up
 from manual_mlp.training.callbacks import ROWS, DeltaFlow
+from manual_mlp.training.closing import Run
 from manual_mlp.training.commands import command, from_here
 from manual_mlp.training.config import in_sweep
 from manual_mlp.training.continuing import Precedence
@@ -49,25 +49,14 @@ def learning_curves(folder: Path, kept: int) -> Picture | None:
     return Picture("Learning curves", text, figure)
 
 
-def leave_report(
-    cfg: DictConfig,
-    module: MLPModule,
-    data: DataModule,
-    trainer: L.Trainer,
-    epoch: int,
-    curves: Picture | None,
-    facts: Mapping[str, str],
-    figures: Mapping[str, float],
-) -> None:
-    """Write report.html into the run folder, and give TensorBoard the pictures.
-
-    module: with the parameters that are kept, those of `epoch`. facts, figures: the summary's.
-    """
+def leave_report(run: Run, curves: Picture | None, facts: Mapping[str, str]) -> None:
+    """Write report.html into the run folder, and give TensorBoard the pictures. facts: the summary's."""
+    cfg, module, data, trainer = run.cfg, run.module, run.data, run.trainer
     module.eval()  # no dropout in its answers: Lightning has left it in training mode
-    flow = next((callback for callback in trainer.callbacks if isinstance(callback, DeltaFlow)), None)  # type: ignore[attr-defined]
+    flow, precedence = run.callback(DeltaFlow), run.callback(Precedence)
     trace = _trace(module, data, flow.rows if flow else ROWS)
     pictures = [curves] if curves else []
-    answers = _Answers(module, data, _stages(module, flow, epoch))
+    answers = _Answers(module, data, _stages(module, flow, run.epoch))
     pictures += [*(answers.to_classes() if data.class_names else answers.to_numbers()), *_inside(data, flow, trace)]
     origin = {
         "command": _command(),
@@ -75,9 +64,8 @@ def leave_report(
         "device": f"{trainer.strategy.root_device}, {torch.get_num_threads()} threads",
         "versions": report.versions(),
     }
-    changed = next((c.changed for c in trainer.callbacks if isinstance(c, Precedence)), [])  # type: ignore[attr-defined]
-    if changed:
-        names = ", ".join(dict.fromkeys(changed))
+    if precedence and precedence.changed:
+        names = ", ".join(dict.fromkeys(precedence.changed))
         origin["but"] = f"the run went on with other values of {names}, so the command gives another net"
     title = f"{facts['data'].partition(' (')[0]}, {'-'.join(map(str, module.sizes))}"
     optimizer, dropout = module.optimizer, module.hparams["dropout"]
@@ -87,8 +75,8 @@ def leave_report(
     remark += f"Dropout, in training after each hidden layer with p = {dropout}, is left out." if dropout else ""
     config = _shareable(OmegaConf.to_yaml(cfg, resolve=True), cfg.run_dir)
     facts = {**facts, **answers.by_class(), **answers.importance()}
-    page = report.page(title, facts, figures, pictures, trace, step, remark, origin, config)
-    (Path(cfg.run_dir) / "report.html").write_text(page, encoding="utf-8")
+    page = report.page(title, facts, run.figures, pictures, trace, step, remark, origin, config)
+    (run.folder / "report.html").write_text(page, encoding="utf-8")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             for picture in pictures:

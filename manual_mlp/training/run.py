@@ -33,8 +33,7 @@ from torchmetrics import Metric
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError, shown
 from manual_mlp.training import config, continuing
-from manual_mlp.training.callbacks import Traced
-from manual_mlp.training.closing import Run, closing
+from manual_mlp.training.closing import WIDTH, Run, closing, files, run_facts, summary
 from manual_mlp.training.commands import command, override
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.folder import FIGURES, accepted, alone_in, check_places, disk_in_words, keep_configuration
@@ -43,7 +42,6 @@ from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.predict import predict_file
 from manual_mlp.training.saving import WholeFiles
 from manual_mlp.training.strategies import choose
-from manual_mlp.training.summary import WIDTH, files, run_facts, summary
 
 log = logging.getLogger(__name__)
 
@@ -205,12 +203,12 @@ def _trained(
         if kept:  # after a test in other processes (ddp_spawn) the module here has another epoch's parameters
             module.load_state_dict(kept["state_dict"])
             module.take_kept()
-        facts = run_facts(module, data, trainer, epoch, seconds)
-        print(summary(module, data, facts, figures, cfg.optimized_metric))
-        traced = next((callback for callback in trainer.callbacks if isinstance(callback, Traced)), None)  # type: ignore[attr-defined]
-        seen = closing(cfg.closing, Run(module, data, figures, epoch, traced, folder), cfg.report)
+        ended = Run(cfg, module, data, trainer, epoch, seconds, figures)
+        facts = run_facts(ended)
+        print(summary(ended, facts))
+        seen = closing(ended)
         if cfg.report:
-            _report(cfg, module, data, trainer, epoch, curves, facts | ({"seen": seen} if seen else {}), figures)
+            _report(ended, curves, facts | ({"seen": seen} if seen else {}))
         print(files(folder))
         if seen:
             print(textwrap.fill(shown(seen), WIDTH) + "\n")
@@ -242,8 +240,8 @@ def tested(cfg: DictConfig) -> dict[str, float]:
         trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False)
     figures = content["figures"] | _numbers(trainer)
     if trainer.is_global_zero:
-        facts = run_facts(module, data, trainer, content["epoch"], None)
-        print(summary(module, data, facts, figures, cfg.optimized_metric))
+        ended = Run(cfg, module, data, trainer, content["epoch"], None, figures)
+        print(summary(ended, run_facts(ended)))
         print(files(Path(cfg.run_dir)))
         accepted()
     return figures
@@ -274,10 +272,10 @@ def _interrupted(trainer: L.Trainer, module: MLPModule, data: DataModule, checkp
     return False
 
 
-def _report(cfg: DictConfig, *arguments: Any) -> None:
+def _report(*arguments: Any) -> None:
     """Leave a report. If that fails, say so in a sentence, and in full in the log file: the run is whole without it."""
     try:
-        leave_report(cfg, *arguments)
+        leave_report(*arguments)
     except Exception as error:
         log.info("The report failed.", exc_info=True)
         reason = f"{type(error).__name__}: {shown(error)}"
