@@ -1,4 +1,4 @@
-"""What a run says at its end: a summary of at most 60 columns, its files, and the sentence that ends a preset.
+"""Write what a run says at its end: a summary of at most 60 columns, its files, the sentence that ends a preset.
 
 A preset names its sentence by `closing`, such as `closing: xor`: what was to be seen, whether it was, and in which
 picture; all from the run itself. A new one is a function of the run and an entry in CLOSINGS, or of the runs of a sweep
