@@ -448,9 +448,9 @@ def test_a_sweep_without_records_or_with_a_failed_run_ends_in_words(
     ("words", "said"),
     [
         (["residual", "layers=2", "model.residual=0,1"], "expected model.residual to be true or false, but got 0"),
-        (["residual", "layers=2,3", "data=diabetes", "model.loss=quadratic"], ""),
+        pytest.param(["residual", "layers=2,3", "data=diabetes", "model.loss=quadratic"], "", marks=pytest.mark.slow),
         (["deep_sigmoid", "model.initialisation=torch", "data=diabetes", "model.loss=quadratic"], ""),
-        (["pretraining", "seed=0,1", "callbacks.delta_flow=null"], ""),
+        pytest.param(["pretraining", "seed=0,1", "callbacks.delta_flow=null"], "", marks=pytest.mark.slow),
         (["pretraining", "data=iris"], "expected an x in [0, 1], because it stands for probabilities"),
     ],
 )

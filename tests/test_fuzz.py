@@ -337,7 +337,7 @@ def test_overrides(inputs: int, tmp_path: Path) -> None:
 
 
 CHECKPOINTS, FOLDERS = 3000, 2000
-SAMPLE = 80, 60
+SAMPLE = 40, 30
 
 
 def check_audited(found: dict) -> None:

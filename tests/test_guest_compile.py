@@ -68,7 +68,8 @@ QUICK = [
     case for case in CASES if not asks_again(case) and (kind(case) == "mse_loss" or not case.name.endswith(SHARED))
 ]
 # Other numbers in the same code.
-SAME = ("softplus+1+2", "softplus+2+25", "affine_softplus+1+2", "affine_softplus+2+25")
+SAME = (*(f"softplus+{numbers}" for numbers in ("0.5+1", "1+2", "2+25")), "leaky_relu+0.01", "leaky_relu+0.2")
+SAME += tuple(f"affine_{name}" for name in SAME)
 
 
 def outputs_and_gradients(run: Callable[[list[Any]], list[Tensor]], cases: list[Case]) -> list[Tensor]:
@@ -95,11 +96,22 @@ def test_every_case_in_one_graph(kind_: str, listed: list[Case], dynamic: bool) 
     in_one_graph([case for case in listed if kind(case) == kind_], dynamic)
 
 
-@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_grids_in_one_graph(dynamic: bool) -> None:
-    """Convolution, pools, norms and softmax; with dynamic shapes one norm of a kind, see below."""
-    left_out = ("-same", "-depthwise_nobias", "-images", "-none", "-first_of_three") if dynamic else ()
-    in_one_graph([case for case in GRIDS if not case.name.endswith(left_out)], dynamic)
+FIRST = ("-plain", "-rows", "-affine", "-last")  # the grid cases that run in `make test`, one of each function
+ALONE = (*FIRST, "-general", "-running")  # one norm of a kind, because dynamic shapes take no two: see below
+
+
+@pytest.mark.parametrize(
+    ("ends", "dynamic"),
+    [
+        (FIRST, True),
+        pytest.param(ALONE, True, marks=pytest.mark.slow),
+        pytest.param(("",), False, marks=pytest.mark.slow),
+    ],
+    ids=["quick", "dynamic", "static"],
+)
+def test_grids_in_one_graph(ends: tuple[str, ...], dynamic: bool) -> None:
+    """Convolution, pools, norms and softmax in one function."""
+    in_one_graph([case for case in GRIDS if case.name.endswith(ends)], dynamic)
 
 
 def test_a_default_number_in_two_dynamic_calls() -> None:
@@ -161,7 +173,7 @@ def rows(count: int) -> tuple[Tensor, Tensor]:
     ("loss", "dynamic"),
     [
         (mm.QuadraticLoss(), True),
-        (mm.MSELoss(), False),
+        pytest.param(mm.MSELoss(), False, marks=pytest.mark.slow),
         pytest.param(mm.CrossEntropyLoss(), False, marks=pytest.mark.slow),
         pytest.param(mm.BCEWithLogitsLoss(), True, marks=pytest.mark.slow),
     ],

@@ -71,7 +71,9 @@ def test_onnx(model: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-@pytest.mark.parametrize("name", ["mlp", "layers", "converted"])
+@pytest.mark.parametrize(
+    "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("layers", "converted"))]
+)
 def test_onnx_nodes_are_plain(name: str) -> None:
     proto = onnx_model(nets()[name].eval())
     assert [node.op_type for node in proto.graph.node] == ["Gemm", "Sigmoid", "Gemm", "Sigmoid"]

@@ -344,6 +344,7 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow  # tests/test_processes.py asks the same of a training in two processes
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     """Two gloo processes, half of the rows each: the weights of one process with all of them."""
     mp.spawn(worker, (str(tmp_path),), nprocs=2)

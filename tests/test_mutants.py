@@ -6,20 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import MUTANTS, proofs_of
+from tests.mutants import MUTANTS, TEXTS, proofs_of
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = 3
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
 def test_no_mutant_survives(part: int) -> None:
     """Run in a process of its own, because each mutant is a fork of it. Unmutated, the same tests pass in this run."""
-    assert len(MUTANTS) >= 12
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.mutants", str(part), "2"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    assert len(MUTANTS) >= 12 * PARTS
+    words = [sys.executable, "-m", "tests.mutants", str(part), str(PARTS)]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split("\n") == ["", ""], f"these mutants survive:\n{result.stdout}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_text_of_a_mistake_is_there_once(name: str) -> None:
+    file, right, *_ = TEXTS[name]
+    assert (ROOT / "manual_mlp" / f"{file}.py").read_text(encoding="utf-8").count(right) == 1
 
 
 @pytest.mark.slow

@@ -274,7 +274,8 @@ class TestGraph:
     @pytest.mark.parametrize(
         "sizes",
         [
-            *([2, 4, 2], [1, 1, 1, 1], [1, 8, 1], [3, 4, 3], [3, 3, 3, 3]),
+            *([2, 4, 2], [3, 3, 3, 3]),
+            *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ([1, 1, 1, 1], [1, 8, 1], [3, 4, 3])),
             *(pytest.param(few, marks=pytest.mark.slow) for few in ([1, 1], [2, 2], [1, 2, 1], [1, 4, 1])),
         ],
     )

@@ -338,10 +338,13 @@ class TestBackprop:
     @pytest.mark.parametrize(
         "model",
         [
-            ["model.loss=quadratic"],
             ["model.loss=quadratic", "model.initialisation=nielsen", "model.hidden=[5,4]", "model.bias=false"],
-            ["model.loss=mse", "model.activation=tanh", "model.initialisation=glorot", "optimizer.lr=0.5"],
-            ["model.loss=bce", "model.activation=relu", "optimizer.lr=0.5"],
+            pytest.param(["model.loss=quadratic"], marks=pytest.mark.slow),
+            pytest.param(
+                ["model.loss=mse", "model.activation=tanh", "model.initialisation=glorot", "optimizer.lr=0.5"],
+                marks=pytest.mark.slow,
+            ),
+            pytest.param(["model.loss=bce", "model.activation=relu", "optimizer.lr=0.5"], marks=pytest.mark.slow),
             [
                 "model.loss=cross_entropy",
                 "model.activation=[gelu_tanh,softplus]",
@@ -434,6 +437,7 @@ class TestModule:
         expected = 0.5 * (module(x) - nn.functional.one_hot(target, 3)).square().sum() / 7
         torch.testing.assert_close(module.training_step((x, target), 0), expected)
 
+    @pytest.mark.slow  # tests/test_predict.py asks it without Lightning, too
     def test_checkpoint_loads_without_hydra(self, tmp_path: Path) -> None:
         training.run(configured(tmp_path, "data=iris", "trainer.max_epochs=1", "model.activation=[relu]"))
         program = (
