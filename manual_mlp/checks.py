@@ -106,7 +106,7 @@ def rows_are_tensors(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @functools.wraps(method)
     def checked(*args: P.args, **options: P.kwargs) -> Tensor:
-        if len(args) == 2:
+        if len(args) > 1:
             tensors(input=args[1])
         return method(*args, **options)
 
@@ -313,15 +313,20 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
 def full_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
     """Refuse what `batch` refuses, a batch without rows, and labels out of range: on a GPU it waits for these."""
     batch(weight, outputs, input, target, loss)
-    some_rows(outputs, input, target)
+    some_rows(outputs, input, target, loss)
 
 
-def some_rows(outputs: int, input: Tensor, target: Tensor) -> None:
+def some_rows(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
     """Refuse a batch without rows, and labels out of range."""
     tensors(input=input, target=target)
     if len(input) == 0:
         raise InputError("expected a batch with at least one row; got none, whose mean cost is NaN")
-    labels(target, outputs)
+    batch_labels(outputs, target, loss)
+
+
+def batch_labels(outputs: int, target: Tensor, loss: str) -> None:
+    if loss == "cross_entropy" and target.dim() == 1:
+        labels(target, outputs)
 
 
 def share_memory(parameters: Iterable[Tensor]) -> bool:

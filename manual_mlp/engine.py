@@ -329,7 +329,7 @@ class BackpropEngine:
     ) -> Tensor:
         checks.count("a batch_size", batch_size)
         self._check_own_memory(input, target, prediction)
-        input, target = (data.detach() if data.requires_grad else data for data in (input, target))
+        input, target = (x if type(x) is Tensor and not x.requires_grad else x.detach() for x in (input, target))
         native = self._natively(input, target, batch_size=batch_size)
         if native is not None:
             cost = self._train_natively(native, input, target, batch_size, order, prediction)

@@ -2,7 +2,7 @@
 
 `Affine`, `Sigmoid` and `AffineSigmoid` are written out, because they are the lesson. The other activations come from
 their rows: `ACTIVATION[name, saves]` alone, `AFFINE_ACTIVATION[name, saves]` fused with the affine map. Linear maps and
-most costs come from theirs. None has the conjugates that complex tensors need: `functional.py` refuses those.
+most costs come from theirs. Complex tensors are refused: no formula here has the conjugates that they need.
 
 Call a Function by `apply(Function, *arguments)`. In every backward g is ∂C/∂(output). It may be None (undefined),
 expanded or strided; a backward reads it and never writes to it. A tensor is saved only for a gradient that is needed.
@@ -106,7 +106,9 @@ def _differentiated(args: tuple[Any, ...]) -> bool:
 
 
 def save_all(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save tensors for the backward and the tangent, and let a g that nobody sends be None."""
+    """Save tensors for the backward and the tangent, and let a g that nobody sends be None. Refuses a complex one."""
+    if tensors[0] is not None:
+        checks.real("tensor", tensors[0], whole=True)
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
@@ -158,6 +160,7 @@ def _save_affine(ctx: Any, a: Tensor, weight: Tensor, *also: Tensor) -> None:
     needs_a, needs_weight, _ = ctx.needs_input_grad[:3]
     if kernels.transforming():  # vmap takes what is saved for the backward and for the tangent to be the same tensors
         needs_a = needs_weight = True
+    checks.real("weight", weight, whole=True)
     save_all(ctx, a if needs_weight else None, weight if needs_a else None, *also)
 
 

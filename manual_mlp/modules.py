@@ -409,9 +409,11 @@ class AvgPool2d(nn.AvgPool2d):
 
 def counted(norm: Any) -> float:
     """Count one more batch of a batch norm, and return κ, the share that it has in the running statistics."""
-    norm.num_batches_tracked.add_(1)
-    # Without a momentum they are the mean of all batches so far.
-    return 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the mean of all batches so far
+            return 1 / float(norm.num_batches_tracked)
+    return norm.momentum or 0.0
 
 
 @torch.no_grad()

@@ -230,7 +230,7 @@ def _cost(model: nn.Module, input: Tensor, target: Tensor, loss: str, prediction
         read(model, grids=True)  # `p.data =` can leave layers that do not fit each other
         if not reading.program.grids:
             checks.batch(flat[0], outputs, input, target, loss)
-        checks.labels(target, outputs)
+        checks.batch_labels(outputs, target, loss)
         checks.trainable(flat)
         raise
 

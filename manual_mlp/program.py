@@ -385,6 +385,7 @@ class _Reader:
 
 
 _BY_LAYERS = "only its own layers run it (backprop=layers)"  # what a caller of trace or curvature can read, too
+_GRID: Any = object()  # of a slot whose width no affine map says
 
 
 def _check_widths(nodes: Sequence[Node], names: Sequence[str]) -> None:
@@ -394,11 +395,14 @@ def _check_widths(nodes: Sequence[Node], names: Sequence[str]) -> None:
         raise InputError("expected a net with at least one affine layer; got none: add an mm.Affine or an nn.Linear")
     grids = [isinstance(node.rule, GridRule) and not node.rule.keeps_width for node in nodes]
     first = nodes[places[0]].owner
-    # The width of each slot, and the affine map that gives it; None on a grid, whose widths no affine map says.
-    ends: list[tuple[int | None, Any]] = [(None if any(grids[: places[0]]) else first.weight.shape[1], None)]
+    slot = nodes[places[0]].reads[0]
+    while slot and not grids[slot - 1]:
+        slot = nodes[slot - 1].reads[0]
+    # The width of each slot, None if unknown, and the affine map that gives it, `_GRID`, or None as the input.
+    ends: list[tuple[int | None, Any]] = [(None if slot else first.weight.shape[1], None)]
     for (rule, reads, owner), name, is_grid in zip(nodes, names, grids, strict=True):
         (width, end), widths = ends[reads[0]], [*{ends[slot][0] for slot in reads} - {None}]
-        if isinstance(rule, Drop) and width is None:
+        if isinstance(rule, Drop) and end is _GRID:
             raise InputError(
                 f"expected dropout after an affine map only; got one at {_place(name)} that follows a grid: "
                 + _BY_LAYERS
@@ -412,7 +416,7 @@ def _check_widths(nodes: Sequence[Node], names: Sequence[str]) -> None:
             before = f"beside {first}" if end is None else f"after {end}"
             raise InputError(f"expected a layer of in_features={width} {before}; got {owner}")
         own = (owner.weight.shape[0], owner) if isinstance(rule, Affine) else (width, end)
-        ends.append((None, None) if is_grid else own)
+        ends.append((None, _GRID) if is_grid else own)
 
 
 def _place(name: str) -> str:

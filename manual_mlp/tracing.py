@@ -449,7 +449,7 @@ def trace(
     checks.own_parameters(model, weights)
     x, target = _batch(x, target, weights[0], loss, 3 if isinstance(program.nodes[0].rule, Convolve | Pool) else 1)
     if program.grids:  # which look at x themselves
-        checks.some_rows(len(weights[-1]), x, target)
+        checks.some_rows(len(weights[-1]), x, target, loss)
     else:
         checks.full_batch(weights[0], len(weights[-1]), x, target, loss)
     one = one_pass(program, x, target, loss, program.draw(x))

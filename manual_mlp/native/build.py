@@ -121,16 +121,17 @@ def _folder() -> Iterator[Path]:
     if folder.is_absolute():
         with suppress(OSError):  # a home that is read-only, full, or no folder: then this is no folder either
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+        if os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):  # Path.is_dir raises PermissionError
             yield folder
             return
     folder = Path(tempfile.mkdtemp(prefix="manual_mlp-"))
     try:
         yield folder
     finally:
-        for path in folder.glob("*.so"):
-            path.unlink()
-        folder.rmdir()
+        with suppress(OSError):  # a file system may keep a library that is loaded: it is of use all the same
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
 
 
 def _only_ours(path: Path, private: bool = False) -> None:
