@@ -8,9 +8,9 @@ from manual_mlp.pipes import while_read
 
 # The module whose `main` a command calls, and the arguments that stand before those given.
 COMMANDS: dict[str, tuple[str, list[str]]] = {
-    "train": ("training.train", []),
-    "test": ("training.train", ["task=test"]),
-    "predict": ("training.train", ["task=predict"]),
+    "train": ("training.command_line", []),
+    "test": ("training.command_line", ["task=test"]),
+    "predict": ("training.command_line", ["task=predict"]),
     "lecture": ("lecture", []),
     "battery": ("testing.__main__", []),
     "benchmark": ("benchmark", []),

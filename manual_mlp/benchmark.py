@@ -330,6 +330,8 @@ def measure(case: Case, contenders: Mapping[str, Contender], seconds: float, clo
     """Measure every contender that can be made here, by each clock in lines of its own."""
     torch.compiler.reset()  # after eight nets torch.compile would give up, and run them as they are
     here = {n: c for n, c in contenders.items() if not c.needs or (case.device == "cpu" and find_spec(c.needs))}
+    if not here:
+        raise InputError(f"expected a contender that runs here; got {'; '.join(contenders)}: install what it needs")
     steps, rows = {name: contender.make(case) for name, contender in here.items()}, []
     for name, clock in clocks.items():
         calls = {n: timed(step, here[n].batches, clock) for n, step in steps.items()}
@@ -477,6 +479,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _measures(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
     """Return a call for each case that was chosen."""
     if options.end_to_end:
+        if options.nets or options.contenders:
+            raise InputError("expected --end-to-end alone, because --nets and --contenders choose nets; leave them out")
         return [partial(measure_training, options.seconds)]
     cases, contenders = [case._replace(device=options.device) for case in CASES], CONTENDERS
     clocks = {"": time.perf_counter}

@@ -1,7 +1,7 @@
-"""The sentences about a wrong tensor, size or option: each is written here once.
+"""The sentences about a wrong tensor, size or option that several files need: each is written here once.
 
-Every function returns nothing if all is well, and raises InputError otherwise. torch checks most of it anyway: those
-functions are called only after torch has refused.
+Most functions return nothing if all is well, and raise InputError otherwise. What torch checks anyway is asked only
+after torch has refused.
 """
 
 import functools

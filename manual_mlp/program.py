@@ -165,7 +165,7 @@ class Program:
     sources   for each parameter the dict that holds it, and its name there
     spans     for each node, the slice of a run's tensors that holds its parameters
     drawn     for each node, the slice that holds what it has drawn for the run, two values or none
-    grids     the rules of `grid_rules.py` among the nodes: only this file and `network_loss` know them
+    grids     the rules of `grid_rules.py` among the nodes: only this file, `network_loss` and the trace know them
     saved     for each node, the slots that its backward reads
     kept      the slots that forward stores; backward computes any other slot that it reads again
     freed     for each node, the slots that nobody reads after it

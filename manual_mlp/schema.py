@@ -304,7 +304,7 @@ def _of_sizes(content: dict[str, Any]) -> Iterator[Misfit]:
     members = values.get("members", 1)
     for name, total in content["sums"].items():
         if isinstance(total, Tensor) and total.shape not in ((), (members,) if members > 1 else ()):
-            yield f"sums.{name}", f"one number, or one for each of {members} nets", total
+            yield f"sums.{name}", "one number" + f", or one for each of {members} nets" * (members > 1), total
     if members > 1 and (values.get("channels") or values.get("batch_norm")):
         yield "members", "left out for a net with norms or convolutions", members
     if values.get("channels"):

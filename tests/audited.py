@@ -34,13 +34,13 @@ from torch import Tensor
 
 import manual_mlp as mm
 from manual_mlp import InputError, checkpoint, plots
-from manual_mlp.training import continuing, train
+from manual_mlp.training import command_line, continuing
 from manual_mlp.training import run as training
+from manual_mlp.training.command_line import with_its_own_overrides
 from manual_mlp.training.config import explain
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.predict import Predictor
 from manual_mlp.training.saving import WholeFiles
-from manual_mlp.training.train import with_its_own_overrides
 from tests.configs import ROOT, configured
 
 RUNS = {  # real ones, small
@@ -478,7 +478,7 @@ def believe_paths() -> None:
 
 def believe_overrides() -> None:
     """S1: take whatever a folder holds."""
-    train.is_plain = lambda word: True
+    command_line.is_plain = lambda word: True
     globals()["check_words"] = lambda *_: None
 
 

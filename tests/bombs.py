@@ -100,6 +100,7 @@ FILES: Files = {
     "zeros.npz": (lambda: npz(y=((10 * MIB,), "<f8", 80)), 0),
     "small zeros.npz": (lambda: npz(y=((20 * MIB,), "|i1", 20)), 0),
     "many arrays.npz": (lambda: npz(**dict.fromkeys("abcdefgh", ((MIB // 4,), "<f8", 2)), y=((MIB,), "<f8", 8)), 0),
+    "no rows of many columns.npz": (lambda: npz(y=((6,), "<f8", 0), a=((0, 10**12), "<f8", 0)), 0),
     "claimed.npz": (lambda: npz(y=((MIB,), "<f8", 1)), 0),
     "claimed text.npz": (lambda: npz(y=((MIB,), "<U1000000", 1)), 0),
     "claimed beyond all.npz": (lambda: npz(y=((1 << 60,), "<f8", 0), a=((-1,), "<f8", 0)), 0),

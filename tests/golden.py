@@ -300,8 +300,8 @@ def predicted(name: str) -> dict[str, list[list[float]]]:
 
 def resumed(name: str, folder: Path) -> str:
     """Train a checkpoint for one more epoch, as train.py does in its run's folder → the SHA-256 of its parameters."""
+    from manual_mlp.training.command_line import with_its_own_overrides
     from manual_mlp.training.run import run
-    from manual_mlp.training.train import with_its_own_overrides
     from tests.configs import configured
 
     (folder / ".hydra").mkdir()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import manual_mlp as mm
+from manual_mlp import functions
 from manual_mlp.engine import BackpropEngine
 from manual_mlp.network import network_loss
 
@@ -129,6 +130,14 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
     "a DataLoader into the engine": (
         lambda: engine().train_epoch(DataLoader(TensorDataset(X, X))),  # type: ignore[arg-type, call-arg]
         "a torch.Tensor as input; got DataLoader: pass all rows, input and target, and a batch_size",
+    ),
+    "a DataLoader and a batch_size": (
+        lambda: engine().train_epoch(DataLoader(TensorDataset(X, X)), 32),  # type: ignore[arg-type, call-arg]
+        "a torch.Tensor as input; got DataLoader",
+    ),
+    "complex numbers into a Function": (
+        lambda: functions.apply(functions.Sigmoid, torch.ones(2, dtype=torch.complex64, requires_grad=True)),
+        "a real floating-point tensor; got torch.complex64",
     ),
     "lists into the engine": (lambda: engine().train_epoch([[1]], [[2]], 1), "a torch.Tensor as input; got list"),
     "no model": (lambda: network_loss("net", X, X), "a model, an mm.MLP or an nn.Sequential; got str"),

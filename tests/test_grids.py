@@ -742,6 +742,41 @@ def test_who_takes_grids_and_who_refuses() -> None:
         mm.network.network_loss(nn.Sequential(nn.Linear(7, 7), nn.RNN(7, 5)).double(), randn(4, 7), randn(4, 5))
 
 
+    images = nn.Sequential(mm.Conv2d(2, 3, 1), mm.Tanh(), nn.Flatten(), mm.Affine(108, 1)).double()
+    for target in (torch.arange(4), torch.zeros(4, 1, dtype=torch.complex128)):
+        with pytest.raises(mm.InputError, match=r"a target of shape \(4, 1\) and torch.float64"):
+            mm.network.network_loss(images, x, target)
+
+
+def test_a_dropout_of_rows_beside_a_grid() -> None:
+    """Rows become a grid behind it, or in another branch: what it reads has a known width."""
+    grid = nn.Sequential(nn.Unflatten(1, (1, 3, 3)), mm.Conv2d(1, 1, 3, padding=1), nn.Flatten())
+    x, target = randn(4, 9), randn(4, 2)
+    for before in (
+        (mm.LayerNorm(9), nn.Dropout(), grid),
+        (mm.Sum(nn.Identity(), grid), nn.Dropout()),
+        (mm.Sum(grid, nn.Sequential(nn.Dropout(), mm.Affine(9, 9))),),
+    ):
+        model = nn.Sequential(*before, mm.Affine(9, 2)).double()
+        costs = []
+        for cost in (mm.network.network_loss, lambda net, x, target: mm.functional.quadratic_loss(net(x), target)):
+            torch.manual_seed(0)
+            costs.append(cost(model, x, target))
+        torch.testing.assert_close(*costs, rtol=0, atol=1e-12)
+    wrong = nn.Sequential(mm.Sum(grid, mm.Affine(9, 9), mm.Affine(8, 9)), mm.Affine(9, 2)).double()
+    with pytest.raises(mm.InputError, match="a layer of in_features=9 beside"):
+        mm.network.network_loss(wrong, x, target)
+
+
+def test_a_batch_norm_without_its_counter() -> None:
+    for ours, theirs in ((mm.BatchNorm1d(3), nn.BatchNorm1d(3)), (mm.BatchNorm1d(3, momentum=None), nn.BatchNorm1d(3))):
+        theirs.momentum = ours.momentum
+        ours.num_batches_tracked = theirs.num_batches_tracked = None
+        x = torch.randn(5, 3)
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "complex conv": (lambda: F.conv2d(torch.ones(1, 1, 3, 3) * 1j, torch.ones(1, 1, 2, 2) * 1j), "imaginary parts"),
     "complex max": (lambda: F.max_pool2d(torch.ones(1, 3, 3) * 1j, 2), "imaginary parts"),

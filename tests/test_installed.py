@@ -15,7 +15,7 @@ import pytest
 from sklearn.datasets import load_iris
 
 from manual_mlp import __main__ as program
-from manual_mlp.training import run, train
+from manual_mlp.training import command_line, run
 from manual_mlp.training.commands import EXTRAS, command, install
 from tests.configs import ROOT, configured
 
@@ -154,14 +154,17 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("words", "called", "given"),
         [
-            (["train", "data=iris"], "training.train", ["data=iris"]),
-            (["predict", "input=x"], "training.train", ["task=predict", "input=x"]),
-            (["test"], "training.train", ["task=test"]),
+            (["train", "data=iris"], "training.command_line", ["data=iris"]),
+            (["predict", "input=x"], "training.command_line", ["task=predict", "input=x"]),
+            (["test"], "training.command_line", ["task=test"]),
             (["lecture", "pictures"], "lecture", ["pictures"]),
             (["battery", "--strict"], "testing.__main__", ["--strict"]),
             (["benchmark"], "benchmark", []),
-            *(([word], "training.train", [word]) for word in ("-m", "--help", "~logger", "data=iris", "+a=1", "a.b=1")),
-            ([], "training.train", []),
+            *(
+                ([word], "training.command_line", [word])
+                for word in ("-m", "--help", "~logger", "data=iris", "+a=1", "a.b=1")
+            ),
+            ([], "training.command_line", []),
         ],
     )
     def test_first_word(self, monkeypatch: pytest.MonkeyPatch, words: list[str], called: str, given: list[str]) -> None:
@@ -230,7 +233,7 @@ class TestRefused:
             monkeypatch.chdir(tmp_path)
             monkeypatch.setattr(sys, "argv", ["train.py", *words])
             with pytest.raises(SystemExit, match="Error: expected "):
-                train.main()
+                command_line.main()
 
         return refuse
 
@@ -260,7 +263,7 @@ class TestRefused:
             more = ["-m", "seed=0,1"] if many else []
             arguments = ["train.py", "task=predict", "ckpt_path=r/best.ckpt", "input=new.csv", *words, *more]
             monkeypatch.setattr(sys, "argv", arguments)
-            train.main()
+            command_line.main()
             return {path.name for path in {*tmp_path.rglob("*")} - before if path.is_file()}
 
         assert predict("output=p.csv") == {"p.csv"}

@@ -16,7 +16,7 @@ from manual_mlp.checkpoint import read_checkpoint, write_whole
 from manual_mlp.native import road
 from manual_mlp.training import continuing
 from manual_mlp.training import run as training
-from manual_mlp.training.train import is_plain, read_overrides
+from manual_mlp.training.command_line import is_plain, read_overrides
 from tests.configs import configured
 from tests.test_native import HAS_COMPILER
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
 from manual_mlp import InputError
 from manual_mlp.plots import sweep_figure
-from manual_mlp.training.sweep import Run, ranked, read_runs, table, write_csv
+from manual_mlp.training.sweep import Comparison, Run, ranked, read_runs, table, write_csv
 from tests.configs import ROOT
 
 
@@ -34,6 +35,26 @@ def drawn(folder: Path, runs: list[Run]) -> Figure:
     settings = list(runs[0].settings)
     write_csv(folder / "sweep.csv", runs, settings)
     return sweep_figure(folder / "sweep.csv", settings, runs[0].metric, ranked(runs)[0].name)
+
+
+def test_a_best_run_that_cannot_be_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs are compared all the same, and one that failed ends the sweep with an error."""
+    for number, left in enumerate(({"figures": {"val_loss": 1.0}}, {"error": "it broke"})):
+        folder = tmp_path / str(number)
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra" / "overrides.yaml").write_text(f"- optimizer.lr={number}")
+        (folder / "figures.json").write_text(json.dumps({"metric": "val_loss", **left}))
+    comparison = Comparison()
+    comparison.started = 0.0
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}, "closing": None})
+    with pytest.raises(SystemExit, match="1 of the 2 runs failed"):
+        comparison.on_multirun_end(config)
+    said = capsys.readouterr().out
+    assert "not tested: FileNotFoundError" in said or "not tested: expected" in said
+    assert "sweep of 2 runs" in said
+    assert (tmp_path / "sweep.csv").exists()
 
 
 def test_whole_sweep(tmp_path: Path) -> None:

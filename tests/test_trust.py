@@ -239,7 +239,7 @@ VALUES: list[tuple[str, Any, str]] = [
     ("state_dict/net.9.weight", torch.zeros(2), "left out, but got a tensor"),
     ("figures", 5, "a table, but got 5"),
     ("figures/val_loss", "0.5", "a number, but got '0.5'"),
-    ("sums/hits", torch.ones(3), "sums.hits .* one number, or one for each of 1 nets, but got a tensor of shape"),
+    ("sums/hits", torch.ones(3), "sums.hits .* one number, but got a tensor of shape"),
     ("sums/rows", -1, "sums.rows .* a whole number from 0"),
     ("epoch", None, "epoch .* a whole number from 0 .*, but got none"),
     ("callbacks", [], "a table, but got"),

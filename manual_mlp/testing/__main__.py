@@ -60,7 +60,7 @@ def _imported(path: str) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the battery on the package, or on what the arguments name; return the exit status: 1 if a failure counts."""
     parser = argparse.ArgumentParser(prog="python -m manual_mlp.testing", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("function", nargs="?", help="package.module:function of yours; without it, this whole package")
+    parser.add_argument("function", nargs="?", help="package.module:function of yours; without it, those of chains")
     parser.add_argument("--inputs", help="package.module:make_inputs, which makes the inputs, or is the inputs")
     parser.add_argument("--reference", help="package.module:function that yours must equal")
     parser.add_argument("--compile", action="store_true", help="ask torch.compile too (seconds for each function)")

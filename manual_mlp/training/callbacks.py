@@ -1,4 +1,4 @@
-"""Callbacks that show a net at work: δ recorded, a traced step, pretraining, δ of a whole sweep, and how far it is."""
+"""Callbacks that show a net at work: δ recorded, a traced step, pretraining, and how far it is."""
 
 import copy
 import math
@@ -200,7 +200,9 @@ class Progress(TQDMProgressBar):
 
     def __init__(self, refresh_rate: int = 20) -> None:
         self.watched = is_watched()
-        super().__init__(refresh_rate if self.watched else 0)
+        super().__init__(refresh_rate)
+        if not self.watched:
+            self.disable()
         self.ended: int | None = None  # epoch
         self.validated = False
 

@@ -308,6 +308,8 @@ def _score(table: Table, predictor: Predictor, values: np.ndarray, chosen: Seque
     truth, new = table.columns[predictor.target], list[str]()
     if predictor.class_names:
         names, codes = preparation.classes(truth, predictor.target)
+        own = predictor.class_names  # before 0.2 a date had its midnight
+        names = tuple(f"{name} 00:00:00" if f"{name} 00:00:00" in own else name for name in names)
         new, there = [name for name in names if name not in predictor.class_names], codes >= 0
         each = np.array([*names, None])[codes] == np.array(predictor.class_names, dtype=object)[chosen]
     else:

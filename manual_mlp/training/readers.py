@@ -28,6 +28,7 @@ LARGEST = np.finfo(np.float32).max
 MOST_BYTES, MOST_TIMES = 1 << 28, 100
 MAX_BYTES = 1 << 31  # largest decoded table, unless the user says otherwise
 COLUMN = 10_000  # bytes that are counted for a column itself
+CELL = 64  # and for a text cut out of a line
 # Columns that nobody named: a blank name, pandas' word for one, and the index that pandas keeps in a Parquet file.
 INDEX = re.compile(r"\s*|Unnamed: \d+(\.\d+)*|__index_level_\d+__").fullmatch
 # A label that is a number is written so. Others, such as 007 and +7, are text.
@@ -112,7 +113,7 @@ class Table:
         limit = csv.field_size_limit(2**31 - 1)  # of letters in a cell: max_bytes has been looked at
         try:
             with TextIOWrapper(self.open(), "utf-8-sig", newline="") as text:
-                allowed = (line for line in text if self.allows(COLUMN * line.count(self.mark)))
+                allowed = (line for line in text if self.allows(CELL * line.count(self.mark)))
                 rows, line = csv.reader(allowed, delimiter=self.mark, skipinitialspace=True), 1
                 for row in rows:
                     if len(row) > 1 or (row and row[0].strip()):
@@ -227,7 +228,8 @@ def _read_npz(table: Table, file: IO[bytes]) -> None:
             with archive.open(archive.infolist()[place]) as array:
                 version = np.lib.format.read_magic(array)
                 shape, _, dtype = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))(array)
-                size += max(8, dtype.itemsize) * math.prod(shape)
+                columns = max(1, math.prod(map(abs, shape[1:])))  # an empty array may claim many, too
+                size += max(8, dtype.itemsize) * math.prod(shape) + COLUMN * (columns - 1)
                 table.allows(size)
                 array.seek(0)
                 values = np.lib.format.read_array(array, allow_pickle=False)  # a pickle could run code

@@ -195,7 +195,8 @@ def _trained(
             trainer.test(module, data, ckpt_path=best, verbose=False)
         figures |= _numbers(trainer)
     if module.members > 1:  # the figures of the kept epochs, of which each member has its own
-        trainer.validate(module, data, ckpt_path=best, verbose=False)
+        with continuing.restoring(best):
+            trainer.validate(module, data, ckpt_path=best, verbose=False)
         figures |= _numbers(trainer)
     if trainer.is_global_zero:
         left = {"metric": cfg.optimized_metric, "epoch": epoch, "seconds": seconds, "figures": figures}

@@ -18,9 +18,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from manual_mlp import tables
-from manual_mlp.errors import InputError, shown
+from manual_mlp.errors import shown
 from manual_mlp.training.config import explain
 from manual_mlp.training.folder import FIGURES
+
+log = logging.getLogger(__name__)
 
 WIDTH = 80
 SHOWN = 30  # rows of a printed table
@@ -128,16 +130,19 @@ def _test(folder: Path, best: Run) -> None:
 
     print(f"\nThe best run, {best.name}, is tested; the others are not:")
     own = folder / best.name
-    cfg = cast(DictConfig, OmegaConf.load(own / ".hydra" / "config.yaml"))
-    cfg.task, cfg.run_dir, cfg.ckpt_path = "test", str(own), str(own / "best.ckpt")
-    cfg.logger, cfg.callbacks, cfg.trainer.enable_progress_bar = {}, {}, False  # which would write to the folder
     run.quieten()
     logging.disable(logging.INFO)  # no file takes Lightning's messages now that the runs are over
     try:
+        cfg = cast(DictConfig, OmegaConf.load(own / ".hydra" / "config.yaml"))
+        cfg.task, cfg.run_dir, cfg.ckpt_path = "test", str(own), str(own / "best.ckpt")
+        cfg.logger, cfg.callbacks, cfg.trainer.enable_progress_bar = {}, {}, False  # which would write to the folder
         with run.in_words(cfg):
             figures = run.tested(cfg)
-    except InputError as error:
-        print(f"not tested: {error}")
+    except Exception as error:  # of any kind: the runs are compared all the same
+        sentence = explain(error)
+        print(f"not tested: {shown(sentence or f'{type(error).__name__}: {error}', keep=chr(10))}")
+        if sentence is None:
+            log.error("The best run was not tested.", exc_info=True)
         return
     finally:
         logging.disable(logging.NOTSET)

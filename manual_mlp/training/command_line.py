@@ -72,7 +72,8 @@ def with_its_own_overrides(arguments: list[str]) -> list[str]:
     """Add what the run of `ckpt_path` was started with to the arguments of a command line, which win.
 
     A run keeps its overrides in `.hydra/overrides.yaml`. To train on, its folder becomes the output folder, too; a
-    checkpoint alone in another folder brings nothing. task=test takes what decides the data, task=predict nothing.
+    checkpoint alone in another folder brings nothing. task=test takes plain values and what decides the data,
+    task=predict nothing.
     Returns the flags, then the overrides. Raises InputError if the folder holds what only the user may decide.
     """
     parser = get_args_parser()
