@@ -116,7 +116,7 @@ def test_grids_in_one_graph(ends: tuple[str, ...], dynamic: bool) -> None:
 
 
 def test_a_default_number_in_two_dynamic_calls() -> None:
-    """torch's fault: y = k x fails as two norms do that share the default eps. Layers, which hold their eps, work."""
+    """torch's fault from 2.12 on: y = k x fails as two norms with one default eps. Layers hold theirs, and work."""
 
     class Times(torch.autograd.Function):
         @staticmethod
@@ -135,7 +135,8 @@ def test_a_default_number_in_two_dynamic_calls() -> None:
         return Times.apply(x, k)
 
     x = torch.randn(5, 4, requires_grad=True)
-    for function in (times, lambda x: mm.functional.layer_norm(x, (4,))):
+    faulty = not torch.__version__.startswith("2.11")
+    for function in (times, lambda x: mm.functional.layer_norm(x, (4,))) if faulty else ():
         compiled = torch.compile(lambda a: function(function(a)), fullgraph=True, dynamic=True, backend="aot_eager")  # noqa: B023
         with pytest.raises(Exception, match="lift_tracked_freevar_to_input"):
             compiled(x)
