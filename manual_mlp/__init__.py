@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from manual_mlp.conversion import convert as convert
     from manual_mlp.conversion import left_alone as left_alone
     from manual_mlp.conversion import revert as revert
+    from manual_mlp.curvatures import curvature as curvature
     from manual_mlp.engine import BackpropEngine as BackpropEngine
     from manual_mlp.ensemble import EnsembleEngine as EnsembleEngine
     from manual_mlp.errors import InputError as InputError
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from manual_mlp.modules import *  # noqa: F403
     from manual_mlp.perceptron import Perceptron as Perceptron
     from manual_mlp.pretraining import pretrain as pretrain
-    from manual_mlp.second_order import curvature as curvature
     from manual_mlp.tracing import Trace as Trace
     from manual_mlp.tracing import trace as trace
     from manual_mlp.training.predict import Predictor as Predictor
@@ -35,7 +35,7 @@ _HOME = {
     **dict.fromkeys(("Trace", "trace"), "tracing"),
     **{"BackpropEngine": "engine", "EnsembleEngine": "ensemble", "InputError": "errors", "Perceptron": "perceptron"},
     **{"LeNet": "lenet"},
-    **{"Predictor": "training.predict", "curvature": "second_order", "pretrain": "pretraining"},
+    **{"Predictor": "training.predict", "curvature": "curvatures", "pretrain": "pretraining"},
 }
 _SUBMODULES = ("functional", "network", "plots", "testing")
 

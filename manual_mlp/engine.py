@@ -21,7 +21,7 @@ from manual_mlp import checks, kernels
 from manual_mlp.cuda_graph import Launch
 from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting
-from manual_mlp.native.road import CantRun, NativeNet, gains
+from manual_mlp.native.net import CantRun, NativeNet, gains
 from manual_mlp.network import parameters_of, reading_of
 from manual_mlp.plan import Instruction, Plan, Sink, weigh
 from manual_mlp.program import Drop, cost_of

@@ -14,9 +14,9 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 import manual_mlp as mm
+from manual_mlp.curvatures import Curvature
 from manual_mlp.formulas import COSTS, Row
 from manual_mlp.network import reading_of
-from manual_mlp.second_order import Curvature
 from tests.cases import ROWS, rows
 from tests.test_graph import Draw, twin
 

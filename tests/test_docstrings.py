@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import manual_mlp as mm
-from manual_mlp.second_order import Curvature
+from manual_mlp.curvatures import Curvature
 
 SUBMODULES = (mm.functional, mm.network, mm.plots, mm.testing)
 RETURNED = {"Curvature": Curvature}  # by mm.curvature

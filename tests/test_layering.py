@@ -23,7 +23,7 @@ LAYERS = [
     ["program"],
     ["plan", "native"],
     ["network"],
-    ["engine", "pretraining", "second_order", "testing", "tracing"],
+    ["engine", "pretraining", "curvatures", "testing", "tracing"],
     ["plots", "report", "ensemble"],
     ["training", "lecture"],
     ["benchmark"],

@@ -26,8 +26,9 @@ import manual_mlp as mm
 from manual_mlp import formulas as sheet
 from manual_mlp import functional
 from manual_mlp.formulas import Row, softplus, σ
-from manual_mlp.native import build, road
+from manual_mlp.native import build
 from manual_mlp.native import formulas as in_c
+from manual_mlp.native import net as native_net
 from tests.cases import ROWS, label, rows
 
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
@@ -96,7 +97,7 @@ def assert_same_road_or_other(model: Any, make: str, loss: str, dtype: torch.dty
 
 def call(formula: in_c.Compiled, dtype: torch.dtype, *arguments: Tensor, beside: Any = ()) -> Tensor:
     """What the C function computes of these numbers, in a library with others."""
-    library = road._library(dtype, [formula, *beside])
+    library = native_net._library(dtype, [formula, *beside])
     out, values = torch.empty_like(arguments[0]), torch.tensor(formula.values or (0.0,), dtype=dtype)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (values, arguments[0], arguments[-1], out)]
     getattr(library, formula.name)(ctypes.c_long(out.numel()), *pointers)
@@ -288,7 +289,7 @@ def test_where_an_epoch_is_cut_changes_no_bit(make: str, ordered: bool, monkeypa
         return [cost, a if ordered else cost, *model.parameters(), by.optimizer.state_dict()["state"]]
 
     whole = run()
-    monkeypatch.setattr(road, "SECONDS", 0.0)
+    monkeypatch.setattr(native_net, "SECONDS", 0.0)
     torch.testing.assert_close(run(), whole, rtol=0, atol=0)
 
 
@@ -306,7 +307,7 @@ def test_the_width_of_vectors_changes_no_bit(dtype: torch.dtype, monkeypatch: py
         return found
 
     wide = run()
-    monkeypatch.setitem(road.DTYPES, dtype, (*road.DTYPES[dtype], "-mno-avx512f"))
+    monkeypatch.setitem(native_net.DTYPES, dtype, (*native_net.DTYPES[dtype], "-mno-avx512f"))
     torch.testing.assert_close(run(), wide, rtol=0, atol=0)
 
 
@@ -394,8 +395,8 @@ def test_nets_of_any_shape_with_any_optimizer(native: Any, monkeypatch: pytest.M
 
 def test_threads_train_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two nets waits in its thread until the other is there; one thread would wait in vain."""
-    meet, train = threading.Barrier(2, timeout=20), road.NativeNet.train
-    monkeypatch.setattr(road.NativeNet, "train", lambda self, *rows: meet.wait() + 1 and train(self, *rows))
+    meet, train = threading.Barrier(2, timeout=20), native_net.NativeNet.train
+    monkeypatch.setattr(native_net.NativeNet, "train", lambda self, *rows: meet.wait() + 1 and train(self, *rows))
     models, (x, y) = [net(), net()], data("quadratic", double)
     many = mm.EnsembleEngine(models, [OPTIMIZERS["sgd"](m.parameters()) for m in models], native=True)
     torch.set_num_threads(2)
@@ -642,7 +643,7 @@ def test_state_goes_on_with_torch_s_optimizer() -> None:
 
 
 def test_other_threads_run_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(road, "SECONDS", 100.0)  # one call
+    monkeypatch.setattr(native_net, "SECONDS", 100.0)  # one call
     by, (x, y) = engine(net(sizes=(5, 64, 64, 3))), data("quadratic", double, 100_000)
     worker = threading.Thread(target=by.train_batches, args=(x, y, 10))
     worker.start()
@@ -661,7 +662,7 @@ def test_ctrl_c_leaves_whole_mini_batches(monkeypatch: pytest.MonkeyPatch) -> No
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(road, "SECONDS", 0.005)
+    monkeypatch.setattr(native_net, "SECONDS", 0.005)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)

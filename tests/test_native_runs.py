@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from manual_mlp import InputError
 from manual_mlp.checkpoint import read_checkpoint, write_whole
-from manual_mlp.native import road
+from manual_mlp.native import net as native_net
 from manual_mlp.training import continuing
 from manual_mlp.training import run as training
 from manual_mlp.training.command_line import is_plain, read_overrides
@@ -61,10 +61,10 @@ def changed(folder: Path, **values: Any) -> None:
 def no_build(monkeypatch: pytest.MonkeyPatch, reason: str = "") -> None:
     def library(*_: object) -> None:
         if reason:
-            raise road.build.CantBuild(reason)
+            raise native_net.build.CantBuild(reason)
         pytest.fail("the compiler was asked for")
 
-    monkeypatch.setattr(road.build, "library", library)
+    monkeypatch.setattr(native_net.build, "library", library)
 
 
 @pytest.mark.parametrize("way", [way if way == "adamw" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
@@ -119,14 +119,14 @@ def test_records_of_delta_in_an_epoch_of_105_mini_batches(tmp_path: Path, words:
 def test_interrupted_in_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: int) -> None:
     """Ctrl-C comes after the first call of C in the second epoch."""
     words = [*WAYS["adam"], f"members={members}", "data.batch_size=2"]
-    whole, train, calls = run(tmp_path / "whole", *words, epochs=2), road.NativeNet.train, iter(range(100))
+    whole, train, calls = run(tmp_path / "whole", *words, epochs=2), native_net.NativeNet.train, iter(range(100))
 
     def interrupted(*rows: Any) -> float:
         if next(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return train(*rows)
 
-    monkeypatch.setattr(road.NativeNet, "train", interrupted)
+    monkeypatch.setattr(native_net.NativeNet, "train", interrupted)
     with pytest.raises(SystemExit, match="130"):
         run(tmp_path, *words, epochs=2)
     now = run(tmp_path, *words, going_on(tmp_path), epochs=2)
@@ -151,7 +151,7 @@ def test_no_compiler_is_one_line_in_the_log(
 ) -> None:
     (tmp_path / "manual_mlp").mkdir()
     (tmp_path / "manual_mlp").chmod(0o777)
-    monkeypatch.setattr(road.build, "_libraries", {})
+    monkeypatch.setattr(native_net.build, "_libraries", {})
     monkeypatch.setenv(variable, value.format(tmp_path))
     caplog.set_level("INFO", "manual_mlp.engine")
     assert run(tmp_path)["road"] == "torch"

@@ -1,1 +1,1 @@
-"""Epochs in C: `formulas` writes the sheet's formulas as C, `build` compiles them into `epoch.c`, `road` calls it."""
+"""Epochs in C: `formulas` writes the sheet's formulas as C, `build` compiles them into `epoch.c`, `net` calls it."""

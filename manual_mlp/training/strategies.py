@@ -20,7 +20,7 @@ from manual_mlp.engine import BackpropEngine
 from manual_mlp.ensemble import NO_GAIN, EnsembleEngine, why_torch
 from manual_mlp.errors import InputError
 from manual_mlp.lenet import net_of
-from manual_mlp.native.road import FEWEST
+from manual_mlp.native.net import FEWEST
 from manual_mlp.network import cost_and_prediction
 from manual_mlp.perceptron import Perceptron
 from manual_mlp.program import Program, read
