@@ -4,7 +4,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
-from manual_mlp.pipes import while_read
+from manual_mlp.shell import while_read
 
 # The module whose `main` a command calls, and the arguments that stand before those given.
 COMMANDS: dict[str, tuple[str, list[str]]] = {

@@ -36,7 +36,7 @@ from manual_mlp.engine import BackpropEngine
 from manual_mlp.ensemble import EnsembleEngine
 from manual_mlp.errors import InputError
 from manual_mlp.network import network_loss
-from manual_mlp.pipes import while_read
+from manual_mlp.shell import while_read
 
 Step = Callable[[], Any]
 Times = dict[str, list[float]]

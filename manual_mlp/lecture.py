@@ -12,7 +12,7 @@ from contextlib import chdir, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from manual_mlp.pipes import while_read
+from manual_mlp.shell import while_read
 
 PAGE = Path(__file__).with_name("lecture.md")
 WIDTH = 80

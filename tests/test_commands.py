@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 
 from manual_mlp import InputError
 from manual_mlp.errors import shown
+from manual_mlp.shell import command, override, python
 from manual_mlp.training.command_line import MOST, PLACE, WORD, is_plain, read_overrides, with_its_own_overrides
-from manual_mlp.training.commands import command, override, python
 from manual_mlp.training.config import shipped
 from tests.configs import CONF, ROOT, configured
 

@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from manual_mlp import InputError
+from manual_mlp.shell import python
 from manual_mlp.training import folder as folders
 from manual_mlp.training import run as training
 from manual_mlp.training.command_line import with_its_own_overrides
-from manual_mlp.training.commands import python
 from manual_mlp.training.folder import alone_in
 from manual_mlp.training.module import MLPModule
 from tests.configs import CONF, ROOT, configured

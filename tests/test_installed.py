@@ -15,8 +15,8 @@ import pytest
 from sklearn.datasets import load_iris
 
 from manual_mlp import __main__ as program
+from manual_mlp.shell import EXTRAS, command, install
 from manual_mlp.training import command_line, run
-from manual_mlp.training.commands import EXTRAS, command, install
 from tests.configs import ROOT, configured
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

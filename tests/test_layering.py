@@ -12,7 +12,7 @@ PACKAGE = ROOT / "manual_mlp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Each layer imports only from the ones before it.
 LAYERS = [
-    ["errors", "pipes", "cuda_graph", "tables"],
+    ["errors", "shell", "cuda_graph", "tables"],
     ["formulas", "grids", "checks"],
     ["schema", "kernels", "notation"],
     ["checkpoint", "functions"],

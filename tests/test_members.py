@@ -13,8 +13,8 @@ from sklearn.datasets import load_diabetes, load_iris
 import manual_mlp as mm
 from manual_mlp import formulas as sheet
 from manual_mlp.checkpoint import read_checkpoint
+from manual_mlp.ensemble import Members
 from manual_mlp.training import run as training
-from manual_mlp.training.members import Members
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.predict import Predictor
 from tests.configs import configured

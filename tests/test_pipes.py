@@ -82,7 +82,7 @@ class TestProgress:
     def test_watched_where_both_are_terminals(self, stdout: bool, stderr: bool) -> None:
         terminal, pipe = pty.openpty(), os.pipe()
         written = [terminal[1] if there else pipe[1] for there in (stdout, stderr)]
-        code = "import sys; from manual_mlp.pipes import is_watched; sys.exit(is_watched())"
+        code = "import sys; from manual_mlp.shell import is_watched; sys.exit(is_watched())"
         job = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=written[0], stderr=written[1])
         for descriptor in (*terminal, *pipe):
             os.close(descriptor)
@@ -90,13 +90,13 @@ class TestProgress:
 
 
 def test_other_pipes_are_no_reason_to_be_quiet() -> None:
-    code = "from manual_mlp.pipes import while_read\nwith while_read():\n    raise BrokenPipeError('of a worker')"
+    code = "from manual_mlp.shell import while_read\nwith while_read():\n    raise BrokenPipeError('of a worker')"
     job = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert job.returncode == 1
     assert "BrokenPipeError: of a worker" in job.stderr
 
 
 def test_what_is_read_is_left_as_it_is() -> None:
-    code = "from manual_mlp.pipes import while_read\nwith while_read():\n    print('all')"
+    code = "from manual_mlp.shell import while_read\nwith while_read():\n    print('all')"
     job = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (job.returncode, job.stdout, job.stderr) == (0, "all\n", "")

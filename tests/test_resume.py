@@ -15,8 +15,8 @@ import torch
 from manual_mlp import InputError, checkpoint
 from manual_mlp.checkpoint import read_checkpoint, write_whole
 from manual_mlp.program import read
+from manual_mlp.shell import python
 from manual_mlp.training import run as training
-from manual_mlp.training.commands import python
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.strategies import BACKPROP, where_it_began
 from tests.configs import ROOT, configured

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manual_mlp import formulas, functional, functions
 from manual_mlp.errors import InputError
-from manual_mlp.pipes import while_read
+from manual_mlp.shell import while_read
 from manual_mlp.testing.battery import check_gradients
 from manual_mlp.testing.checks import CHECKS, Subject, run
 from manual_mlp.testing.report import Report, lines

@@ -17,8 +17,8 @@ from torch import Tensor
 from manual_mlp import plots
 from manual_mlp.errors import InputError
 from manual_mlp.network import reading_of
-from manual_mlp.pipes import is_watched
 from manual_mlp.pretraining import pretrain
+from manual_mlp.shell import is_watched
 from manual_mlp.tables import figure, words
 from manual_mlp.tracing import one_pass, trace
 

@@ -26,8 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from manual_mlp.errors import InputError, first_line
-from manual_mlp.pipes import is_watched, while_read
-from manual_mlp.training.commands import command, override
+from manual_mlp.shell import command, is_watched, override, while_read
 from manual_mlp.training.config import CONF, check, given_to_predict, in_sweep, keys_of, one_sentence, shipped
 from manual_mlp.training.folder import check_places, disk_in_words, nothing_but_results
 

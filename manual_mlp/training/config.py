@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from manual_mlp.errors import InputError, first_line, shown
-from manual_mlp.training.commands import for_the_shell, install, override
+from manual_mlp.shell import for_the_shell, install, override
 
 PACKAGE = Path(__file__).parents[1]
 # A wheel carries it in the package. In a clone, and installed from one as editable, it lies beside the package.

@@ -18,7 +18,7 @@ from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.commands import for_the_shell, override
+from manual_mlp.shell import for_the_shell, override
 
 try:
     import fcntl

@@ -23,10 +23,10 @@ import manual_mlp as mm
 from manual_mlp import plots, report
 from manual_mlp.errors import InputError, shown
 from manual_mlp.report import Picture
+from manual_mlp.shell import command, from_here
 from manual_mlp.tracing import Trace, up
 from manual_mlp.training.callbacks import ROWS, DeltaFlow
 from manual_mlp.training.closing import Run
-from manual_mlp.training.commands import command, from_here
 from manual_mlp.training.config import in_sweep
 from manual_mlp.training.continuing import Precedence
 from manual_mlp.training.data import EVALUATION_BATCH, DataModule

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from manual_mlp.checkpoint import read_checkpoint, write_whole
+from manual_mlp.ensemble import Members
 from manual_mlp.errors import InputError, shown
 from manual_mlp.formulas import probability
 from manual_mlp.lenet import LeNet, net_of
 from manual_mlp.modules import MLP, restored
 from manual_mlp.schema import described
 from manual_mlp.training import preparation, readers
-from manual_mlp.training.members import Members
 from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, brief, cut, listed, quoted
 
 log = logging.getLogger(__name__)

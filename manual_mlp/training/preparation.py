@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from manual_mlp.errors import InputError
-from manual_mlp.training.commands import for_the_shell, listing, override
+from manual_mlp.shell import for_the_shell, listing, override
 from manual_mlp.training.readers import LARGEST, Table, check_names, column_names, cut, example, listed, quoted
 
 LARGEST_FLOAT = 2**53  # above it not every whole number has a float of its own

@@ -19,7 +19,7 @@ from unicodedata import normalize
 import numpy as np
 
 from manual_mlp.errors import InputError, shown
-from manual_mlp.training.commands import for_the_shell, install, override
+from manual_mlp.shell import for_the_shell, install, override
 
 SHOWN = 20  # column names, or the like, in a message
 LETTERS = 100  # letters of a file's own words in a message

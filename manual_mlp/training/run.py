@@ -32,9 +32,9 @@ from torchmetrics import Metric
 
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError, shown
+from manual_mlp.shell import command, override
 from manual_mlp.training import config, continuing
 from manual_mlp.training.closing import WIDTH, Run, closing, files, run_facts, summary
-from manual_mlp.training.commands import command, override
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.folder import FIGURES, accepted, alone_in, check_places, disk_in_words, keep_configuration
 from manual_mlp.training.module import MLPModule

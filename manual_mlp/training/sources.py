@@ -9,8 +9,8 @@ import numpy as np
 from sklearn import datasets  # type: ignore[import-untyped]
 
 from manual_mlp.errors import InputError
+from manual_mlp.shell import install
 from manual_mlp.training import preparation, readers
-from manual_mlp.training.commands import install
 from manual_mlp.training.preparation import Column, Defects
 from manual_mlp.training.readers import MAX_BYTES, quoted, read_idx
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from manual_mlp import functional
 from manual_mlp.engine import BackpropEngine
-from manual_mlp.ensemble import NO_GAIN, EnsembleEngine, why_torch
+from manual_mlp.ensemble import NO_GAIN, EnsembleEngine, Members, why_torch
 from manual_mlp.errors import InputError
 from manual_mlp.lenet import net_of
 from manual_mlp.native.net import FEWEST
@@ -26,7 +26,6 @@ from manual_mlp.perceptron import Perceptron
 from manual_mlp.program import Program, read
 from manual_mlp.tracing import up
 from manual_mlp.training.data import DataModule
-from manual_mlp.training.members import Members
 
 MOST_MEMBERS = 256
 MOST_BATCHES = 128  # in a training step of the engine: enough to share Lightning's cost for a step;

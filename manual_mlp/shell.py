@@ -1,11 +1,18 @@
-"""Quote command lines so that they run when pasted, for Hydra and for the shell, and are harmless to look at."""
+"""Meet the shell: end quietly if nobody reads on, find out if somebody watches, and print commands to paste.
 
+A printed command runs when pasted, for Hydra and for the shell, and is harmless to look at.
+"""
+
+import logging
 import os
 import re
+import select
 import shlex
 import shutil
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 BARE = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.-]*", re.ASCII | re.IGNORECASE)
@@ -16,6 +23,44 @@ EXTRAS = {  # of pyproject.toml: the packages that each brings
     "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic", "sqlparse"),
     "sweep": ("hydra-joblib-launcher", "hydra-optuna-sweeper"),
 }
+
+
+@contextmanager
+def while_read() -> Iterator[None]:
+    """End the program quietly, with the exit code of a SIGPIPE, if nobody reads on, as in `program | head`."""
+    print_error = logging.Handler.handleError
+
+    def handle_error(handler: logging.Handler, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise  # logging calls this while it handles the error
+        print_error(handler, record)
+
+    logging.Handler.handleError = handle_error  # type: ignore[method-assign, assignment]
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        lost = [fd for fd in (1, 2) if _is_unread(fd)]
+        if not lost:  # it was another pipe
+            raise
+        for fd in lost:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)  # takes what is still to be flushed
+        sys.exit(128 + signal.SIGPIPE)
+    finally:
+        logging.Handler.handleError = print_error  # type: ignore[method-assign]
+
+
+def is_watched() -> bool:
+    """Return True if what the program prints is read on a terminal as it comes."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def _is_unread(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
 
 
 def override(key: str, text: object) -> str:
@@ -36,10 +81,10 @@ def listing(key: str, texts: Iterable[str]) -> str:
 
 
 def _literal(text: str) -> str:
-    from hydra.core.override_parser.types import Quote, QuotedString  # a reader of tables needs no Hydra
-
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # a bare ${ would begin an interpolation
-    return literal if BARE.fullmatch(literal) else QuotedString(literal, Quote.single).with_quotes()
+    if BARE.fullmatch(literal):
+        return literal
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", literal + "'")[:-2] + "'"  # a backslash counts only before a quote
 
 
 def command(*words: str, shared: bool = False) -> str:
