@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
-from manual_mlp import functional, functions, modules
+from manual_mlp import functional, modules
 from manual_mlp.errors import InputError
 from manual_mlp.modules import ACTIVATION_MODULES, OURS
 
@@ -210,8 +210,7 @@ class FusedSequential(nn.Sequential):
                 fused = False
             elif fused := _is_pair(layer, following) and _bare(layer) and _bare(following):
                 name, values = modules.name_and_values(following)
-                function = functions.fused(name, values)
-                input = functional.apply_affine(function, input, layer.weight, layer.bias, *values)
+                input = functional.apply_fused(name, values, input, layer.weight, layer.bias)
             else:
                 input = layer(input)
         return input

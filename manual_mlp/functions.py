@@ -78,8 +78,16 @@ def apply(function: type[ManualFunction], *args: Any) -> Any:
     """Call Function.apply without binding its signature in Python, which takes longer than a small layer.
 
     Under a transform or a compiler this is the public `Function.apply`. Without a gradient mode, and in what
-    torch.jit.trace records, it is the formula alone.
+    torch.jit.trace records, it is the formula alone. Autocast is off in it: on a GPU autocast would cast single
+    operations of a formula, and the backward would meet two dtypes.
     """
+    if torch._C._is_any_autocast_enabled():
+        with kernels.without_autocast(args):
+            return _applied(function, *args)
+    return _applied(function, *args)
+
+
+def _applied(function: type[ManualFunction], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return function.apply(*args) if _differentiated(args) else function.forward(*args)
     if kernels.transforming():

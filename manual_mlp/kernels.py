@@ -99,6 +99,17 @@ def cast(tensor: Any) -> Any:
     return tensor.to(torch.get_autocast_dtype(_device_type(tensor)))
 
 
+def on_gpu_in_float32(tensor: Tensor) -> Tensor:
+    """Return the input of a softplus, softmax or layer norm: torch computes these in float32 under a GPU's autocast."""
+    return tensor.float() if not tensor.is_cpu and tensor.dtype in ROUNDED and autocasting(tensor) else tensor
+
+
+def without_autocast(args: tuple[Any, ...]) -> torch.autocast:
+    """Leave autocast for the device of these tensors: what torch casts has been cast, and all else keeps its dtype."""
+    tensor = next(arg for arg in args if isinstance(arg, Tensor))
+    return torch.autocast(_device_type(tensor), enabled=False)
+
+
 def draw_(mask: Tensor, keep: float) -> Tensor:
     """Fill a bool tensor with ones of probability `keep`. As in torch's dropout, keep = 0 draws nothing."""
     values = mask.values() if mask.is_nested else mask

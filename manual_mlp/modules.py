@@ -335,8 +335,7 @@ class AffineActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return G(input Wᵀ + b): (…, in_features) → (…, out_features)."""
-        function = functions.fused(self.activation, self.parameter_values)
-        return functional.apply_affine(function, input, *_weight_and_bias(self), *self.parameter_values)
+        return functional.apply_fused(self.activation, self.parameter_values, input, *_weight_and_bias(self))
 
     def extra_repr(self) -> str:
         parameters = "".join(f", {name}={value:g}" for name, value in self.row.parameters)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from tests.cases import CASES, Case, sampled
 from tests.grid_cases import GRIDS
 
 torch.set_num_threads(1)
+# The tests are about the CPU, as `accelerator: auto` then is; `make gpu` names a GPU, and runs those that need one.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def pytest_collection_finish() -> None:

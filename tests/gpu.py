@@ -37,7 +37,8 @@ def missing(*packages: str) -> list[str]:
 
 def called(words: list[str], seconds: float) -> str:
     """Return what a command of this Python says, and how it ended."""
-    command, environment = [sys.executable, *words], {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words]
+    environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "PYTHONPATH": str(ROOT)}  # tests hide a GPU unless named
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
@@ -59,8 +60,8 @@ def steps(options: argparse.Namespace, seconds: float) -> str:
     """Measure a step of each net: eager, torch.compile, the engine's graph in float32 and bfloat16."""
     if lacking := missing("threadpoolctl"):
         return f"skipped, because {lacking[0]} is not installed: manual_mlp.benchmark"
-    words = ["-m", "manual_mlp.benchmark", "--markdown", "--device", options.device, "--seconds", f"{seconds / 15:.1f}"]
-    return called([*words, "--contenders", *CONTENDERS], seconds)
+    words = ["-m", "manual_mlp.benchmark", "--device", options.device, "--seconds", f"{seconds / 15:.1f}"]
+    return "```text\n" + called([*words, "--contenders", *CONTENDERS], seconds) + "\n```"
 
 
 def widths(options: argparse.Namespace, seconds: float) -> str:

@@ -741,7 +741,6 @@ def test_who_takes_grids_and_who_refuses() -> None:
     with pytest.raises(mm.InputError, match="backprop=layers"):
         mm.network.network_loss(nn.Sequential(nn.Linear(7, 7), nn.RNN(7, 5)).double(), randn(4, 7), randn(4, 5))
 
-
     images = nn.Sequential(mm.Conv2d(2, 3, 1), mm.Tanh(), nn.Flatten(), mm.Affine(108, 1)).double()
     for target in (torch.arange(4), torch.zeros(4, 1, dtype=torch.complex128)):
         with pytest.raises(mm.InputError, match=r"a target of shape \(4, 1\) and torch.float64"):

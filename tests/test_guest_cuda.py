@@ -1,6 +1,8 @@
-"""On a GPU: every Function as on the CPU, mixed precision there, and the engine's step as a CUDA graph."""
+"""On a GPU: Functions, nets and trainings as on the CPU, autocast as torch's, the engine's step as a CUDA graph."""
 
 import copy
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,20 +65,142 @@ def test_costs_with_weights_and_classes() -> None:
         torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("fuse", [False, True])
-def test_autocast_equals_torch(dtype: torch.dtype, fuse: bool) -> None:
-    """nn.Linear and nn.Sigmoid, every bit of outputs and gradients."""
+NETS: dict[str, Callable[[], tuple[nn.Module, int]]] = {  # a net, and the numbers of a row
+    "sigmoid": lambda: (mm.MLP([12, 9, 7, 4]), 12),
+    "rows": lambda: (mm.MLP([12, 9, 9, 9, 9, 9, 4], ["gelu", "silu", "softplus", "tanh", "relu"], "identity"), 12),
+    "softplus last": lambda: (mm.MLP([12, 9, 4], "relu", "softplus"), 12),
+    "residual": lambda: (mm.MLP([12, 8, 8, 4], residual=True, output_activation="identity"), 12),
+    "batch norm": lambda: (mm.MLP([12, 9, 7, 4], batch_norm=True), 12),
+    "LeNet": lambda: (mm.LeNet((14, 14), [3, 4], [20, 4], kernel=3), 196),
+    "LeNet, batch norm": lambda: (mm.LeNet((14, 14), [3, 4], [20, 4], 3, "relu", batch_norm=True), 196),
+    "layer norm": lambda: (
+        nn.Sequential(mm.Affine(12, 8), mm.LayerNorm(8), mm.GELU(), mm.Affine(8, 4), mm.Softmax(dim=-1)),
+        12,
+    ),
+}
+nets = pytest.mark.parametrize("name", NETS)
+
+
+def net_and_batch(name: str, device: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    twin = nn.Sequential(nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 8), nn.Sigmoid()).to(DEVICE)
-    x = torch.randn(33, 64, device=DEVICE)
+    net, numbers = NETS[name]()
+    x, target = torch.rand(16, numbers, dtype=dtype), torch.rand(16, 4, dtype=dtype)
+    return net.to(device, dtype), x.to(device), target.to(device)
+
+
+def gradients(net: nn.Module, cost: Tensor) -> list[Tensor]:
+    return [cost, *torch.autograd.grad(cost, [*net.parameters()]), *net.buffers()]
+
+
+def same_on_both(results: Callable[[str], Iterable[Tensor]], bound: float = 1e-11) -> None:
+    """Compare what the CPU and the GPU give: sums in another order, another library's exponential."""
+    for mine, expected in zip(results(DEVICE), results("cpu"), strict=True):
+        torch.testing.assert_close(mine.detach().cpu(), expected.detach(), rtol=bound, atol=bound)
+
+
+@nets
+@pytest.mark.parametrize("way", ["layers", "network", "trace", "compiled"])
+def test_nets_as_on_the_cpu(name: str, way: str) -> None:
+    def results(device: str) -> list[Tensor]:
+        net, x, target = net_and_batch(name, device)
+        if way == "trace":
+            trace = mm.trace(net, x[:3], target[:3])
+            return [*trace.z.values(), *trace.a.values(), *trace.delta.values()]
+        if way == "network":
+            return gradients(net, mm.network.network_loss(net, x, target))
+        called = torch.compile(net, fullgraph=True) if way == "compiled" and device == DEVICE else net
+        return gradients(net, mm.QuadraticLoss()(called(x), target))
+
+    torch.compiler.reset()
+    same_on_both(results)
+
+
+@nets
+def test_nets_by_the_battery(name: str) -> None:
+    net, x, _ = net_and_batch(name, DEVICE)
+    mm.testing.assert_manual_backward(net, x[:4])
+
+
+def test_curvature_and_pretraining_as_on_the_cpu() -> None:
+    def results(device: str) -> Iterator[Tensor]:
+        net, x, target = net_and_batch("sigmoid", device)
+        curvature = mm.curvature(net, x, target)
+        yield curvature.norms
+        yield from curvature.variance.values()
+        yield from curvature.ggn_diagonal().values()
+        yield from curvature.hvp({key: torch.ones_like(p) for key, p in net.named_parameters()}).values()
+
+    same_on_both(results)
+    net, x, _ = net_and_batch("sigmoid", DEVICE)
+    errors = mm.pretrain(net, x, epochs=3, batch_size=4, generator=torch.Generator(DEVICE).manual_seed(0))
+    assert errors.isfinite().all()
+
+
+# How far half precision may be from torch's: each rounds after sums in its own order.
+HALF = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@nets
+def test_autocast_as_torch(name: str, inside: bool, dtype: torch.dtype) -> None:
+    """Dtypes and values of output and gradients, with the backward outside of autocast, as it should be, or inside."""
+    net, x, target = net_and_batch(name, DEVICE, torch.float32)
     results = []
-    for model in (mm.convert(copy.deepcopy(twin), fuse=fuse), twin):
+    for model in (net, mm.revert(copy.deepcopy(net))):
+        inputs = x.clone().requires_grad_()
         with torch.autocast(DEVICE, dtype):
-            output = model(x)
-        cost = (output.float() - 1).square().mean()
-        results.append([output, *torch.autograd.grad(cost, [*model.parameters()])])
-    assert all(map(torch.equal, *results))
+            output = model(inputs)
+            with torch.autocast(DEVICE, enabled=inside, dtype=dtype):
+                cost = (output.float() - target).square().mean()
+                results.append([output, *torch.autograd.grad(cost, [inputs, *model.parameters()])])
+    for mine, expected in zip(*results, strict=True):
+        assert mine.dtype == expected.dtype
+        assert (mine - expected).abs().max() <= 8 * HALF[dtype] * max(expected.abs().max(), 1e-5)
+
+
+@pytest.mark.parametrize("backprop", ["layers", "network", "autograd", "engine", "engine of three"])
+def test_training(backprop: str, tmp_path: Path) -> None:
+    """The CPU's parameters; a run that goes on ends with the whole one's bits; the CPU predicts by its checkpoint."""
+    pytest.importorskip("hydra")
+    pytest.importorskip("lightning")
+    from manual_mlp.training import run as training
+    from tests.configs import configured
+
+    def run(folder: str, *overrides: str) -> dict[str, Any]:
+        words = f"backprop={backprop.split()[0]}", *(["members=3"] if "three" in backprop else [])
+        common = "data=iris", "model.hidden=[16]", "trainer.precision=64-true", "native=false"
+        training.run(configured(tmp_path / folder, *common, *words, *overrides))
+        return torch.load(tmp_path / folder / "last.ckpt", weights_only=True, map_location="cpu")
+
+    whole = run("whole", "trainer.accelerator=gpu", "trainer.max_epochs=3")
+    cpu = run("cpu", "trainer.accelerator=cpu", "trainer.max_epochs=3")
+    run("halves", "trainer.accelerator=gpu", "trainer.max_epochs=1")
+    more = f"ckpt_path={tmp_path}/halves/last.ckpt"
+    rest = run("halves", "trainer.accelerator=gpu", "trainer.max_epochs=3", more)
+    for key, value in whole["state_dict"].items():
+        torch.testing.assert_close(value, cpu["state_dict"][key], rtol=1e-9, atol=1e-9)  # float64, 21 steps of rate 5
+        assert torch.equal(value, rest["state_dict"][key])
+    predictor = mm.Predictor.from_checkpoint(tmp_path / "whole" / "best.ckpt")
+    rows = torch.rand(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(copy.deepcopy(predictor).to(DEVICE)(rows.to(DEVICE)).cpu(), predictor(rows))
+
+
+def test_dropout_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    """The masks are the GPU's, and its generator goes on, too."""
+    pytest.importorskip("hydra")
+    from manual_mlp.training import run as training
+    from tests.configs import configured
+
+    def run(folder: str, *overrides: str) -> dict[str, Tensor]:
+        common = "data=iris", "model.dropout=0.2", "trainer.accelerator=gpu"
+        training.run(configured(tmp_path / folder, *common, *overrides))
+        return torch.load(tmp_path / folder / "last.ckpt", weights_only=True, map_location="cpu")["state_dict"]
+
+    whole = run("whole", "trainer.max_epochs=2")
+    run("halves", "trainer.max_epochs=1")
+    rest = run("halves", "trainer.max_epochs=2", f"ckpt_path={tmp_path}/halves/last.ckpt")
+    assert all(map(torch.equal, whole.values(), rest.values()))
 
 
 def test_grad_scaler() -> None:
