@@ -15,8 +15,8 @@ import pytest
 from tests.readme import ROOT
 
 PACKAGE = ROOT / "manual_mlp"
-WHOLE = 11850  # to be 6000
-CORE = 3605  # to be 1850
+WHOLE = 11900  # to be 6000
+CORE = 3640  # to be 1850
 LARGEST = 414
 # What the nets, the derivatives and the training engine are made of.
 CORE_FILES = {"errors", "formulas", "functions", "functional", "modules", "plan", "network", "engine"}
