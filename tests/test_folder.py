@@ -159,6 +159,15 @@ class TestConfiguration:
         assert train("ckpt_path=r/best.ckpt", "task=test", "hydra.run.dir=t") is None
         assert yaml.safe_load(kept(tmp_path / "t")["config.yaml"])["task"] == "test"
 
+    def test_is_beside_the_checkpoints(self, train, tmp_path: Path) -> None:
+        """Also under a run_dir of the user's own: to go on from it must not mean the default settings."""
+        assert train(*SHORT, "run_dir=own", "backprop=engine") is None
+        assert yaml.safe_load(kept(tmp_path / "own")["config.yaml"])["backprop"] == "engine"
+        end = str(train("ckpt_path=own/last.ckpt", "trainer.max_epochs=2"))
+        assert "it asks for run_dir=own; only you can decide that" in end
+        assert train(*with_its_own_overrides(shlex.split(end.rpartition("\n")[2])[2:])) is None
+        assert torch.load(tmp_path / "own" / "last.ckpt", weights_only=True)["epoch"] == 1
+
     def test_sweep(self, train, tmp_path: Path) -> None:
         """Its runs do not lock each other out, and one that is refused stands in the table."""
         end = train("-m", *SHORT, "hydra.sweep.dir=s", "model.hidden=[3],[0]")

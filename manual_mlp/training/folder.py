@@ -72,7 +72,7 @@ def keep_configuration(cfg: DictConfig) -> None:
     if not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir, ".hydra")
+    folder = Path(cfg.run_dir, ".hydra")
     folder.mkdir(exist_ok=True)
     whole = HydraConfig.instance().cfg
     for name, content in {"config": cfg, "hydra": whole, "overrides": hydra.overrides.task}.items():
