@@ -26,11 +26,15 @@ P = ParamSpec("P")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def size(name: str, value: Any, smallest: int = 0) -> int:
-    """Return a number of neurons, given in any whole type (NumPy's too)."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < smallest:
-        raise InputError(f"expected {name} to be a whole number of neurons, at least {smallest}; got {value!r}")
-    return operator.index(value)
+def count(name: str, value: Any, smallest: int = 1) -> int:
+    """Return a whole number, given in any type of such (NumPy's too)."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < smallest:
+        raise InputError(f"expected {name} of at least {smallest}, a whole number; got {value!r}")
+    return number
 
 
 _NO_SOFTMAX = "'identity', because CrossEntropyLoss contains the softmax"
@@ -54,18 +58,14 @@ def positive(name: str, value: Any, optional: bool = False) -> None:
         raise InputError(f"expected a {name} above 0{', or None' * optional}; got {value!r}")
 
 
-def one_width(hidden: Sequence[int]) -> None:
-    """Refuse hidden layers that residual connections can't join."""
-    if len(hidden) < 2 or len({*hidden}) > 1:
+def hidden_layers(hidden: Sequence[int], residual: bool, batch_norm: bool) -> None:
+    """Refuse layers that residual connections can't join, and a net without the layers that batch norm is for."""
+    if residual and (len(hidden) < 2 or len({*hidden}) > 1):
         raise InputError(
             f"expected two or more hidden layers of one width for residual=True; got {list(hidden)}: "
             "a layer can only be added to one as wide, so make them equal, or leave residual out"
         )
-
-
-def some_hidden(hidden: Sequence[int]) -> None:
-    """Refuse a net without the layers that batch norm is for."""
-    if not hidden:
+    if batch_norm and not hidden:
         raise InputError(
             "expected a hidden layer for batch_norm=True; got none: the output layer is not normalised, so leave it out"
         )
@@ -74,11 +74,6 @@ def some_hidden(hidden: Sequence[int]) -> None:
 def fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise InputError(f"expected a {name} between 0 and 1; got {value}")
-
-
-def count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"expected {name} of at least 1; got {value!r}")
 
 
 def reduction(value: str) -> None:
@@ -113,13 +108,21 @@ def rows_are_tensors(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return checked
 
 
-def like(name: str, tensor: Tensor, of: Tensor) -> None:
-    """Refuse another shape, dtype or device than those of `of`."""
-    if (tensor.shape, tensor.dtype, tensor.device) != (of.shape, of.dtype, of.device):
+def like(name: str, tensor: Tensor, of: Tensor, shape: Sequence[int | str], fix: str) -> None:
+    """Refuse what is no dense tensor of this shape, in which a letter stands for any number, and of's dtype and device.
+
+    name: with its article.
+    """
+    tensors(**{name: tensor})
+    sizes = zip(shape, tensor.shape, strict=False)
+    fits = tensor.dim() == len(shape) and all(n == own or isinstance(n, str) for n, own in sizes)
+    if not fits or (tensor.dtype, tensor.device) != (of.dtype, of.device):
+        wanted = str((*shape,)).replace("'", "")
         raise InputError(
-            f"expected {name} of shape {tuple(of.shape)} and {of.dtype} on {of.device}; "
-            f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            f"expected {name} of shape {wanted} and {of.dtype} on {of.device}; "
+            f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}: {fix}"
         )
+    dense(**{name: tensor})
 
 
 def dense(**named: Tensor) -> None:
@@ -299,14 +302,8 @@ def labels(target: Tensor, classes: int, ignore_index: int | None = None) -> Non
 def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
     """Refuse an input (N, n_1) or a target that the first W^l and the cost can't take."""
     tensors(input=input, target=target)
-    if input.dim() != 2 or input.shape[1] != weight.shape[1]:
-        raise InputError(f"expected an input of shape (N, {weight.shape[1]}); got {tuple(input.shape)}: .flatten(1) it")
-    dense(input=input, target=target)
-    if input.dtype != weight.dtype or input.device != weight.device:
-        raise InputError(
-            f"expected an input of {weight.dtype} on {weight.device}, as the weights; "
-            f"got {input.dtype} on {input.device}: call .to() on it"
-        )
+    like("an input", input, weight, ("N", weight.shape[1]), "call .flatten(1) or .to() on it, to fit the first weight")
+    dense(target=target)
     target_of(outputs, input, target, loss)
 
 
@@ -360,24 +357,17 @@ def order(rows: int, generator: Any) -> Tensor:
 
 def buffer(prediction: Tensor, shape: tuple[int, ...], input: Tensor, target: Tensor) -> None:
     """Refuse what can't be filled with the predictions: each number needs a place of its own."""
-    tensors(prediction=prediction)
+    like("a prediction", prediction, input, shape, "make it by input.new_empty")
     given = {data.untyped_storage().data_ptr() for data in (input, target)}
-    if prediction.numel() > 0 and prediction.untyped_storage().data_ptr() in given:
+    shares = prediction.numel() > 0 and prediction.untyped_storage().data_ptr() in given
+    steps = sorted((stride, size - 1) for stride, size in zip(prediction.stride(), shape, strict=True) if size > 1)
+    reached = accumulate((stride * count for stride, count in steps), initial=0)  # by the dimensions before
+    apart = all(stride > before for (stride, _), before in zip(steps, reached, strict=False))
+    if prediction.requires_grad or shares or not apart:
         raise InputError(
-            "expected a prediction with memory of its own; it shares that of the input or the target, which later "
-            "steps read: make it by input.new_empty"
+            "expected a prediction with memory of its own, each number in a place of its own, and without a gradient; "
+            "got one that shares memory or requires a gradient: make it by input.new_empty"
         )
-    expected = torch.Size(shape), input.dtype, input.device, False
-    if (prediction.shape, prediction.dtype, prediction.device, prediction.requires_grad) == expected:
-        steps = sorted((stride, size - 1) for stride, size in zip(prediction.stride(), shape, strict=True) if size > 1)
-        reached = accumulate((stride * count for stride, count in steps), initial=0)  # by the dimensions before
-        if all(stride > before for (stride, _), before in zip(steps, reached, strict=False)):
-            return
-    raise InputError(
-        f"expected a prediction of shape {shape} and {input.dtype} on {input.device} to fill, each number in a place "
-        f"of its own; got {prediction.dtype} of shape {tuple(prediction.shape)} on {prediction.device}: make it by "
-        "input.new_empty"
-    )
 
 
 def rows_of(prediction: Tensor, target: Tensor, loss: str) -> None:
@@ -418,24 +408,6 @@ def trainable(parameters: Iterable[Tensor | None]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Grids and norms
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def pair(name: str, value: Any) -> None:
-    raise InputError(f"expected one number as {name}, or one for each of the two axes; got {value!r}")
-
-
-def same_padding(padding: str, stride: tuple[int, int]) -> None:
-    if padding != "same":
-        raise InputError(f"expected a padding of 'valid', 'same' or numbers; got {padding!r}")
-    if stride != (1, 1):
-        raise InputError(f"expected a stride of 1 for padding='same'; got {stride}: give the padding in numbers")
-
-
-def padding_mode(value: str) -> None:
-    if value != "zeros":
-        raise InputError(
-            f"expected padding_mode='zeros'; got {value!r}: apply torch.nn.functional.pad to the input before"
-        )
 
 
 def image(name: str, tensor: Tensor) -> None:

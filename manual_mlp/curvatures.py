@@ -310,9 +310,7 @@ class Curvature:
             raise InputError(f"expected a dict with a tensor for each of {', '.join(trained)}; got {came or 'no name'}")
         for name, own in zip(self._names, self._tensors[1:], strict=True):
             if name is not None:
-                checks.tensors(**{f"v[{name!r}]": v[name]})
-                checks.like(f"v[{name!r}]", v[name], own)
-                checks.dense(**{f"v[{name!r}]": v[name]})
+                checks.like(f"v[{name!r}]", v[name], own, own.shape, "make it by torch.randn_like of the parameter")
         return [None, *(None if name is None else v[name] for name in self._names)]
 
     def _moved(self, direction: list[Any]) -> list[Any]:

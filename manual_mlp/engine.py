@@ -327,7 +327,7 @@ class BackpropEngine:
     def _train_rows(
         self, input: Tensor, target: Tensor, batch_size: int, order: Tensor | None, prediction: Tensor | None
     ) -> Tensor:
-        checks.count("a batch_size", batch_size)
+        batch_size = checks.count("a batch_size", batch_size)
         self._check_own_memory(input, target, prediction)
         input, target = (x if type(x) is Tensor and not x.requires_grad else x.detach() for x in (input, target))
         native = self._natively(input, target, batch_size=batch_size)

@@ -168,7 +168,8 @@ class EnsembleEngine:
         """
         with self._turn:
             self._ask()
-            self._check(input, target, batch_size, generators, prediction)
+            self._check(input, target, generators, prediction)
+            batch_size = checks.count("a batch_size", batch_size)
             input, target = input.detach(), target.detach()
             # In C one net is worth a call where torch's road can't take all at once.
             native = all(
@@ -285,13 +286,12 @@ class EnsembleEngine:
             "",
         )
 
-    def _check(self, input: Any, target: Any, batch_size: Any, generators: Any, prediction: Any) -> None:
+    def _check(self, input: Any, target: Any, generators: Any, prediction: Any) -> None:
         for k, engine in enumerate(self._engines if self._unlike else self._engines[:1]):
             try:
                 engine._check(input, target)
             except InputError as error:
                 raise InputError(f"net {k}: {error}" if self._unlike else str(error)) from None
-        checks.count("a batch_size", batch_size)
         if generators is not None and (not isinstance(generators, Sequence) or len(generators) != self._k):
             came = len(generators) if isinstance(generators, Sequence) else type(generators).__name__
             raise InputError(f"expected {self._k} generators, one for each net; got {came}")

@@ -224,7 +224,7 @@ def _axes(name: str, value: Any) -> Axes:
     """Return one number for each axis, from one for both or from two."""
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(values) not in (1, 2):
-        checks.pair(name, value)
+        raise InputError(f"expected one number as {name}, or one for each of the two axes; got {value!r}")
     return values[0], values[-1]
 
 
@@ -276,7 +276,10 @@ def _padding(padding: Any, s: Axes, d: Axes, kernel: Axes) -> tuple[Axes, Axes]:
         return _axes("padding", padding), (0, 0)
     if padding == "valid":
         return (0, 0), (0, 0)
-    checks.same_padding(padding, s)
+    if padding != "same":
+        raise InputError(f"expected a padding of 'valid', 'same' or numbers; got {padding!r}")
+    if s != (1, 1):
+        raise InputError(f"expected a stride of 1 for padding='same'; got {s}: give the padding in numbers")
     total = d[0] * (kernel[0] - 1), d[1] * (kernel[1] - 1)
     return (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
 

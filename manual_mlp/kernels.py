@@ -453,21 +453,6 @@ COST_KERNELS = {
 }
 
 
-def cost_kernel(cost: Cost) -> CostKernel:
-    """Return the forms of a cost; of one without a kernel, its formulas and a copy."""
-    if cost.name in COST_KERNELS:
-        return COST_KERNELS[cost.name]
-
-    def both_of(delta: Tensor) -> Both:
-        def both(prediction: Tensor, target: Tensor, out: Tensor) -> None:
-            delta.copy_(cost.delta(prediction, target))
-            torch.sum(_by_net(cost.C(prediction, target)), 1, out=out)
-
-        return both
-
-    return CostKernel(lambda a, ŷ: cost.C(a, ŷ).sum(), cost.delta, both_of)
-
-
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a cost before 1/per: a sum overflows in float16."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -477,12 +462,12 @@ def total(cost: Cost, prediction: Tensor, target: Tensor) -> Tensor:
     """Return the cost's sum, in `sum_dtype`."""
     if prediction.dtype == torch.float16:
         prediction, target = prediction.float(), target.float() if target.is_floating_point() else target
-    return cost_kernel(cost).total(prediction, target)
+    return COST_KERNELS[cost.name].total(prediction, target)
 
 
 def both(cost: Cost, delta: Tensor) -> Both:
     """Return the function that fills delta and out with what `CostKernel.both` says, out in `sum_dtype`."""
-    both = cost_kernel(cost).both(delta)
+    both = COST_KERNELS[cost.name].both(delta)
     if delta.dtype != torch.float16:
         return both
 
@@ -495,7 +480,7 @@ def both(cost: Cost, delta: Tensor) -> Both:
 
 def weights(cost: Cost, n: int, outputs: int) -> tuple[float, float]:
     """Return what C and ∂C/∂a^L are of the sums of the cost's kernel, for N samples of `outputs`: NaN for none."""
-    per, kernel = n if cost.per == "N" else n * outputs, cost_kernel(cost)
+    per, kernel = n if cost.per == "N" else n * outputs, COST_KERNELS[cost.name]
     of_each = 1 / per if per else math.nan  # the mean of nothing
     return kernel.total_share * of_each, kernel.delta_share * of_each
 

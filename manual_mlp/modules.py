@@ -48,7 +48,7 @@ class Affine(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
-        n_in, n_out = checks.size("in_features", in_features), checks.size("out_features", out_features)
+        n_in, n_out = checks.count("in_features", in_features, 0), checks.count("out_features", out_features, 0)
         super().__init__(n_in, n_out, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -297,8 +297,8 @@ class AffineActivation(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.in_features = checks.size("in_features", in_features)
-        self.out_features = checks.size("out_features", out_features)
+        self.in_features = checks.count("in_features", in_features, 0)
+        self.out_features = checks.count("out_features", out_features, 0)
         self.activation = activation  # type: ignore[assignment]
         self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
         self.register_parameter(
@@ -349,8 +349,8 @@ class Conv2d(nn.Conv2d):
     """z_{n,o,p} = Σ_{c,k} a_{n,c,sp+dk−q} W_{o,c,k} + b_o: an nn.Conv2d whose forward and backward are ours.
 
     input (N, in_channels, H, W) or (in_channels, H, W) → (N, out_channels, H′, W′) or (out_channels, H′, W′).
-    Same names, shapes, initialisation and state_dict as nn.Conv2d. Raises InputError for a padding_mode other than
-    "zeros", and from forward as `functional.conv2d`.
+    Same names, shapes, initialisation and state_dict as nn.Conv2d. forward raises InputError for a padding_mode other
+    than "zeros", and as `functional.conv2d`.
 
     >>> import torch, manual_mlp as mm
     >>> layer = mm.Conv2d(1, 6, kernel_size=5, padding=2)
@@ -358,21 +358,11 @@ class Conv2d(nn.Conv2d):
     (torch.Size([8, 6, 28, 28]), ['weight', 'bias'])
     """
 
-    def reset_parameters(self) -> None:
-        """Draw the parameters as nn.Conv2d does, in whose __init__ it comes last.
-
-        >>> import torch, manual_mlp as mm
-        >>> layer = mm.Conv2d(4, 8, kernel_size=5)
-        >>> layer.reset_parameters()
-        >>> bool(layer.weight.abs().max() <= 1 / (4 * 5 * 5) ** 0.5)  # uniform within 1/√(what a neuron reads)
-        True
-        """
-        checks.padding_mode(self.padding_mode)
-        super().reset_parameters()
-
     def forward(self, input: Tensor) -> Tensor:
         """Return z_{n,o,p} = Σ_{c,k} a_{n,c,sp+dk−q} W_{o,c,k} + b_o: (N, C, H, W) → (N, out_channels, H′, W′)."""
-        checks.padding_mode(self.padding_mode)
+        if self.padding_mode != "zeros":
+            fix = "apply torch.nn.functional.pad to the input before"
+            raise InputError(f"expected padding_mode='zeros'; got {self.padding_mode!r}: {fix}")
         places = self.stride, self.padding, self.dilation, self.groups
         return functional.conv2d(input, self.weight, self.bias, *places)
 
@@ -606,10 +596,7 @@ class MLP(_Chain):
         self.sizes = _checked_sizes(sizes)
         activations = [*_one_per_hidden_layer(activation, len(self.sizes) - 2), output_activation]
         checks.fraction("dropout probability", dropout)
-        if residual:
-            checks.one_width(self.sizes[1:-1])
-        if batch_norm:
-            checks.some_hidden(self.sizes[1:-1])
+        checks.hidden_layers(self.sizes[1:-1], residual, batch_norm)
         for index, (n_in, n_out, G) in enumerate(zip(self.sizes, self.sizes[1:], activations, strict=False)):
             hidden = index < len(activations) - 1
             drops = [Dropout(dropout)] if dropout > 0 and hidden else []
@@ -757,7 +744,7 @@ def _checked_sizes(sizes: Sequence[int]) -> list[int]:
         raise InputError(
             f"expected at least two sizes, of the input and the output, such as [784, 30, 10]; got {sizes}"
         )
-    return [checks.size(f"sizes[{index}]", size, smallest=1) for index, size in enumerate(sizes)]
+    return [checks.count(f"sizes[{index}]", size) for index, size in enumerate(sizes)]
 
 
 def _one_per_hidden_layer(

@@ -163,7 +163,7 @@ class NetworkCost(functions.ManualFunction):
         if torch.is_grad_enabled() or not slots:  # create_graph: what was saved has no history
             slots = program.forward(tensors)[1:]
         cost, _, delta_weight = weighed
-        g = kernels.cost_kernel(cost).delta(slots[-1], target) * (g * delta_weight)
+        g = kernels.COST_KERNELS[cost.name].delta(slots[-1], target) * (g * delta_weight)
         _, gradients = program.backward(g, [tensors[0], *slots], tensors, needs)
         return *(None,) * 6, *gradients
 

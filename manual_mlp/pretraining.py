@@ -46,8 +46,7 @@ def pretrain(
     """
     layers = _hidden_layers(net)
     checks.positive("learning rate lr", lr)
-    checks.count("a batch_size", batch_size)
-    checks.count("epochs", epochs)
+    batch_size, epochs = checks.count("a batch_size", batch_size), checks.count("epochs", epochs)
     checks.tensors(x=x)
     checks.dense(x=x)
     if autocasting(x):

@@ -507,8 +507,8 @@ def one_pass(program: Program, x: Tensor, target: Tensor, loss: str, masks: Sequ
         reason = f"{tuple(x.shape)} of {x.dtype}: {str(error).splitlines()[0]}"
         raise InputError(f"expected an input that fits the layers; got {reason}") from error
     checks.rows_of(slots[-1], target, loss)
-    kernel, (total_weight, delta_weight) = kernels.cost_kernel(cost), kernels.weights(cost, *slots[-1].shape)
-    g = kernel.delta(slots[-1], target) * delta_weight
+    total_weight, delta_weight = kernels.weights(cost, *slots[-1].shape)
+    g = kernels.COST_KERNELS[cost.name].delta(slots[-1], target) * delta_weight
     needs = [True, *(tensor is not None for tensor in tensors[1 : 1 + len(program.sources)])]
     arrived, gradients = program.backward(g, slots, tensors, needs, every=True)
     return Pass((kernels.total(cost, slots[-1], target) * total_weight).to(g.dtype), slots, arrived, gradients)

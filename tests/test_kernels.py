@@ -177,9 +177,7 @@ def test_every_kernel_is_taken() -> None:
     assert kernels.KERNELS.keys() <= forms.keys()
     for form, kernel in kernels.KERNELS.items():
         assert kernels.kernel(forms[form]) is kernel
-    assert kernels.COST_KERNELS.keys() <= sheet.COSTS.keys()
-    for name, kernel in kernels.COST_KERNELS.items():
-        assert kernels.cost_kernel(sheet.COSTS[name]) is kernel
+    assert kernels.COST_KERNELS.keys() == sheet.COSTS.keys()
 
 
 def cube(saves: str) -> Row:
@@ -251,7 +249,7 @@ SUMS += [(sheet.COSTS["cross_entropy"], True, False)]
 def test_sums_are_the_costs(cost: Cost, classes: bool, columns: bool, n: int, dtype: torch.dtype) -> None:
     """Both ways, of few elements and of many, in buffers by rows and by columns."""
     eps = 1e-12 if dtype == torch.float64 else 64 * torch.finfo(dtype).eps  # sums of 1,300 rows
-    m, kernel = 4, kernels.cost_kernel(cost)
+    m, kernel = 4, kernels.COST_KERNELS[cost.name]
     prediction, target, onehot = batch(cost, dtype, n, m, classes)
     total_weight, delta_weight = kernels.weights(cost, n, m)
     per = n if cost.per == "N" else n * m
@@ -262,19 +260,6 @@ def test_sums_are_the_costs(cost: Cost, classes: bool, columns: bool, n: int, dt
     for total, found in ((out.squeeze(), buffer), (kernel.total(prediction, target), kernel.delta(prediction, target))):
         torch.testing.assert_close((total * total_weight).double(), C, rtol=eps, atol=eps)
         torch.testing.assert_close(found * delta_weight, delta, rtol=eps, atol=eps)
-
-
-def test_a_cost_without_a_kernel_is_its_formulas() -> None:
-    cost = Cost(
-        "cubic", lambda a, ŷ: (a - ŷ) ** 3, lambda a, ŷ: 3 * (a - ŷ) ** 2, lambda a, ŷ: -3 * (a - ŷ) ** 2, "N m"
-    )
-    kernel = kernels.cost_kernel(cost)
-    a, target = torch.randn(2, 5, 3, dtype=torch.float64)
-    delta, out = torch.empty_like(a), torch.empty(1, dtype=torch.float64)
-    kernel.both(delta)(a, target, out)
-    torch.testing.assert_close(out.squeeze(), ((a - target) ** 3).sum())
-    torch.testing.assert_close(delta, kernel.delta(a, target))
-    assert kernels.weights(cost, 5, 3) == (1 / 15, 1 / 15)
 
 
 def test_the_mean_of_nothing_is_nan() -> None:

@@ -417,7 +417,7 @@ def test_a_batch_checked_once_is_checked_again_when_something_else_comes() -> No
     for other in (batch(n=2), batch()):
         torch.testing.assert_close(network_loss(model, *other), F.quadratic_loss(model(other[0]), other[1]))
     model.float()
-    with pytest.raises(mm.InputError, match=r"expected an input of torch\.float32"):
+    with pytest.raises(mm.InputError, match=r"expected an input of shape .* and torch\.float32"):
         network_loss(model, input, target)
     model.double()
     model[1].weight = nn.Parameter(torch.ones(1, 5, dtype=double))
@@ -500,7 +500,7 @@ def test_refused_losses_and_batches() -> None:
             network_loss(model, input, target, loss)
     for wrong, right, message in (
         (input[:, :3], target, r"an input of shape \(N, 4\)"),
-        (input.float(), target, "an input of torch.float64"),
+        (input.float(), target, "an input of shape .* and torch.float64"),
         (input, target[:, :1], r"a target of shape \(6, 3\)"),
         (input, target.float(), r"\(6, 3\) and torch.float64"),
     ):

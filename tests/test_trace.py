@@ -304,7 +304,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "logits": (lambda: mm.trace(mm.MLP([1, 1]), [[1.0]], [[1.0]], "bce"), "gives logits"),
     "no sample": (lambda: mm.trace(mm.MLP([1, 1]), torch.zeros(0, 1), torch.zeros(0, 1)), "at least one row"),
     "a shape": (lambda: mm.trace(mm.MLP([1, 1]), [[1.0, 2.0]], [[1.0]]), r"an input of shape \(N, 1\)"),
-    "a dtype": (lambda: mm.trace(mm.MLP([1, 1]), tensor([1.0]), tensor([1.0])), "an input of torch.float32"),
+    "a dtype": (lambda: mm.trace(mm.MLP([1, 1]), tensor([1.0]), tensor([1.0])), r"\(N, 1\) and torch.float32"),
 }
 
 
