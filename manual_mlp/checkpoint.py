@@ -147,7 +147,7 @@ class _Plain:
         return self.copy(key)
 
 
-def write_whole(path: str | PathLike[str], content: bytes | memoryview) -> None:
+def write_whole(path: str | PathLike[str], content: bytes) -> None:
     """Write a file as a whole or not at all: beside it, flushed to the disk, and renamed.
 
     Raises OSError if that fails; what was there before is then still there. What a killed process left is removed.

@@ -325,7 +325,7 @@ def _score(table: Table, predictor: Predictor, values: np.ndarray, chosen: Seque
 
 def _npz(
     values: np.ndarray, names: list[str], chosen: list[int], spread: np.ndarray | None, key: dict[str, np.ndarray]
-) -> memoryview:
+) -> bytes:
     arrays = {"prediction": values}
     if names:
         arrays = {"class": np.array(names)[chosen], "probability": values, "class_names": np.array(names)}
@@ -333,7 +333,7 @@ def _npz(
     arrays |= {name: _cells(cells) for name, cells in key.items()}
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
-    return file.getbuffer()
+    return file.getvalue()
 
 
 def _cells(values: np.ndarray) -> np.ndarray:
@@ -343,7 +343,7 @@ def _cells(values: np.ndarray) -> np.ndarray:
 
 def _csv(
     values: np.ndarray, names: list[str], chosen: list[int], spread: np.ndarray | None, key: dict[str, np.ndarray]
-) -> memoryview:
+) -> bytes:
     answers = names or (
         ["prediction"] if values.shape[1] == 1 else [f"prediction[{i}]" for i in range(values.shape[1])]
     )
@@ -361,7 +361,7 @@ def _csv(
         own = [[names[index] for index in chosen[rows]]] if names else []
         writer.writerows(zip(*(_cells(cells[rows]) for cells in key.values()), *own, *columns, strict=True))
     text.detach()
-    return file.getbuffer()
+    return file.getvalue()
 
 
 SUFFIXES = {".csv": _csv, ".npz": _npz}

@@ -45,7 +45,7 @@ class WholeFiles(TorchCheckpointIO):
         self.folders.add(folder.resolve())
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_whole(path, buffer.getbuffer())
+        write_whole(path, buffer.getvalue())  # a view in a traceback can crash Python 3.12 (cpython#111049)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> Content:
         return read_values(path) if Path(path).name == HANDED_BACK else read_checkpoint(path)
