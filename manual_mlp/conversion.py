@@ -9,11 +9,14 @@ forward that computes such a pair as one node. Indexing, slicing and iterating r
 called layer by layer, whenever the hook is added, and fused again when it is removed.
 """
 
+import dis
 import functools
+import inspect
 import logging
 import re
 from collections.abc import Callable
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,6 +32,9 @@ _NAMES = frozenset(plain.__name__ for plain in OURS) - {nn.Identity.__name__}
 # The classes of torch.nn that compute something nonlinear, by file or name.
 _FILES = "activation|adaptive|batchnorm|distance|instancenorm|normalization|rnn"
 _NONLINEAR = re.compile(rf"torch\.nn\.modules\.(({_FILES})\.|pooling\.\w*(Max|LP)Pool)")
+# The functions of torch with a formula here.
+_FUNCTIONS = {"linear"} | {name for name in vars(functional) if name[0].islower() and name in vars(nn.functional)}
+_FUNCTIONS -= {"torch"}
 _WAS = "_class_before_convert"
 
 logger = logging.getLogger(__name__)
@@ -40,8 +46,8 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
     filter(module, qualified_name) chooses among the layers that could be converted; None takes them all.
     fuse: compute a Linear and the activation after it in an nn.Sequential as one node, if both are converted.
     The logger "manual_mlp.conversion" says how many layers were converted (info), and names the others that compute
-    something, with the reason (warning); `left_alone` returns them. A function that a module's own forward calls, such
-    as torch.relu, stays torch's. A warning names the classes; `mm.testing.assert_manual_backward` finds the functions.
+    something, with the reason (warning); `left_alone` returns them. A function that a model's own forward calls, such
+    as torch.relu, stays torch's. The warning names it; `mm.testing.assert_manual_backward` finds any.
     Raises InputError for a model that is no nn.Module and a filter that can't be called.
 
     >>> import torch, manual_mlp as mm
@@ -71,10 +77,6 @@ def convert(model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = 
     for reason in dict.fromkeys(remaining.values()):
         names = [name or "the model itself" for name, why in remaining.items() if why == reason]
         logger.warning("left as it was: %s (%s)", ", ".join(names), reason)
-    others = [module for name, module in model.named_modules() if name not in remaining and _has_own_forward(module)]
-    if classes := ", ".join(dict.fromkeys(type(module).__name__ for module in others)):
-        reason = "mm.testing.assert_manual_backward finds it"
-        logger.warning("left as it was: any function of torch that the forward of %s calls (%s)", classes, reason)
     return model
 
 
@@ -99,8 +101,8 @@ def revert(model: nn.Module) -> nn.Module:
 def left_alone(model: nn.Module) -> dict[str, str]:
     """Return qualified name → reason, for each layer of `model` that `convert` can't convert: it stays torch's.
 
-    These are layers of a known kind that can't be converted faithfully, and those without a formula here that have
-    parameters of their own or compute something nonlinear.
+    These are layers of a known kind that can't be converted faithfully, those without a formula here that have
+    parameters of their own or compute something nonlinear, and those whose own forward calls torch.relu or the like.
     Raises InputError for a model that is no nn.Module.
 
     >>> import torch, manual_mlp as mm
@@ -148,8 +150,10 @@ def _obstacle(module: nn.Module) -> str | None:
 def _stays(module: nn.Module) -> str | None:
     """Return the reason why a layer without a formula of ours stays torch's; None if ours, or if nothing is lost."""
     kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
-    parameters = parametrize.is_parametrized(module) or next(module.parameters(recurse=False), None) is not None
     ours = _base(module) in OURS or any(kind.startswith("manual_mlp.") for kind in kinds)
+    if called := [] if ours else _called(module):
+        return f"its forward calls {', '.join(called)} itself; mm.testing.assert_manual_backward finds what is torch's"
+    parameters = parametrize.is_parametrized(module) or next(module.parameters(recurse=False), None) is not None
     if ours or not (parameters or any(map(_NONLINEAR.match, kinds))):
         return None
     kind = _base(module)
@@ -158,12 +162,24 @@ def _stays(module: nn.Module) -> str | None:
     return f"there is no formula for the forward of {kind.__module__}.{kind.__qualname__}"
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    """Return True if a module's forward is neither torch's nor ours: it may call torch.relu and the like."""
-    kind: Any = type(module)
-    if kind.__module__.startswith("torch.jit."):  # TorchScript's classes have no forward to look at
-        return False
-    return not str(kind.forward.__module__).startswith(("torch.", "manual_mlp."))
+def _called(module: nn.Module) -> list[str]:
+    """Return the names of functions with a formula here that a module's own forward calls, as far as its code says.
+
+    Those of ours are left out, by whatever name, and so are modules inside.
+    """
+    forward = inspect.getattr_static(type(module), "forward", None)
+    if type(module).__module__.startswith("torch.nn.") or not inspect.isfunction(forward):  # none of TorchScript
+        return []
+    inside = {part for name, _ in module.named_modules() for part in name.split(".")}
+    value, called = None, {}
+    for step in dis.get_instructions(forward):
+        name, is_global = step.argval, step.opname == "LOAD_GLOBAL"
+        if not is_global and step.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            continue
+        value = (forward.__globals__ if is_global else vars(value) if isinstance(value, ModuleType) else {}).get(name)
+        if name in _FUNCTIONS - inside and not str(getattr(value, "__module__", "")).startswith("manual_mlp."):
+            called[name] = value
+    return [*called]
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import manual_mlp as mm
+from manual_mlp import functional
 from manual_mlp.conversion import FusedSequential
+from manual_mlp.functional import tanh as our_tanh
 from manual_mlp.testing.checks import nodes_of
 
 # The same formulas in another order of operations: a few eps of float64, on numbers of order 1.
@@ -556,7 +558,7 @@ def test_layers_without_a_formula_are_named(case: str, caplog: pytest.LogCapture
 
 
 class Calls(nn.Module):
-    """A net whose own forward calls functions, beside layers that are converted."""
+    """A net whose own forward calls functions, one of them as a method; `tanh` is a module of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -566,17 +568,32 @@ class Calls(nn.Module):
         return nn.functional.softmax(torch.relu(self.tanh(self.first(x))).sigmoid(), -1)
 
 
-def test_a_forward_that_may_call_torch_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """One line for each class, whatever it calls; a Sequential by another name has torch's own forward."""
+def test_functions_that_a_forward_calls_are_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING", "manual_mlp")  # another test may have asked for more
-    traced = torch.fx.symbolic_trace(nn.Sequential(Calls()))
-    model = mm.convert(nn.Sequential(Calls(), Calls(), Named(nn.Flatten()), traced))
-    assert mm.left_alone(model) == {}
-    (said,) = caplog.messages
-    finds = "mm.testing.assert_manual_backward finds it"
-    assert said == f"left as it was: any function of torch that the forward of Calls, Sequential calls ({finds})"
+    model = mm.convert(nn.Sequential(Calls(), nn.Flatten()))
+    reason = "its forward calls softmax, relu, sigmoid itself; mm.testing.assert_manual_backward finds what is torch's"
+    assert mm.left_alone(model) == {"0": reason}
+    assert caplog.messages == [f"left as it was: 0 ({reason})"]
     with pytest.raises(AssertionError, match="ReluBackward"):
         mm.testing.assert_manual_backward(model, torch.randn(3, 2))
+
+
+class CallsOurs(nn.Module):
+    """A net whose own forward calls functions of ours, and a `linear` that is a module two levels inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Module()
+        self.block.linear = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mm.functional.softmax(functional.relu(our_tanh(self.block.linear(x))), -1)
+
+
+def test_functions_of_ours_that_a_forward_calls_are_not_named() -> None:
+    model = mm.convert(CallsOurs())
+    assert mm.left_alone(model) == {}
+    mm.testing.assert_manual_backward(model, torch.randn(3, 2))
 
 
 def test_a_scripted_model_is_no_reason_to_fail() -> None:
