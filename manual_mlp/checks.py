@@ -7,6 +7,7 @@ after torch has refused.
 import functools
 import math
 import operator
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
@@ -26,6 +27,11 @@ P = ParamSpec("P")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def brief(value: object) -> str:
+    """Return a value as Python writes it, cut to a part of a line: a tensor may have a million numbers."""
+    return " ".join(reprlib.repr(value).split())
+
+
 def count(name: str, value: Any, smallest: int = 1) -> int:
     """Return a whole number, given in any type of such (NumPy's too)."""
     try:
@@ -33,7 +39,7 @@ def count(name: str, value: Any, smallest: int = 1) -> int:
     except TypeError:
         number = -1
     if number < smallest:
-        raise InputError(f"expected {name} of at least {smallest}, a whole number; got {value!r}")
+        raise InputError(f"expected {name} of at least {smallest}, a whole number; got {brief(value)}")
     return number
 
 
@@ -55,7 +61,7 @@ def meant(name: Any, known: Iterable[str]) -> str:
 def positive(name: str, value: Any, optional: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and value > 0) and not (optional and value is None):
-        raise InputError(f"expected a {name} above 0{', or None' * optional}; got {value!r}")
+        raise InputError(f"expected a {name} above 0{', or None' * optional}; got {brief(value)}")
 
 
 def hidden_layers(hidden: Sequence[int], residual: bool, batch_norm: bool) -> None:
@@ -304,6 +310,7 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
     tensors(input=input, target=target)
     like("an input", input, weight, ("N", weight.shape[1]), "call .flatten(1) or .to() on it, to fit the first weight")
     dense(target=target)
+    real("input", input)
     target_of(outputs, input, target, loss)
 
 

@@ -90,7 +90,7 @@ class Curvature:
     @cached_property
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Return ‖g_n‖ of each sample over all parameters: (N,).
+        """Return ‖g_n‖ of each sample over all parameters: (N,). The squares are in float64, or float32 would overflow.
 
         >>> import torch, manual_mlp as mm
         >>> net = mm.MLP([1, 1], output_activation="identity", bias=False)
@@ -100,10 +100,11 @@ class Curvature:
         [1.0, 4.0]
         """
         squares = [
-            sheet.squared_norms(delta) * ((0 if weight is None else sheet.squared_norms(a)) + (bias is not None))
+            sheet.squared_norms(delta.double())
+            * ((0 if weight is None else sheet.squared_norms(a.double())) + (bias is not None))
             for weight, bias, delta, a in self._maps
         ]
-        return torch.stack(squares).sum(0).sqrt()
+        return torch.stack(squares).sum(0).sqrt().to(self._slots[-1].dtype)
 
     @property
     @torch.no_grad()
@@ -384,8 +385,9 @@ def curvature(model: nn.Module, x: Tensor, target: Tensor, loss: str = "quadrati
     >>> torch.allclose(of.gradients["0.weight"].mean(0), net[0].weight.grad)
     True
     """
-    _check_samples(model)
     program = reading_of(model).program
+    if any(isinstance(rule, Drop) and rule.p > 0 for rule, _, _ in program.nodes):
+        raise InputError("expected a model that draws no dropout, so that it is one net; call .eval()")
     flat = parameters_of(model, program)
     names = _check_parameters(model, flat)
     checks.tensors(x=x, target=target)
@@ -400,18 +402,6 @@ def curvature(model: nn.Module, x: Tensor, target: Tensor, loss: str = "quadrati
     checks.full_batch(first.weight, len(last.weight), x, target, loss)
     own = [None if parameter is None else parameter.detach().clone() for parameter in flat]
     return Curvature(program, names, [x.detach().clone(), *own], target.detach(), loss)
-
-
-def _check_samples(model: nn.Module) -> None:
-    """Refuse what gives a sample no gradient of its own."""
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise InputError(
-                f"expected samples that do not depend on each other; {type(module).__name__} at {name!r} joins the "
-                "rows of a batch, so a sample has no gradient of its own: leave it out"
-            )
-    if any(isinstance(rule, Drop) and rule.p > 0 for rule, _, _ in reading_of(model).program.nodes):
-        raise InputError("expected a model that draws no dropout, so that it is one net; call .eval()")
 
 
 def _check_parameters(model: nn.Module, flat: list[Any]) -> list[str | None]:

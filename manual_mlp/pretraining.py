@@ -47,27 +47,19 @@ def pretrain(
     layers = _hidden_layers(net)
     checks.positive("learning rate lr", lr)
     batch_size, epochs = checks.count("a batch_size", batch_size), checks.count("epochs", epochs)
-    checks.tensors(x=x)
-    checks.dense(x=x)
+    weight = layers[0].weight
+    checks.full_batch(weight, weight.shape[1], x, x, "quadratic")  # it is what is reconstructed, too
     if autocasting(x):
         raise InputError("pretrain ignores autocast: leave its context")
     if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type != x.device.type):
         came = generator.device if isinstance(generator, torch.Generator) else type(generator).__name__
         raise InputError(f"expected a torch.Generator on {x.device}, where x is, or None; got {came}: make one there")
-    first = layers[0].weight
-    if x.dim() != 2 or x.shape[1] != first.shape[1] or (x.dtype, x.device) != (first.dtype, first.device) or not len(x):
-        raise InputError(
-            f"expected x of shape (N, {first.shape[1]}), N at least 1, and {first.dtype} on {first.device}; "
-            f"got {tuple(x.shape)} of {x.dtype} on {x.device}: .flatten(1) it, or call .to() on it"
-        )
     if x.is_meta:
         raise InputError("expected numbers in x; got a tensor on meta, which holds none: make net and x on a device")
-    if x.isnan().any():
-        raise InputError("expected a number in each place of x; got NaN: fill the gaps first, as with torch.nan_to_num")
-    if not ((x >= 0) & (x <= 1)).all():
+    if not ((x >= 0) & (x <= 1)).all():  # NaN is neither
         raise InputError(
-            f"expected an x in [0, 1], because it stands for probabilities; got {x.min():g} to {x.max():g}: scale it, "
-            "as in (x - x.min()) / (x.max() - x.min())"
+            f"expected an x in [0, 1], because it stands for probabilities; got {x.min():g} to {x.max():g}: fill its "
+            "gaps, and scale it, as in (x - x.min()) / (x.max() - x.min())"
         )
     errors = []
     for layer in layers:
@@ -83,19 +75,15 @@ def pretrain(
 def _hidden_layers(net: nn.Module) -> list[Any]:
     """Return the owners of the hidden layers' W and b. Raises InputError for a net that is no sigmoid chain."""
     program = reading_of(net).program
-    hidden, layers, flat = program.affine[:-1], program.layers, parameters_of(net, program)
-    if any(layer.rule != "affine" or layer.reads != (index - 1,) for index, layer in layers.items()):
-        raise InputError("expected a chain of layers; got a net with sums, whose layers model no single input")
-    if any(layer.drops for layer in layers.values()):
+    hidden, layers, flat = program.affine[:-1], program.layers.values(), parameters_of(net, program)
+    *kinds, last = [layer.row.name if layer.rule == "affine" else layer.rule for layer in layers]
+    if {*kinds} != {"sigmoid"} or last == "sum":
+        raise InputError(
+            "expected a chain of layers, at least one of them hidden, and all hidden ones sigmoid, because σ(z) is the "
+            f"probability of a unit; got {', '.join(kinds) or 'nothing'} before {last}: take activation='sigmoid'"
+        )
+    if any(layer.drops for layer in layers):
         raise InputError("expected a net that draws no dropout, as pretraining has none; call .eval() before it")
-    if not hidden:
-        raise InputError("expected a net with a hidden layer; got none: the output layer learns from targets alone")
-    for i, name in enumerate([layer.row.name for layer in layers.values()][:-1], start=1):
-        if name != "sigmoid":
-            raise InputError(
-                f"expected sigmoid hidden layers, because σ(z) is the probability of a unit; hidden layer {i} has "
-                f"{name}: take activation='sigmoid'"
-            )
     checks.own_parameters(net, flat)
     checks.trainable(flat)
     owned = [p for layer in hidden for p in layer.parameters()]

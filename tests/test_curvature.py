@@ -296,6 +296,14 @@ def test_variance_is_never_negative() -> None:
     assert all((value >= 0).all() and value.max() < 1e-15 for value in of.variance.values())
 
 
+def test_norms_whose_squares_float32_does_not_hold() -> None:
+    net, x = nn.Sequential(nn.Linear(2, 1, bias=False)), torch.tensor([[3e20, 0.0]])
+    nn.init.ones_(net[0].weight)
+    of = mm.curvature(net, x, torch.tensor([[3e20 - 1e16]]))
+    torch.testing.assert_close(of.norms, of.gradients["0.weight"][:, 0, 0])  # about 3e36
+    torch.testing.assert_close(of.clipped(2.0)["0.weight"], torch.tensor([[2.0, 0.0]]))
+
+
 def test_half_precision() -> None:
     """bfloat16: two digits of the same numbers."""
     net, x, target = small("quadratic", 5)
@@ -362,7 +370,7 @@ LINEAR = (3, 2)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "batch norm": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)),
-        "BatchNorm1d at '1' joins the rows of a batch",
+        "got BatchNorm1d at '1'",
     ),
     "layer norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), "got LayerNorm"),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(3, 2)), "got Conv2d"),
@@ -388,6 +396,7 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "one sample": ({"x": torch.zeros(3, dtype=double)}, r"expected an input of shape \(N, 3\)"),
     "width": ({"x": torch.zeros(5, 4, dtype=double)}, r"expected an input of shape \(N, 3\)"),
     "dtype": ({"x": torch.zeros(5, 3)}, "float64"),
+    "complex": ({"x": torch.zeros(5, 3, dtype=torch.complex128)}, "as the weights; got torch.complex128"),
     "no tensor": ({"x": [[0.0] * 3]}, "expected a torch.Tensor as x; got list"),
     "target": ({"target": torch.zeros(5, 3, dtype=double)}, r"expected a target of shape \(5, 2\)"),
     "no sample": ({"x": torch.zeros(0, 3, dtype=double), "target": torch.zeros(0, 2, dtype=double)}, "at least one"),
@@ -406,6 +415,14 @@ def test_refused_batches(name: str) -> None:
     net, x, target = small("quadratic", 5)
     with pytest.raises(mm.InputError, match=message):
         mm.curvature(net, **({"x": x, "target": target} | changed))
+
+
+@pytest.mark.parametrize("ask", [mm.curvature, mm.trace, mm.network.network_loss])
+def test_a_complex_net(ask: Callable[..., Any]) -> None:
+    net = nn.Sequential(nn.Linear(3, 2, dtype=torch.complex64))
+    x, target = torch.zeros(5, 3, dtype=torch.complex64), torch.zeros(5, 2, dtype=torch.complex64)
+    with pytest.raises(mm.InputError, match="expected a real floating-point input; got torch.complex64"):
+        ask(net, x, target)
 
 
 def test_a_logits_cost_after_an_activation() -> None:
@@ -434,9 +451,11 @@ def test_refused_arguments() -> None:
     ):
         with pytest.raises(mm.InputError, match=message):
             of.hvp(wrong)
-    for c in (0, -1.0, math.nan, None, "1", True):
-        with pytest.raises(mm.InputError, match="largest norm c above 0"):
+    for c in (0, -1.0, math.nan, None, "1", True, [torch.zeros(1000), 1.0], torch.zeros(9, 1)):
+        with pytest.raises(mm.InputError, match="largest norm c above 0") as caught:
             of.clipped(c)
+        assert len(str(caught.value)) < 120
+        assert "\n" not in str(caught.value)
     with pytest.raises(mm.InputError, match="at least two samples"):
         _ = mm.curvature(net, x[:1], target[:1]).noise_scale
 

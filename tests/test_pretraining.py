@@ -167,12 +167,14 @@ def of_two_dtypes() -> nn.Module:
 
 
 NETS: dict[str, tuple[Callable[[], Any], str]] = {
-    "tanh": (lambda: mm.MLP([4, 3, 2], "tanh", dtype=double), "hidden layer 1 has tanh: take activation='sigmoid'"),
+    "tanh": (lambda: mm.MLP([4, 3, 2], "tanh", dtype=double), "got tanh before sigmoid: take activation='sigmoid'"),
     "no activation": (
         lambda: nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 3), nn.Linear(3, 2)).double(),
-        "hidden layer 2 has identity",
+        "got sigmoid, identity before identity",
     ),
-    "no hidden layer": (lambda: mm.MLP([4, 2], dtype=double), "with a hidden layer"),
+    "sum": (lambda: nn.Sequential(mm.Affine(4, 4), mm.Sigmoid(), mm.Residual(mm.Affine(4, 4))).double(), "before sum"),
+    "complex": (lambda: mm.MLP([4, 3, 2], dtype=torch.complex128), "complex128"),
+    "no hidden layer": (lambda: mm.MLP([4, 2], dtype=double), "got nothing before sigmoid"),
     "dropout": (lambda: mm.MLP([4, 3, 2], dropout=0.5, dtype=double), "draws no dropout"),
     "tied": (tied, "'0.weight' twice, a tied one"),
     "frozen": (frozen, "frozen"),
@@ -193,19 +195,20 @@ def test_refused_nets(name: str) -> None:
 GIVEN: dict[str, tuple[dict[str, Any], str]] = {
     "below 0": ({"x": torch.full((5, 4), -0.1, dtype=double)}, r"expected an x in \[0, 1\].* got -0.1 to -0.1"),
     "above 1": ({"x": torch.full((5, 4), 16.0, dtype=double)}, r"expected an x in \[0, 1\].* got 16 to 16"),
-    "NaN": ({"x": torch.full((5, 4), torch.nan, dtype=double)}, "got NaN: fill the gaps"),
+    "NaN": ({"x": torch.full((5, 4), torch.nan, dtype=double)}, "got nan to nan: fill its gaps"),
     "width": ({"x": torch.rand(5, 3, dtype=double)}, r"shape \(N, 4\)"),
     "images": ({"x": torch.rand(5, 2, 2, dtype=double)}, r".flatten\(1\)"),
     "dtype": ({"x": torch.rand(5, 4)}, "float64"),
-    "no rows": ({"x": torch.rand(0, 4, dtype=double)}, "N at least 1"),
-    "list": ({"x": [[0.5] * 4]}, "torch.Tensor as x"),
+    "no rows": ({"x": torch.rand(0, 4, dtype=double)}, "at least one row"),
+    "complex": ({"x": torch.rand(5, 4, dtype=torch.complex128)}, "as the weights; got torch.complex128"),
+    "list": ({"x": [[0.5] * 4]}, "torch.Tensor as input"),
     "epochs": ({"epochs": 0}, "epochs of at least 1"),
     "batch_size": ({"batch_size": 2.5}, "a batch_size of at least 1"),
     "lr": ({"lr": 0.0}, "learning rate lr above 0"),
     "a switch as epochs": ({"epochs": True}, "epochs of at least 1, a whole number; got True"),
     "a switch as batch_size": ({"batch_size": True}, "a batch_size of at least 1, a whole number; got True"),
     "a switch as lr": ({"lr": True}, "learning rate lr above 0; got True"),
-    "sparse": ({"x": torch.eye(4, dtype=double).to_sparse()}, r"sparse one as x: call .to_dense\(\)"),
+    "sparse": ({"x": torch.eye(4, dtype=double).to_sparse()}, r"sparse one as input: call .to_dense\(\)"),
     "a seed": ({"generator": 3}, "expected a torch.Generator on cpu, where x is, or None; got int"),
 }
 
