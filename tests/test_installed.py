@@ -158,7 +158,7 @@ class TestCommands:
             (["predict", "input=x"], "training.command_line", ["task=predict", "input=x"]),
             (["test"], "training.command_line", ["task=test"]),
             (["lecture", "pictures"], "lecture", ["pictures"]),
-            (["battery", "--strict"], "testing.__main__", ["--strict"]),
+            (["battery", "--compile"], "testing.__main__", ["--compile"]),
             (["benchmark"], "benchmark", []),
             *(
                 ([word], "training.command_line", [word])

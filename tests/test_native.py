@@ -807,7 +807,7 @@ def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiler_that_hangs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is ended with what it has started."""
+    """It is ended, whatever it has started."""
     compiler(cache.parent, monkeypatch, "sleep 61 & wait")
     monkeypatch.setattr(build, "TIMEOUT", 0.3)
     began = time.monotonic()

@@ -77,17 +77,17 @@ class Report:
     def __getitem__(self, check: str) -> Row:
         return next(row for row in self.rows if row.check == check)
 
-    def counted(self, strict: bool = False) -> tuple[Row, ...]:
-        """The failures that count: those at level "wrong" or "unsafe", with strict also "unsupported".
+    def counted(self) -> tuple[Row, ...]:
+        """Return the failures that count: those at level "wrong" or "unsafe".
 
         >>> import torch, manual_mlp as mm
         >>> report = mm.testing.check_gradients(mm.functional.tanh, torch.tensor([[0.5, -1.0]]))
         >>> report.counted()
         ()
         """
-        return tuple(row for row in self.failed if strict or row.level != "unsupported")
+        return tuple(row for row in self.failed if row.level != "unsupported")
 
-    def raise_if_failed(self, strict: bool = False) -> None:
+    def raise_if_failed(self) -> None:
         """Raise GradientError with the failures that count.
 
         >>> import torch, manual_mlp as mm
@@ -96,12 +96,12 @@ class Report:
         >>> report["first derivative"].outcome
         'passed'
         """
-        if failed := self.counted(strict):
+        if failed := self.counted():
             raise GradientError("\n".join([f"{self.name}: {len(failed)} checks failed", *lines(failed, 100)]))
 
     @property
     def verdict(self) -> str:
-        """The derivative is right, wrong or not judged; then what is unsafe, and what is not supported.
+        """Return if the derivative is right, wrong or not judged; then what is unsafe, and what is not supported.
 
         >>> import torch, manual_mlp as mm
         >>> report = mm.testing.check_gradients(mm.functional.tanh, torch.tensor([[0.5, -1.0]]))
