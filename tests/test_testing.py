@@ -292,8 +292,6 @@ class TestLevels:
         report = testing.check_gradients(WithoutJvp, self.x, torch.sin)
         assert report.verdict == "The derivative is right. Not supported: forward mode; torch.func.jvp."
         report.raise_if_failed()
-        with pytest.raises(testing.GradientError, match="2 checks failed"):
-            report.raise_if_failed(strict=True)
         assert {row.level for row in report.failed} == {"unsupported"}
 
     def test_no_second_derivative(self) -> None:
