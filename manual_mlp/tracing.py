@@ -86,8 +86,8 @@ class Trace:
     A sum of branches is a layer z^l = Σ_k a^k without weights, and so is a pool. In a graph W^l and b^l lead to layer
     l+1 from the layer that it reads. W^l of a convolution are its kernels; W^l and b^l of a norm are its γ and β.
 
-    `print` gives the numbers step by step, if no layer and no batch is larger than 6; then two tables, of norms, or
-    of the values themselves for one sample through one neuron a layer.
+    `print` gives the numbers step by step, if no layer and no batch is larger than 6; then two tables, of shapes,
+    norms and saturation.
 
     >>> import torch, manual_mlp as mm
     >>> net = mm.MLP([1, 1], activation="identity", output_activation="identity")
@@ -211,29 +211,18 @@ class Trace:
         return f"{'-'.join(map(str, self.sizes))}, {self.loss} cost, N = {len(self.a[1])}: C = {self.cost.item():.5g}"
 
     def _tables(self) -> list[list[list[str]]]:
-        """Return a row for each layer and for each W: shapes and norms; of numbers only themselves."""
-        is_chain, bar = all(reads == (layer - 1,) for layer, reads in self.reads.items()), "‖" * (not self._is_scalar)
-
-        def shape(values: Tensor) -> list[str]:
-            return [str(tuple(values.shape))] if bar else []
-
-        def cells(*values: Tensor | None) -> list[str]:
-            size = _norm if bar else lambda value: _number(value.item())
-            return ["" if value is None else size(value) for value in values]
-
-        own = ["from"] * (not is_chain) + ["rule"] * (not self._is_dense)
-        neurons = [["l", *own, *["a^l"] * bool(bar), "G", *(f"{bar}{letter}^l{bar}" for letter in "zaδ"), "saturated"]]
+        """Return a row for each layer and for each W: what gives it, shapes, norms, saturation."""
+        neurons = [["l", "from", "rule", "a^l", "G", "‖z^l‖", "‖a^l‖", "‖δ^l‖", "saturated"]]
         for layer, a in self.a.items():
-            told = {"from": " + ".join(map(str, self.reads.get(layer, ()))), "rule": self.rule.get(layer, "")}
+            readings = " + ".join(map(str, self.reads.get(layer, ())))
             G = self.activation.get(layer, "") + " + dropout" * self.drops.get(layer, False)
+            norms = map(_norm, (self.z.get(layer), a, self.delta.get(layer)))
             saturated = f"{100 * self.saturation[layer]:.3g} %" if layer > 1 else ""
-            values = cells(self.z.get(layer), a, self.delta.get(layer))
-            neurons.append([str(layer), *(told[column] for column in own), *shape(a), G, *values, saturated])
-        letters = (f"{bar}{letter}^l{bar}" for letter in ("W", "b", "∂C/∂W", "∂C/∂b"))
-        weights = [["l", *["W^l"] * bool(bar), *letters]]
+            neurons.append([str(layer), readings, self.rule.get(layer, ""), _shape(a), G, *norms, saturated])
+        weights = [["l", "W^l", "‖W^l‖", "‖b^l‖", "‖∂C/∂W^l‖", "‖∂C/∂b^l‖"]]
         for layer, W in self.weight.items():
-            values = cells(W, self.bias[layer], self.grad_weight[layer], self.grad_bias[layer])
-            weights.append([str(layer), *shape(W), *values])
+            norms = map(_norm, (W, self.bias[layer], self.grad_weight[layer], self.grad_bias[layer]))
+            weights.append([str(layer), _shape(W), *norms])
         return [neurons, weights]
 
     def _steps(self) -> list[tuple[str, list[Line]]]:
@@ -365,8 +354,12 @@ def _numbers(value: Tensor) -> list[list[str]]:
     return [[_number(number, 5 if value.numel() == 1 else 4) for number in row] for row in rows]
 
 
-def _norm(values: Tensor) -> str:
-    return f"{values.norm().item():.4g}"
+def _norm(values: Tensor | None) -> str:
+    return "" if values is None else f"{values.norm().item():.4g}"
+
+
+def _shape(values: Tensor) -> str:
+    return str(tuple(values.shape))
 
 
 def _substituted(formula: str, known: dict[str, Tensor]) -> str:

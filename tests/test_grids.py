@@ -626,7 +626,7 @@ def test_trace(name: str, training: bool) -> None:
     same(found, [parameter.grad for parameter in twin.parameters()])
     same(new, [parameter - 0.5 * parameter.grad for parameter in twin.parameters()])
     header, *lines = str(traced).split("\n\n")[1].splitlines()
-    assert header.split()[:2] == ["l", "rule" if name != "residual" else "from"]
+    assert header.split()[:2] == ["l", "from"]
     assert [line.split()[0] for line in lines] == [*map(str, traced.a)]
     assert all(rule in line for rule, line in zip(traced.rule.values(), lines[1:], strict=True))
     json.dumps(traced.to_dict())
