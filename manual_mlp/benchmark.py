@@ -247,36 +247,34 @@ def sklearn_step(case: Case) -> Step:
 
 
 class Contender(NamedTuple):
-    """Makes a step. short: its name in the README's table, where it has a column. batches: of a step.
+    """Makes a step. batches: of a step.
 
     needs: a package, without which it is left out; it runs on the CPU alone.
     """
 
     make: Callable[[Case], Step]
-    short: str = ""
     batches: int = 1
     needs: str = ""
 
 
 CONTENDERS = {
     "eager torch": Contender(eager),
-    "torch.compile": Contender(partial(eager, compiled=True), "compile"),
-    "two Functions a layer": Contender(partial(layers, fuse=False), "2 Functions"),
-    "fused layers": Contender(partial(layers, fuse=True), "fused"),
-    "network Function": Contender(network, "network"),
-    "engine.step": Contender(engine, "step"),
-    "engine.train_epoch": Contender(partial(engine, method="train_epoch", native=False), "", EPOCH),
-    "train_epoch, rows gathered": Contender(partial(engine, method="train_batches", native=False), "epoch", EPOCH),
-    "eager torch, bfloat16": Contender(partial(eager, bfloat16=True)),
-    "torch.compile, bfloat16": Contender(partial(eager, bfloat16=True, compiled=True)),
-    "engine.step, bfloat16": Contender(partial(engine, compute_dtype=torch.bfloat16), "bf16"),
-    "JAX jit": Contender(jax_jit, "JAX", needs="jax"),
-    "scikit-learn": Contender(sklearn_step, "sklearn", needs="sklearn"),
+    "compile": Contender(partial(eager, compiled=True)),
+    "2 Functions": Contender(partial(layers, fuse=False)),
+    "fused": Contender(partial(layers, fuse=True)),
+    "network": Contender(network),
+    "step": Contender(engine),
+    "epoch": Contender(partial(engine, method="train_batches", native=False), EPOCH),
+    "eager, bf16": Contender(partial(eager, bfloat16=True)),
+    "compile, bf16": Contender(partial(eager, bfloat16=True, compiled=True)),
+    "step, bf16": Contender(partial(engine, compute_dtype=torch.bfloat16)),
+    "JAX": Contender(jax_jit, needs="jax"),
+    "sklearn": Contender(sklearn_step, needs="sklearn"),
     "products": Contender(products),
 }
 EPOCH_CONTENDERS = {
     "products": Contender(products),
-    "engine.step": Contender(partial(engine, native=False)),
+    "step": Contender(partial(engine, native=False)),
     "train_epoch, torch": Contender(partial(engine, method="train_epoch", native=False), batches=EPOCH),
     "train_epoch, native": Contender(partial(engine, method="train_epoch", native=True), batches=EPOCH),
     "JAX scan": Contender(jax_scan, batches=EPOCH, needs="jax"),
@@ -288,8 +286,8 @@ EPOCH_CONTENDERS = {
 }
 LAYER_CONTENDERS = {
     "eager torch": Contender(lambda case: layer(case, torch_net(case))),
-    "fused layers": Contender(lambda case: layer(case, modules.MLP(case.sizes)), "fused"),
-    "two Functions a layer": Contender(lambda case: layer(case, convert(torch_net(case), fuse=False)), "2 Functions"),
+    "fused": Contender(lambda case: layer(case, modules.MLP(case.sizes))),
+    "2 Functions": Contender(lambda case: layer(case, convert(torch_net(case), fuse=False))),
 }
 
 
@@ -404,32 +402,30 @@ def _digits(number: float) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Return a line for each case: eager torch in µs, the others relative to it, the engine also to the products."""
-    measured = {row.contender for row in rows}
-    short = {name: contender.short for name, contender in CONTENDERS.items() if contender.short and name in measured}
-    short |= {row.contender: row.contender for row in rows if row.contender not in CONTENDERS}  # whole trainings
-    floor = [name for name in ("engine.step", "train_epoch, rows gathered") if name in short]
-    lines = [["net, batch", "eager, µs", *short.values(), *(f"{short[name]}/products" for name in floor)]]
+    """Return a line for each case: eager torch in µs, the others relative to it; step and epoch also to products."""
+    names = dict.fromkeys(row.contender for row in rows if row.contender not in ("eager torch", "products"))
+    floor = [name for name in ("step", "epoch") if name in names]
+    lines = [["net, batch", "eager, µs", *names, *(f"{name}/products" for name in floor)]]
     for case, of in by_case(rows).items():
         eager_time = f"{of['eager torch'].median:.0f}" if "eager torch" in of else ""
-        cells = [_digits(of[name].to_eager) if name in of else "" for name in short]
+        cells = [_digits(of[name].to_eager) if name in of else "" for name in names]
         lines.append([case, eager_time, *cells, *(_digits(of[name].to_products) for name in floor)])
     return tables.markdown(lines, align="l" + "r" * (len(lines[0]) - 1))
 
 
-def write_plot(rows: list[Row], path: Path, widths: bool) -> None:
-    """Draw times relative to eager torch, case by case; of --widths µs of a step, a line for each device."""
+def write_plot(rows: list[Row], path: Path) -> None:
+    """Draw µs of a step, case by case: a line for each contender, and for each device of --widths."""
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
         case, _, device = row.case.partition(" on ")
-        lines.setdefault(f"{row.contender} {device}", []).append((case, row.median if widths else row.to_eager))
+        lines.setdefault(f"{row.contender} {device}", []).append((case, row.median))
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for label, points in lines.items():
-        axes.plot(*zip(*points, strict=True), "o-" if widths else "o", label=label)
-    axes.set(ylabel="µs for a step", yscale="log") if widths else axes.set(ylabel="time / eager torch")
+        axes.plot(*zip(*points, strict=True), "o-", label=label)
+    axes.set(ylabel="µs for a step", yscale="log")
     axes.tick_params("x", rotation=20, labelsize=7)
     axes.legend(fontsize=7)
     figure.savefig(path)
@@ -450,7 +446,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         with options.csv.open("w", newline="") as file:
             csv.writer(file).writerows([Row._fields, *rows])
     if options.plot:
-        write_plot(rows, options.plot, options.widths)
+        write_plot(rows, options.plot)
     return rows
 
 

@@ -22,10 +22,7 @@ import manual_mlp as mm  # noqa: E402
 
 LONGEST = 470  # seconds for all of it
 TESTS = ("tests/test_guest_cuda.py", "tests/test_guest_amp.py")
-CONTENDERS = (
-    *("eager torch", "torch.compile", "engine.step", "train_epoch, rows gathered"),
-    *("eager torch, bfloat16", "engine.step, bfloat16", "products"),
-)
+CONTENDERS = ("eager torch", "compile", "step", "epoch", "eager, bf16", "step, bf16", "products")
 NETS = (((64, 30, 10), 10), ((64, 128, 10), 64), ((784, 256, 128, 10), 64))
 COUNTS = (1, 16, 64)
 PARTS: dict[str, tuple[float, Callable[[argparse.Namespace, float], str]]] = {}  # by name: share of the time, and it
@@ -69,7 +66,7 @@ def widths(options: argparse.Namespace, seconds: float) -> str:
     if lacking := missing("threadpoolctl"):
         return f"skipped, because {lacking[0]} is not installed: manual_mlp.benchmark --widths"
     words = ["-m", "manual_mlp.benchmark", "--widths", "--threads", str(torch.get_num_threads())]
-    words += ["--seconds", f"{seconds / 40:.1f}", "--contenders", "eager torch", "engine.step"]
+    words += ["--seconds", f"{seconds / 40:.1f}", "--contenders", "eager torch", "step"]
     return "```text\n" + called(words, seconds) + "\n```"
 
 

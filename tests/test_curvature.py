@@ -421,7 +421,7 @@ def test_refused_batches(name: str) -> None:
 def test_a_complex_net(ask: Callable[..., Any]) -> None:
     net = nn.Sequential(nn.Linear(3, 2, dtype=torch.complex64))
     x, target = torch.zeros(5, 3, dtype=torch.complex64), torch.zeros(5, 2, dtype=torch.complex64)
-    with pytest.raises(mm.InputError, match="expected a real floating-point input; got torch.complex64"):
+    with pytest.raises(mm.InputError, match=r"expected a real floating-point input; got torch\.complex64"):
         ask(net, x, target)
 
 
