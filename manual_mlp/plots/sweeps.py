@@ -75,7 +75,7 @@ def _bars(runs: Sequence[dict[str, str]], settings: Sequence[str], metric: str, 
 
 
 def _numbers(cells: Sequence[str]) -> list[float]:
-    """Return the places on an axis: 3 at 3, [16] at 16; none if a cell is no number."""
+    """Return the places on an axis: 3 at 3, [16] at 16; none unless all cells are such."""
     try:
         numbers = [float(cell.removeprefix("[").removesuffix("]")) for cell in cells]
     except ValueError:
