@@ -396,7 +396,7 @@ BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "one sample": ({"x": torch.zeros(3, dtype=double)}, r"expected an input of shape \(N, 3\)"),
     "width": ({"x": torch.zeros(5, 4, dtype=double)}, r"expected an input of shape \(N, 3\)"),
     "dtype": ({"x": torch.zeros(5, 3)}, "float64"),
-    "complex": ({"x": torch.zeros(5, 3, dtype=torch.complex128)}, "as the weights; got torch.complex128"),
+    "complex": ({"x": torch.zeros(5, 3, dtype=torch.complex128)}, "torch.float64 on cpu; got .* of torch.complex128"),
     "no tensor": ({"x": [[0.0] * 3]}, "expected a torch.Tensor as x; got list"),
     "target": ({"target": torch.zeros(5, 3, dtype=double)}, r"expected a target of shape \(5, 2\)"),
     "no sample": ({"x": torch.zeros(0, 3, dtype=double), "target": torch.zeros(0, 2, dtype=double)}, "at least one"),

@@ -200,7 +200,7 @@ GIVEN: dict[str, tuple[dict[str, Any], str]] = {
     "images": ({"x": torch.rand(5, 2, 2, dtype=double)}, r".flatten\(1\)"),
     "dtype": ({"x": torch.rand(5, 4)}, "float64"),
     "no rows": ({"x": torch.rand(0, 4, dtype=double)}, "at least one row"),
-    "complex": ({"x": torch.rand(5, 4, dtype=torch.complex128)}, "as the weights; got torch.complex128"),
+    "complex": ({"x": torch.rand(5, 4, dtype=torch.complex128)}, "torch.float64 on cpu; got .* of torch.complex128"),
     "list": ({"x": [[0.5] * 4]}, "torch.Tensor as input"),
     "epochs": ({"epochs": 0}, "epochs of at least 1"),
     "batch_size": ({"batch_size": 2.5}, "a batch_size of at least 1"),
@@ -208,7 +208,7 @@ GIVEN: dict[str, tuple[dict[str, Any], str]] = {
     "a switch as epochs": ({"epochs": True}, "epochs of at least 1, a whole number; got True"),
     "a switch as batch_size": ({"batch_size": True}, "a batch_size of at least 1, a whole number; got True"),
     "a switch as lr": ({"lr": True}, "learning rate lr above 0; got True"),
-    "sparse": ({"x": torch.eye(4, dtype=double).to_sparse()}, r"sparse one as input: call .to_dense\(\)"),
+    "sparse": ({"x": torch.eye(4, dtype=double).to_sparse()}, r"sparse one as an input: call .to_dense\(\)"),
     "a seed": ({"generator": 3}, "expected a torch.Generator on cpu, where x is, or None; got int"),
 }
 
