@@ -312,7 +312,7 @@ class BackpropEngine:
         """Steps 1 to 4, or to 5 given rates → C, an ordinary tensor."""
         plan = self._planned(input, target, rates)
         try:
-            if self._low <= input.data_ptr() < self._high and self._shares_memory(input):
+            if bisect(self._memory, input.data_ptr()) % 2:
                 input = input.clone()  # steps 4 and 5 would change it before they have read all of it
             with inference():
                 plan.run(input, target, plan.out)
@@ -510,17 +510,12 @@ class BackpropEngine:
             if len(self._plans) == _PLANS:
                 del self._plans[next(iter(self._plans))]
             plan = self._plans[key] = BoundPlan(self, input, target)
-        plan.bind(rates)
+        if plan.bound_for != rates:  # asked here, too: the call takes 1 µs
+            plan.bind(rates)
         return plan
 
-    def _shares_memory(self, tensor: Tensor) -> bool:
-        """Return True if the tensor lies in the memory of a parameter or of its gradient."""
-        address = tensor.data_ptr()
-        place = bisect(self._starts, address)
-        return place > 0 and address < self._memory[place - 1][1]
-
     def _check_own_memory(self, *tensors: Tensor | None) -> None:
-        if any(tensor is not None and self._shares_memory(tensor) for tensor in tensors):
+        if any(tensor is not None and bisect(self._memory, tensor.data_ptr()) % 2 for tensor in tensors):
             raise InputError(
                 "expected rows with memory of their own; they share that of a parameter or its .grad: .clone() them"
             )
@@ -541,7 +536,7 @@ class BackpropEngine:
         rates = []
         for group in optimizer.param_groups:
             lr = group["lr"]
-            if group["momentum"] != 0 or group["maximize"] or isinstance(lr, Tensor):
+            if group["momentum"] != 0 or group["maximize"] or not isinstance(lr, (float, int)):
                 return ()
             rates.append((1.0 - lr * group["weight_decay"], -lr))
         optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks about
@@ -559,11 +554,17 @@ class BackpropEngine:
         return self._gradients[place]
 
     def _note_memory(self) -> None:
-        """Remember where the memory of the parameters and their gradients begins and ends."""
+        """Note where the memory of the parameters and their gradients begins and ends, in turn.
+
+        An address lies in it if an odd number of these lie at or before it.
+        """
         storages = [tensor.untyped_storage() for tensor in (*self._owned, *self._gradients.values())]
-        self._memory = sorted((storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages)
-        self._starts = [start for start, _ in self._memory]
-        self._low, self._high = self._starts[0], max(end for _, end in self._memory)
+        self._memory: list[int] = []
+        for start, end in sorted((storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages):
+            if self._memory and start <= self._memory[-1]:  # of one storage, or of two that touch
+                self._memory[-1] = max(self._memory[-1], end)
+            else:
+                self._memory += start, end
 
     def _give_gradients(self) -> None:
         """Fill .grad, and call the hooks that autograd would call."""

@@ -375,8 +375,9 @@ def _add_rounded(sink: Sink, product: Call, rounded: Tensor, of: Tensor) -> None
 
 def run(code: list[Instruction], tensors: Sequence[Any], gradients: list[Any]) -> None:
     """Execute instructions on the tensors of one run."""
+    of = tensors.__getitem__
     for call, feeds, place in code:
-        result = call(*[tensors[feed] for feed in feeds])
+        result = call(*map(of, feeds)) if feeds else call()  # half of them read nothing: 1 µs of a small net
         if place is not None:
             gradients[place] = result
 

@@ -5,8 +5,8 @@ mini-batches of `train_epoch`. It takes one to three µs, so it compares lists t
 """
 
 from collections.abc import Callable, Iterable
-from itertools import chain, repeat
-from operator import attrgetter, is_
+from itertools import chain
+from operator import attrgetter, call
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from manual_mlp import modules
 
-_CALLS = attrgetter("forward", "__call__")
-_ACTIVATION = attrgetter("activation", "parameter_values")
 _HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 _TRAITS = attrgetter("shape", "requires_grad")
 _GLOBAL_HOOKS = (
@@ -43,10 +41,14 @@ def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     return *own, *_GLOBAL_HOOKS
 
 
-def _arguments(module: nn.Module) -> Any:
-    """Return what reads the arguments on which an activation module depends, None if it has none."""
-    names = set(getattr(module, "__constants__", ())) - {"inplace"}
-    return attrgetter(*names) if type(module) in modules.ACTIVATION_MODULES and names else None
+def _reader(module: nn.Module) -> Any:
+    """Return what reads all of a module that a call honours: its class, its forward, an activation's arguments."""
+    names: Iterable[str] = ()
+    if isinstance(module, modules.AffineActivation):
+        names = "activation", "parameter_values"
+    elif type(module) in modules.ACTIVATION_MODULES:
+        names = set(getattr(module, "__constants__", ())) - {"inplace"}
+    return attrgetter("__class__", "__call__", "forward", *names)
 
 
 class Hooks:
@@ -77,9 +79,7 @@ class Snapshot:
         self.hooks = Hooks(lambda: hooks)
         self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential | nn.ModuleList)]
         self.below = everything[1:]
-        self.dicts, self.kinds = list(map(vars, self.below)), list(set(map(type, everything)))
-        self.fused = [m for m in self.below if isinstance(m, modules.AffineActivation)]
-        self.arguments = [(get, module) for module in self.below if (get := _arguments(module))]
+        self.readers = list(map(_reader, self.below))
         self.state = self._state(model)
 
     def changed(self, model: nn.Module) -> bool:
@@ -87,15 +87,11 @@ class Snapshot:
         return self.hooks.any() or self._state(model) != self.state
 
     def _state(self, model: nn.Module) -> list[Any]:
+        kind = type(model)
         return [
-            type(model),
-            vars(model).get("forward"),
-            *map(type, self.below),
+            *(kind, kind.__call__, kind.forward, model.__dict__.get("forward")),
+            *map(call, self.readers, self.below),
             *map(tuple, map(dict.values, self.parents)),
-            *map(_CALLS, self.kinds),
-            *map(dict.get, self.dicts, repeat("forward")),
-            *map(_ACTIVATION, self.fused),
-            *([get(module) for get, module in self.arguments] if self.arguments else ()),
         ]
 
 
@@ -110,35 +106,37 @@ class Training:
         self.owned: list[Any] = list(map(dict.get, self.owners, self.names))
         # The strides of a contiguous tensor follow from its shape.
         self.strides: Any = Tensor.is_contiguous if all(map(Tensor.is_contiguous, self.owned)) else Tensor.stride
-        self.traits = self._traits()
+        self.state = self._state(optimizer)
         self.members = [list(group["params"]) for group in optimizer.param_groups]  # so that no id is given anew
-        self.ids = [[*map(id, group)] for group in self.members]
         own = vars(optimizer)
-        self.steps = own.get("step"), type(optimizer).step
         of_optimizer = own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"]
         everywhere = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
         self.hooks = Hooks(lambda: chain(of_optimizer, everywhere, *map(_HOOKS, self.owned)))
 
     def changed(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return True if a parameter, a group's members or the optimizer's step is another one, or lies elsewhere."""
-        return not (
-            all(map(is_, map(dict.get, self.owners, self.names), self.owned))
-            and self._traits() == self.traits
-            and [[*map(id, group["params"])] for group in optimizer.param_groups] == self.ids
-            and (vars(optimizer).get("step"), type(optimizer).step) == self.steps
-        )
+        return self._state(optimizer) != self.state
 
-    def _traits(self) -> list[Any]:
-        """Return where and how the parameters lie, and which are trained.
+    def _state(self, optimizer: torch.optim.Optimizer) -> list[Any]:
+        """Return the optimizer's step, the parameters, where and how they lie, which are trained, and each group.
 
         `p.data = p.data[:2]` changes the shape, but not the address.
         """
         owned = self.owned
-        return [*map(Tensor.data_ptr, owned), *map(_TRAITS, owned), *map(self.strides, owned)]
+        state = [
+            optimizer.step,
+            *map(id, map(dict.get, self.owners, self.names)),
+            *map(Tensor.data_ptr, owned),
+            *map(_TRAITS, owned),
+            *map(self.strides, owned),
+        ]
+        for group in optimizer.param_groups:
+            state += None, *map(id, group["params"])
+        return state
 
     def has_its_own_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return True if step is torch's of this class, or a scheduler's wrapper around it, which only counts calls."""
-        step, of_class = self.steps
+        step, of_class = vars(optimizer).get("step"), type(optimizer).step
         if step is None or (getattr(step, "__wrapped__", None) is of_class and hasattr(step, "_wrapped_by_lr_sched")):
             step = of_class
         return _unhooked(step) is _STEPS.get(type(optimizer))
