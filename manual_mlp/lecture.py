@@ -45,19 +45,13 @@ def executed(page: str, name: str = "page", pictures: bool = True) -> str:
 
 
 def for_terminal(page: str) -> Iterator[str]:
-    """Yield the paragraphs and outputs of a page in 80 columns, and the names of its pictures; leave out the code."""
-    end = 0
-    for block in [*BLOCK.finditer(page), None]:
-        for paragraph in page[end : block.start() if block else None].split("\n\n"):
-            yield from _prose(paragraph.strip("\n"))
-        if block:
-            end = block.end()
-            language, mark, content = block.groups()
-            if language == "text":
-                yield textwrap.indent(textwrap.dedent(content), "   ").rstrip("\n")
-            elif mark == "picture":
-                names = re.findall(r'(?:savefig|animation)\([^"]*"([^"]+)"', content)
-                yield from (f"picture: {name}" for name in names)
+    """Yield the paragraphs and outputs of a page in 80 columns; leave out the code."""
+    for place, part in enumerate(parts := BLOCK.split(page)):  # prose, language, mark, content, prose, …
+        if place % 4 == 0:
+            for paragraph in part.split("\n\n"):
+                yield from _prose(paragraph.strip("\n"))
+        elif place % 4 == 3 and parts[place - 2] == "text":
+            yield textwrap.indent(textwrap.dedent(part), "   ").rstrip("\n")
 
 
 def _prose(paragraph: str) -> Iterator[str]:
@@ -79,10 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
     with chdir(folder) if folder else nullcontext():
         page = executed(PAGE.read_text(encoding="utf-8"), PAGE.name, pictures=folder is not None)
     for part in for_terminal(page):
-        if not part.startswith("picture: "):
-            print(f"{part}\n")
-        elif folder:
-            print(f"picture: {folder / part.removeprefix('picture: ')}\n")
+        print(f"{part}\n")
+    if folder:
+        print(f"pictures in {folder}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
@@ -21,7 +20,6 @@ from manual_mlp.errors import shown
 from manual_mlp.tracing import SUPERSCRIPTS, TITLES, Trace
 
 PACKAGES = ("manual-mlp", "torch", "lightning", "hydra-core", "numpy", "scikit-learn", "matplotlib")
-LARGEST_SVG = 100_000  # bytes; a picture with more lines than that is smaller as PNG
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PARTS = ("train", "val", "test")
 
@@ -34,14 +32,8 @@ class Picture(NamedTuple):
     figure: Figure
 
     def source(self) -> str:
-        """Return the picture as a data: address. Lines are SVG, which stays sharp in print; the rest is PNG."""
-        svg = io.BytesIO()
-        if not any(axes.images for axes in self.figure.axes):
-            with matplotlib.rc_context({"svg.hashsalt": "manual_mlp"}):
-                self.figure.savefig(svg, format="svg", metadata={"Date": None})
-        lines = 0 < len(svg.getvalue()) <= LARGEST_SVG
-        kind, content = ("svg+xml", svg.getvalue()) if lines else ("png", png(self.figure))
-        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        """Return the picture as a data: address."""
+        return f"data:image/png;base64,{base64.b64encode(png(self.figure)).decode()}"
 
 
 def png(figure: Figure) -> bytes:

@@ -22,9 +22,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 
 def test_reads_well(pages: tuple[str, Path]) -> None:
-    """80 columns but for the paths of pictures, the lecture's titles in its order, and four pictures."""
+    """80 columns but for the folder of pictures, the lecture's titles in its order, and four pictures."""
     text, folder = pages
-    assert max(len(line) for line in text.splitlines() if not line.startswith("picture: ")) <= 80
+    *lines, last = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert last == f"pictures in {folder}"
     assert re.findall(r"^(.+)\n─+$", text, re.MULTILINE) == [
         "Neural Networks – The essentials",
         "The smallest building block of an ANN: the neuron",
@@ -111,7 +113,7 @@ def test_without_a_folder_no_picture(
     monkeypatch.chdir(tmp_path)
     lecture.main([])
     printed = capsys.readouterr().out
-    assert "picture:" not in printed
+    assert "pictures in" not in printed
     assert "Gradientenberechnung" in printed
     assert not any(tmp_path.iterdir())
 

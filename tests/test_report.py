@@ -136,12 +136,11 @@ class TestPage:
         assert "The formulas of this net" not in page
         assert "Pictures" not in page
 
-    @pytest.mark.parametrize(("points", "kind"), [(3, "svg+xml"), (20000, "png")])
-    def test_lines_are_drawn_and_many_points_rendered(self, points: int, kind: str) -> None:
-        (image,) = Page(make_page(pictures=[Picture("a", "b", figure(points))])).all("img")
+    def test_pictures_are_in_the_page(self) -> None:
+        (image,) = Page(make_page(pictures=[Picture("a", "b", figure(3))])).all("img")
         head, _, content = image["src"].partition(",")
-        assert head == f"data:image/{kind};base64"
-        assert base64.b64decode(content)[:5] == (b"<?xml" if kind == "svg+xml" else b"\x89PNG\r")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(content)[:5] == b"\x89PNG\r"
 
     def test_same_picture_same_bytes(self) -> None:
         assert make_page() == make_page()
