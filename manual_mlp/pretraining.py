@@ -80,7 +80,7 @@ def _hidden_layers(net: nn.Module) -> list[Any]:
     if {*kinds} != {"sigmoid"} or last == "sum":
         raise InputError(
             "expected a chain of layers, at least one of them hidden, and all hidden ones sigmoid, because σ(z) is the "
-            f"probability of a unit; got {', '.join(kinds) or 'nothing'} before {last}: take activation='sigmoid'"
+            f"probability of a unit; got {', '.join(kinds) or 'nothing'} before {last}: take sigmoid, without sums"
         )
     if any(layer.drops for layer in layers):
         raise InputError("expected a net that draws no dropout, as pretraining has none; call .eval() before it")

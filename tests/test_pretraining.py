@@ -167,7 +167,7 @@ def of_two_dtypes() -> nn.Module:
 
 
 NETS: dict[str, tuple[Callable[[], Any], str]] = {
-    "tanh": (lambda: mm.MLP([4, 3, 2], "tanh", dtype=double), "got tanh before sigmoid: take activation='sigmoid'"),
+    "tanh": (lambda: mm.MLP([4, 3, 2], "tanh", dtype=double), "got tanh before sigmoid: take sigmoid"),
     "no activation": (
         lambda: nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 3), nn.Linear(3, 2)).double(),
         "got sigmoid, identity before identity",
