@@ -314,15 +314,14 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
     target_of(outputs, input, target, loss)
 
 
-def full_batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
-    """Refuse what `batch` refuses, a batch without rows, and labels out of range: on a GPU it waits for these."""
-    batch(weight, outputs, input, target, loss)
-    some_rows(outputs, input, target, loss)
+def full_batch(weight: Tensor | None, outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
+    """Refuse a batch without rows, labels out of range (on a GPU it waits for these), and what `batch` refuses.
 
-
-def some_rows(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
-    """Refuse a batch without rows, and labels out of range."""
+    weight: None for a net of grids, whose layers look at the input themselves.
+    """
     tensors(input=input, target=target)
+    if weight is not None:
+        batch(weight, outputs, input, target, loss)
     if len(input) == 0:
         raise InputError("expected a batch with at least one row; got none, whose mean cost is NaN")
     batch_labels(outputs, target, loss)

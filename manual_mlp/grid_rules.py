@@ -139,9 +139,10 @@ class Normalise(GridRule):
         return grid_functions.norm_gradients(g, x, weight, self.last, ε, needs, given)
 
     def observe(self, x: Tensor) -> None:
-        """Update the running statistics as a call of the module in training does."""
+        """Update the running statistics of a batch norm: by a call of it, whose output nobody reads."""
         if not self.last and self.module.training and self.module.track_running_stats:
-            modules.track(self.module, x)
+            with torch.no_grad():
+                self.module(x)
 
 
 class Softmax(GridRule):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from manual_mlp import modules
+from manual_mlp import checks, modules
 from manual_mlp.errors import InputError
 from manual_mlp.modules import MLP, _Chain, activation_module, in_torch, mlp_of, of_layers, restored
 from manual_mlp.schema import size_after
@@ -83,23 +83,22 @@ class LeNet(_Chain):
         >>> type(theirs.convolutions[1][0]).__name__, torch.allclose(theirs(x), net(x))
         ('Conv2d', True)
         """
-        image, *blocks, flat = self.convolutions
-        layers = [image, *(nn.Sequential(*in_torch(block.children())) for block in blocks), flat]
-        theirs: dict[str, nn.Module] = {"convolutions": nn.Sequential(*layers), "mlp": self.mlp.to_torch()}
-        return nn.Sequential(OrderedDict(theirs)).train(self.training)
+        (convolutions,) = in_torch([self.convolutions])
+        theirs = OrderedDict(convolutions=convolutions, mlp=self.mlp.to_torch())
+        return nn.Sequential(theirs).train(self.training)
 
 
 def _check_images(image_shape: Any, channels: Any, kernel: Any) -> None:
     """Refuse rows that are no images, and images too small for the convolutions over them."""
     lists = all(isinstance(of, Sequence) for of in (image_shape, channels))
-    numbers = (*image_shape, *channels, kernel) if lists else ()
-    whole = numbers and all(hasattr(number, "__index__") and number >= 1 for number in numbers)
-    if not whole or len(image_shape) != 2 or not channels:
-        given = f"{image_shape}, {channels} and {kernel}"
+    if not lists or len(image_shape) != 2 or not channels:
         raise InputError(
-            "expected images of (H, W) for convolutions of one or more channels with a kernel of 1 or more; "
-            f"got {given}: take images, such as data=digits, or no channels"
+            "expected images of (H, W) and the channels of one or more convolutions; "
+            f"got {image_shape} and {channels}: take images, such as data=digits, or no channels"
         )
+    for name, numbers in (("image_shape", image_shape), ("channels", channels), ("a kernel", [kernel])):
+        for number in numbers:
+            checks.count(name, number)
     if min(size_after(image_shape, len(channels), kernel)) < 1:
         raise InputError(
             f"expected an image that {len(channels)} convolutions of {kernel}×{kernel}, each with a pool of 2, leave "

@@ -396,23 +396,6 @@ class AvgPool2d(nn.AvgPool2d):
         return functional.avg_pool2d(input, *places, *divisor)
 
 
-def counted(norm: Any) -> float:
-    """Count one more batch of a batch norm, and return κ, the share that it has in the running statistics."""
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # the mean of all batches so far
-            return 1 / float(norm.num_batches_tracked)
-    return norm.momentum or 0.0
-
-
-@torch.no_grad()
-def track(norm: Any, x: Tensor) -> None:
-    """Update the running statistics of a batch norm, as a call in training does."""
-    κ = counted(norm)
-    if x.numel():
-        torch.native_batch_norm(x, None, None, norm.running_mean, norm.running_var, True, κ, norm.eps)
-
-
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """γ x̂ + β over the set of each channel; in evaluation by the running statistics."""
 
@@ -420,10 +403,18 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Return γ x̂ + β, x̂ = (input − μ)/√(v + ε), μ and v of each channel: (N, num_features, …) → the same shape."""
         self._check_input_dim(input)
         tracks = self.training and self.track_running_stats
-        κ = counted(self) if tracks else 0.0
+        κ = self._counted() if tracks else 0.0
         m, s = (self.running_mean, self.running_var) if tracks or not self.training else (None, None)
         training = self.training or (m is None and s is None)
         return functional.batch_norm(input, m, s, self.weight, self.bias, training, κ, self.eps)
+
+    def _counted(self) -> float:
+        """Count one more batch, and return κ, the share that it has in the running statistics."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the mean of all batches so far
+                return 1 / float(self.num_batches_tracked)
+        return self.momentum or 0.0
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -646,14 +637,10 @@ class MLP(_Chain):
         """
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for key, layer in self.named_children():
-            if isinstance(layer, Residual):
-                layers[key] = _sum_in_torch(*in_torch(layer[1]))
-            elif isinstance(layer, AffineActivation):
-                layers[key], layers[str(int(key) + 1)] = in_torch([layer])
-            elif isinstance(layer, nn.Sequential):
-                layers[key] = nn.Sequential(*in_torch(layer))
-            else:  # a dropout under the key of its activation, if it has one, so that later keys don't shift
-                layers[key] = nn.Sequential(*filter(None, [layers.get(key)]), *in_torch([layer]))
+            first, *G = in_torch([layer])
+            # A dropout joins its activation, whose key it has, so that later keys don't shift.
+            layers[key] = nn.Sequential(layers[key], first) if key in layers else first
+            layers.update({str(int(key) + 1): of_layer for of_layer in G})
         return nn.Sequential(layers).train(self.training)
 
 
@@ -720,6 +707,12 @@ def in_torch(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
             yield from (linear, layer.row.twin())
+            continue
+        if isinstance(layer, nn.Sequential):
+            yield nn.Sequential(*in_torch(layer))
+            continue
+        if isinstance(layer, Residual):
+            yield _sum_in_torch(*in_torch(layer[1]))
             continue
         kind: Any = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch."))
         theirs = kind.__new__(kind)

@@ -394,29 +394,26 @@ def _check_widths(nodes: Sequence[Node], names: Sequence[str]) -> None:
     if not places:
         raise InputError("expected a net with at least one affine layer; got none: add an mm.Affine or an nn.Linear")
     grids = [isinstance(node.rule, GridRule) and not node.rule.keeps_width for node in nodes]
-    first = nodes[places[0]].owner
     slot = nodes[places[0]].reads[0]
     while slot and not grids[slot - 1]:
         slot = nodes[slot - 1].reads[0]
-    # The width of each slot, None if unknown, and the affine map that gives it, `_GRID`, or None as the input.
-    ends: list[tuple[int | None, Any]] = [(None if slot else first.weight.shape[1], None)]
+    # The width of each slot; of the input by the first affine map, None if there is a grid before it.
+    widths: list[Any] = [None if slot else nodes[places[0]].owner.weight.shape[1]]
     for (rule, reads, owner), name, is_grid in zip(nodes, names, grids, strict=True):
-        (width, end), widths = ends[reads[0]], [*{ends[slot][0] for slot in reads} - {None}]
-        if isinstance(rule, Drop) and end is _GRID:
+        if isinstance(rule, Drop) and widths[reads[0]] is _GRID:
             raise InputError(
                 f"expected dropout after an affine map only; got one at {_place(name)} that follows a grid: "
                 + _BY_LAYERS
             )
-        if len(widths) > 1:
+        known = [width for slot in reads if (width := widths[slot]) not in (None, _GRID)]
+        known += [owner.weight.shape[1]] if isinstance(rule, Affine) else []
+        if len({*known}) > 1:
             raise InputError(
-                f"expected branches of one width in the Sum at {_place(name)}; got {widths[0]} and {widths[1]}: "
-                "an identity beside layers needs as many outputs as inputs"
+                f"expected layers of one width where they meet, at {_place(name)}; got "
+                f"{' and '.join(map(str, dict.fromkeys(known)))}: in_features is the width of what a layer reads, and "
+                "the branches of a Sum, an identity too, give as many outputs as each other"
             )
-        if isinstance(rule, Affine) and width not in (None, owner.weight.shape[1]):
-            before = f"beside {first}" if end is None else f"after {end}"
-            raise InputError(f"expected a layer of in_features={width} {before}; got {owner}")
-        own = (owner.weight.shape[0], owner) if isinstance(rule, Affine) else (width, end)
-        ends.append((None, _GRID) if is_grid else own)
+        widths.append(_GRID if is_grid else len(owner.weight) if isinstance(rule, Affine) else widths[reads[0]])
 
 
 def _place(name: str) -> str:
@@ -427,7 +424,7 @@ def _check_call(module: nn.Module, name: str) -> None:
     """Raise InputError for what a call of the module would honour and a program does not."""
     if any(hooks_of(module)):
         raise InputError(
-            f"expected layers without hooks, because none would be called; got one on {name!r}: remove it, "
+            f"expected layers without hooks, because none would be called; got one on {_place(name)}: remove it, "
             "or train with backprop=layers"
         )
     kind: Any = getattr(module, "plain", type(module))  # of a fused nn.Sequential, the class it was

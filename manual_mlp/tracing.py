@@ -441,10 +441,7 @@ def trace(
     weights = [layer.weight for layer in layers.values() if layer.weight is not None]
     checks.own_parameters(model, weights)
     x, target = _batch(x, target, weights[0], loss, 3 if isinstance(program.nodes[0].rule, Convolve | Pool) else 1)
-    if program.grids:  # which look at x themselves
-        checks.some_rows(len(weights[-1]), x, target, loss)
-    else:
-        checks.full_batch(weights[0], len(weights[-1]), x, target, loss)
+    checks.full_batch(None if program.grids else weights[0], len(weights[-1]), x, target, loss)
     one = one_pass(program, x, target, loss, program.draw(x))
 
     result = Trace(

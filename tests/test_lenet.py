@@ -175,7 +175,7 @@ def test_a_checkpoint_declares_what_the_net_has(channels: list[int], flags: tupl
     ],
 )
 def test_wrong_arguments(arguments: tuple[Any, ...]) -> None:
-    with pytest.raises(InputError, match=r"expected (images of|at least two sizes)"):
+    with pytest.raises(InputError, match=r"expected (images of|at least two sizes|.* of at least 1, a whole number)"):
         mm.LeNet(*arguments)
 
 
@@ -201,8 +201,8 @@ def test_an_initialisation_leaves_norms_alone(initialisation: str) -> None:
         (("model.channels=[2]", "backprop=engine"), r"channels=\[2\]; leave it out, or take backprop=network"),
         (("model.batch_norm=true", "backprop=engine", "members=2"), "or take backprop=network"),
         (("model.channels=[2,2]", "model.kernel=5"), "leave something of; got 8×8: take a smaller kernel"),
-        (("model.channels=[0]",), "one or more channels"),
-        (("model.channels=[2]", "model.kernel=0"), "a kernel of 1 or more"),
+        (("model.channels=[0]",), "channels of at least 1, a whole number; got 0"),
+        (("model.channels=[2]", "model.kernel=0"), "a kernel of at least 1, a whole number; got 0"),
         (("model.channels=[2]", "data=iris"), "take images, such as data=digits"),
         (("model.channels=[2]", "model.activation=[tanh,tanh]"), "the name of an activation"),
         (("model.batch_norm=true", "data.batch_size=1"), "two or more rows in each mini-batch"),
