@@ -250,10 +250,15 @@ def conv2d(
     """
     if autocasting(input):
         input, weight, bias = cast(input), cast(weight), cast(bias)
-    checks.convolution(input, weight, bias, groups)
+    if input.dim() not in (3, 4) or input.shape[-3] == 0 or weight.dim() != 4 or weight.dtype.is_complex:
+        checks.convolution(input, weight, bias, groups)
     at = geometry(input, weight, stride, padding, dilation, groups)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    z = apply(grid_functions.Convolution, grid_functions.OUTPUT, batch, weight, None, bias, at)
+    try:
+        z = apply(grid_functions.Convolution, grid_functions.OUTPUT, batch, weight, None, bias, at)
+    except RuntimeError:
+        checks.convolution(input, weight, bias, groups)
+        raise
     return z if input.dim() == 4 else z.squeeze(0)
 
 
@@ -347,13 +352,18 @@ def windows(a: Tensor, kernel_size: Size, stride: Any, padding: Size, dilation: 
     s = _axes("stride", stride) if stride or isinstance(stride, int) else kernel
     plane = a.shape[-2], a.shape[-1]
     at = Windows(kernel, s, _axes("padding", padding), _axes("dilation", dilation), ceil_mode, plane)
-    # A window that begins in the padding could miss the plane, and torch would write beyond it.
-    if at.d != (1, 1) and any(q > 0 and d > size for size, q, d in zip(plane, at.q, at.d, strict=True)):
+    if at.d != (1, 1) and any(map(_jumps, plane, kernel, s, at.q, at.d, (ceil_mode, ceil_mode))):
         raise InputError(
             f"expected windows that each meet a number; got dilation={at.d} and padding={at.q}, which jump over "
             f"a plane of {at.size}: take less dilation or padding"
         )
     return at
+
+
+def _jumps(size: int, kernel: int, s: int, q: int, d: int, ceil: bool) -> bool:
+    """Return True if a window that begins in the padding has no place inside. torch would write beyond the plane."""
+    last = size + q - d * (kernel - 1) - 1 + (s - 1) * ceil
+    return s > 0 and d > 1 and any(start % d >= size for start in range(-q, min(0, last + 1), s))
 
 
 def batch_norm(

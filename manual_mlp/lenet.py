@@ -48,7 +48,7 @@ class LeNet(_Chain):
         dtype: Any = None,
         **arguments: Any,
     ) -> None:
-        _check_images(image_shape, channels, kernel)
+        image_shape, channels, kernel = _checked(image_shape, channels, kernel)
         layers: list[nn.Module] = [nn.Unflatten(1, (1, *image_shape))]
         for index, (n_in, n_out) in enumerate(pairwise([1, *channels])):
             padding, has_bias = 0 if index else kernel // 2, bias and not batch_norm
@@ -88,22 +88,23 @@ class LeNet(_Chain):
         return nn.Sequential(theirs).train(self.training)
 
 
-def _check_images(image_shape: Any, channels: Any, kernel: Any) -> None:
-    """Refuse rows that are no images, and images too small for the convolutions over them."""
+def _checked(image_shape: Any, channels: Any, kernel: Any) -> tuple[list[int], list[int], int]:
+    """Return them as whole numbers. Refuses rows that are no images, and images too small for the convolutions."""
     lists = all(isinstance(of, Sequence) for of in (image_shape, channels))
     if not lists or len(image_shape) != 2 or not channels:
         raise InputError(
             "expected images of (H, W) and the channels of one or more convolutions; "
             f"got {image_shape} and {channels}: take images, such as data=digits, or no channels"
         )
-    for name, numbers in (("image_shape", image_shape), ("channels", channels), ("a kernel", [kernel])):
-        for number in numbers:
-            checks.count(name, number)
+    image_shape = [checks.count("image_shape", side) for side in image_shape]
+    channels = [checks.count("channels", number) for number in channels]
+    kernel = checks.count("a kernel", kernel)
     if min(size_after(image_shape, len(channels), kernel)) < 1:
         raise InputError(
             f"expected an image that {len(channels)} convolutions of {kernel}×{kernel}, each with a pool of 2, leave "
             f"something of; got {image_shape[0]}×{image_shape[1]}: take a smaller kernel or fewer channels"
         )
+    return image_shape, channels, kernel
 
 
 def net_of(values: Mapping[str, Any], **places: Any) -> MLP | LeNet:

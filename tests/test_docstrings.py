@@ -19,7 +19,7 @@ RETURNED = {"Curvature": Curvature}  # by mm.curvature
 # Public only to the files beside them.
 INTERNAL = {f"functional.{name}" for name in ("apply_affine", "bound_row", "geometry", "name_and_values", "windows")}
 INTERNAL |= {f"network.{name}" for name in ("Reading", "reading_of", "parameters_of", "LossPlan", "NetworkCost")}
-INTERNAL |= {"functional.activation"}
+INTERNAL |= {"functional.activation", "functional.apply_fused"}
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
