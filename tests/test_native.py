@@ -26,8 +26,7 @@ import manual_mlp as mm
 from manual_mlp import formulas as sheet
 from manual_mlp import functional
 from manual_mlp.formulas import Row, softplus, σ
-from manual_mlp.native import build
-from manual_mlp.native import formulas as in_c
+from manual_mlp.native import build, c_code
 from manual_mlp.native import net as native_net
 from tests.cases import ROWS, label, rows
 
@@ -95,7 +94,7 @@ def assert_same_road_or_other(model: Any, make: str, loss: str, dtype: torch.dty
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def call(formula: in_c.Compiled, dtype: torch.dtype, *arguments: Tensor, beside: Any = ()) -> Tensor:
+def call(formula: c_code.Compiled, dtype: torch.dtype, *arguments: Tensor, beside: Any = ()) -> Tensor:
     """What the C function computes of these numbers, in a library with others."""
     library = native_net._library(dtype, [formula, *beside])
     out, values = torch.empty_like(arguments[0]), torch.tensor(formula.values or (0.0,), dtype=dtype)
@@ -113,8 +112,8 @@ def test_g_and_delta_are_the_sheet_s(row: Row) -> None:
     a, g = row.G(z, *row.values), torch.linspace(-2, 2, len(z), dtype=double)
     saved = z if row.saves == "z" else a
     exact = {"rtol": 1e-14, "atol": 1e-15, "equal_nan": True}  # torch's own functions and ours: some ulp each
-    torch.testing.assert_close(call(in_c.compiled(row.G, *row.values, inputs=1), double, z), a, **exact)
-    delta = in_c.compiled(row.delta, *row.values, inputs=2)
+    torch.testing.assert_close(call(c_code.compiled(row.G, *row.values, inputs=1), double, z), a, **exact)
+    delta = c_code.compiled(row.delta, *row.values, inputs=2)
     torch.testing.assert_close(call(delta, double, g, saved), row.delta(g, saved, *row.values), **exact)
 
 
@@ -132,7 +131,7 @@ RANGES: dict[Any, tuple[float, float]] = {
 @pytest.mark.parametrize("dtype", [double, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_elementary_functions_keep_their_tails(dtype: torch.dtype) -> None:
     """To a few ulp beside torch's, over all that float64 holds; one build for all."""
-    formulas = {function: in_c.compiled(lambda z, f=function: f(z), inputs=1) for function in RANGES}
+    formulas = {function: c_code.compiled(lambda z, f=function: f(z), inputs=1) for function in RANGES}
     tiny = torch.logspace(-20, 0, 201, dtype=double)
     exact = (
         {"rtol": 4e-15, "atol": 0} if dtype == double else {"rtol": 1e-6, "atol": 1e-38}
@@ -149,7 +148,7 @@ def test_costs_are_the_sheet_s(name: str) -> None:
     cost = sheet.COSTS[name]
     a, y = (torch.linspace(-3, 3, 11, dtype=double), torch.linspace(0.1, 0.9, 11, dtype=double))
     for formula in (cost.C, cost.delta):
-        found = call(in_c.compiled(formula, inputs=2), double, a, y)
+        found = call(c_code.compiled(formula, inputs=2), double, a, y)
         torch.testing.assert_close(found, formula(a, y), rtol=1e-14, atol=1e-15)
 
 
@@ -457,7 +456,7 @@ def test_a_planted_delta_and_an_unshipped_row_are_followed(monkeypatch: pytest.M
 def test_parameters_of_a_row_are_arguments() -> None:
     """Another slope is another number v, not another function."""
     row = sheet.ACTIVATIONS["leaky_relu"]
-    one, other = (in_c.compiled(row.delta, slope, inputs=2) for slope in (0.01, 0.3))
+    one, other = (c_code.compiled(row.delta, slope, inputs=2) for slope in (0.01, 0.3))
     assert (one.code, one.values[-1], other.values[-1]) == (other.code, 0.01, 0.3)
 
 
@@ -476,8 +475,8 @@ def test_parameters_of_a_row_are_arguments() -> None:
     ],
 )
 def test_what_c_does_not_have(formula: Any, words: str) -> None:
-    with pytest.raises(in_c.NotInC, match=words):
-        in_c.compiled(formula, inputs=1)
+    with pytest.raises(c_code.NotInC, match=words):
+        c_code.compiled(formula, inputs=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

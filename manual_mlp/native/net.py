@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from manual_mlp.formulas import Cost
 from manual_mlp.native import build
-from manual_mlp.native.formulas import Compiled, NotInC, compiled, of_the_sheet
+from manual_mlp.native.c_code import Compiled, NotInC, compiled, of_the_sheet
 from manual_mlp.program import Drop, Layer, Program
 
 SECONDS = 0.05  # of one call

@@ -8,8 +8,7 @@
 `python -m manual_mlp.testing` runs the battery on this package, or on a function of yours.
 """
 
-from manual_mlp.testing.battery import check_gradients, gradient_tests
+from manual_mlp.testing.battery import GradientError, Report, Row, check_gradients, gradient_tests
 from manual_mlp.testing.graph import assert_manual_backward
-from manual_mlp.testing.report import GradientError, Report, Row
 
 __all__ = ["GradientError", "Report", "Row", "assert_manual_backward", "check_gradients", "gradient_tests"]

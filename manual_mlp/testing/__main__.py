@@ -14,9 +14,8 @@ from torch import Tensor
 from manual_mlp import formulas, functional, functions
 from manual_mlp.errors import InputError
 from manual_mlp.shell import while_read
-from manual_mlp.testing.battery import check_gradients
-from manual_mlp.testing.checks import CHECKS, Subject, run
-from manual_mlp.testing.report import Report, lines
+from manual_mlp.testing.battery import check_gradients, lines, report_of
+from manual_mlp.testing.checks import CHECKS, Subject
 
 
 def package_subjects() -> list[Subject]:
@@ -86,8 +85,7 @@ def _whole_package(compile: bool) -> int:
     """Print a line for each Function, and the rows that failed."""
     reports = []
     for subject in package_subjects():
-        subject = dataclasses.replace(subject, compile=compile)
-        reports.append(Report(subject.name, tuple(run(name, subject) for name in CHECKS)))
+        reports.append(report_of(dataclasses.replace(subject, compile=compile)))
         print(f"{subject.name:<34} {reports[-1].totals()}", flush=True)
         for line in lines(reports[-1].failed, 80):
             print(line)

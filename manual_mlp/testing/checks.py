@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,24 +16,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from manual_mlp.testing.graph import nodes_of, output_of
-from manual_mlp.testing.report import DETERMINISTIC, FIRST, Level, Row
 
 # gradcheck's own 1e-5 and 1e-3 pass a derivative that is 0.1 % wrong. A right one in float64 passes these.
 TOLERANCES: dict[str, Any] = {"atol": 1e-8, "rtol": 1e-6}
 EXACT = 1e-12
 _DENSE = torch.contiguous_format
 
+FIRST, DETERMINISTIC = "first derivative", "deterministic"
+
+Level = Literal["", "wrong", "unsafe", "unsupported"]
 Inputs = tuple[Any, ...]
 Tensors = Sequence[Tensor]
 Found = tuple[float, str]
 Measured = Found | None
 
 
-class _NotApplicableError(Exception):
+class NotApplicableError(Exception):
     """The check does not apply; the message says why."""
 
 
-class _WrongError(Exception):
+class WrongError(Exception):
     """The check found a difference: message, worst error, where, and its level if it is not the check's own."""
 
     def __init__(self, message: str, error: float | None = None, where: str = "", level: Level = "") -> None:
@@ -50,7 +52,7 @@ class Subject:
     values: Inputs
     reference: Callable[..., Any] | None = None
     compile: bool = False
-    rows: dict[str, Row] = field(default_factory=dict, init=False, repr=False)  # of the checks that have run
+    rows: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # of the checks that have run
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> Inputs:
         """Return fresh, contiguous leaves with the same numbers."""
@@ -68,11 +70,10 @@ class Subject:
     def unfit(self) -> tuple[str, str, Exception] | None:
         """Return the one check that can be asked, why no other can, and its failure; None for most functions."""
         try:
-            before, first = torch.get_rng_state(), self.run()
-            draws = not torch.equal(before, torch.get_rng_state())
-            for _ in range(20 if draws else 1):  # two draws may be equal by chance
+            first = self.run()
+            for _ in range(20):  # two draws may be equal by chance
                 _compare(self.run(), first, "result", 1e-9, 1e-9)
-        except _WrongError as wrong:
+        except WrongError as wrong:
             return DETERMINISTIC, "the function is random: two runs on the same inputs differ", wrong
         except Exception as error:
             return FIRST, f"the backward raises {sentence(error)}", error
@@ -114,7 +115,7 @@ def _compare(actual: Tensors, expected: Tensors, what: str, rtol: float = EXACT,
     worst, error, where = -torch.inf, 0.0, ""
     for number, (mine, other) in enumerate(zip(actual, expected, strict=True)):
         if mine.shape != other.shape:
-            raise _WrongError(f"{what} {number} has shape {tuple(mine.shape)} instead of {tuple(other.shape)}")
+            raise WrongError(f"{what} {number} has shape {tuple(mine.shape)} instead of {tuple(other.shape)}")
         mine, other = mine.detach().double(), other.detach().double()
         same = (mine == other) | (mine.isnan() & other.isnan())
         errors = torch.where(same, 0, (mine - other).abs()).nan_to_num(torch.inf, torch.inf)
@@ -124,7 +125,7 @@ def _compare(actual: Tensors, expected: Tensors, what: str, rtol: float = EXACT,
             index = ", ".join(str(int(i)) for i in torch.unravel_index(place, errors.shape))
             worst, error, where = beyond.max().item(), errors.flatten()[place].item(), f"{what} {number} [{index}]"
     if worst > 0:
-        raise _WrongError(f"{what}s differ by up to {error:.1e}", error, where)
+        raise WrongError(f"{what}s differ by up to {error:.1e}", error, where)
     return error, where
 
 
@@ -163,7 +164,7 @@ def _gradcheck(check: Callable[..., bool], subject: Subject, **flags: bool) -> N
     except GradcheckError as error:
         if error.__cause__ is not None:
             raise error.__cause__ from None
-        raise _WrongError(sentence(error)) from error
+        raise WrongError(sentence(error)) from error
 
 
 def sentence(error: BaseException) -> str:
@@ -174,7 +175,7 @@ def sentence(error: BaseException) -> str:
 
 def _equals(derive: Callable[..., Tensors], what: str, subject: Subject) -> Measured:
     if subject.reference is None:
-        raise _NotApplicableError("no reference was given")
+        raise NotApplicableError("no reference was given")
     expected = derive(subject.reference, subject.inputs())
     return _compare(derive(subject, subject.inputs()), expected, what)
 
@@ -206,7 +207,7 @@ def _tails(subject: Subject) -> Measured:
                 torch.stack([subject(part) for part in z + shift * step]) for shift in (-1, -0.5, 0, 0.5, 1)
             )
     except Exception as error:
-        raise _NotApplicableError(f"it refuses numbers from -30 to 30: {sentence(error)}") from error
+        raise NotApplicableError(f"it refuses numbers from -30 to 30: {sentence(error)}") from error
     slope, expected = _slopes(subject, z), (above - below) / step
     if subject.reference is None:
         # Ask nothing at a kink, whose two sides differ, or beside a pole, where nothing converges.
@@ -220,13 +221,13 @@ def _tails(subject: Subject) -> Measured:
         asked = here.isfinite() & expected.isfinite()
         tolerance = 1e-9 * expected.abs() + 1e-14
     if not asked.any():
-        raise _NotApplicableError("it has no derivative from -30 to 30")
+        raise NotApplicableError("it has no derivative from -30 to 30")
     z, slope, expected, tolerance = (tensor[asked] for tensor in (z, slope, expected, tolerance))
     errors = (slope - expected).abs().nan_to_num(torch.inf)
     place = int((errors - tolerance).argmax())
     measured = errors[place].item(), f"z = {z[place]:.2f}"
     if errors[place] > tolerance[place]:
-        raise _WrongError(f"G′ is {slope[place]:.3e} instead of {expected[place]:.3e}", *measured)
+        raise WrongError(f"G′ is {slope[place]:.3e} instead of {expected[place]:.3e}", *measured)
     return measured
 
 
@@ -234,13 +235,13 @@ def _argument(subject: Subject) -> Tensor:
     """Return the one tensor of a componentwise function: if half of it stays, that half of the output stays."""
     given = leaves(subject.inputs())
     if len(given) != 1 or len(subject.values) != 1 or not given[0].numel():
-        raise _NotApplicableError("not a function of one tensor")
+        raise NotApplicableError("not a function of one tensor")
     x, before = given[0].detach(), subject(*given).detach()
     chosen = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     for stays in (chosen, ~chosen):
         after = subject(torch.where(stays, x, x + 1e-3)).detach()
         if after.shape != x.shape or not torch.equal(after[stays].nan_to_num(), before[stays].nan_to_num()):
-            raise _NotApplicableError("not a componentwise function")
+            raise NotApplicableError("not a componentwise function")
     return x
 
 
@@ -306,11 +307,8 @@ def _strided_incoming(subject: Subject) -> Measured:
         _incoming(output.permute(dims)).permute(dims),
         _strided(_incoming(output)).detach(),
     ]
-    measured = []
-    for g in forms:
-        dense = g.clone(memory_format=_DENSE)
-        measured.append(_compare(_gradients(subject, inputs, g), _gradients(subject, inputs, dense), "gradient"))
-    return max(measured)
+    pairs = ([_gradients(subject, inputs, given) for given in (g, g.clone(memory_format=_DENSE))] for g in forms)
+    return max(_compare(strided, dense, "gradient") for strided, dense in pairs)
 
 
 def _not_written(what: str, subject: Subject) -> Measured:
@@ -334,9 +332,9 @@ def _guarded(subject: Subject) -> Measured:
             target.mul_(3).add_(1)
         try:
             _compare(_backward(output, inputs, g), expected, "gradient", 1e-9, 1e-9)
-        except _WrongError as wrong:
+        except WrongError as wrong:
             what = "output" if target is output else f"input {place}"
-            raise _WrongError(f"the {what} was overwritten unnoticed: {wrong}", wrong.error, wrong.where) from wrong
+            raise WrongError(f"the {what} was overwritten unnoticed: {wrong}", wrong.error, wrong.where) from wrong
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error) and "modified inplace" not in str(error):
                 raise
@@ -349,7 +347,7 @@ def _hooked(subject: Subject) -> Measured:
     for node in nodes_of(output):
         for name, value in getattr(node, "__dict__", {}).items():
             if any(isinstance(part, Tensor) for part in (value if isinstance(value, tuple | list) else [value])):
-                raise _WrongError(f"{type(node).__name__} keeps a tensor as ctx.{name}", None, name)
+                raise WrongError(f"{type(node).__name__} keeps a tensor as ctx.{name}", None, name)
     expected = _backward(output, inputs)
     inputs = subject.inputs()
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda saved: saved):
@@ -366,7 +364,7 @@ def _unchanged_by(transform: Callable[..., Callable[..., Any]], subject: Subject
 def _leaks(subject: Subject) -> Measured:
     """Run a forward without a backward: its output must be freed at once."""
     if weakref.ref(subject(*each(lambda v: v * 1, subject.inputs())))() is not None:
-        raise _WrongError("the output outlives its last reference")
+        raise WrongError("the output outlives its last reference")
     return None
 
 
@@ -374,7 +372,7 @@ def _frozen(subject: Subject) -> Measured:
     """Compare each gradient alone with all together: the same numbers, and fewer products if there are several."""
     inputs = subject.inputs()
     if len(leaves(inputs)) < 2:
-        raise _NotApplicableError("one input only")
+        raise NotApplicableError("one input only")
     expected, products = _counted(subject, inputs)
 
     def all_but(free: Tensor) -> Inputs:
@@ -383,7 +381,7 @@ def _frozen(subject: Subject) -> Measured:
     alone, costs = zip(*(_counted(subject, all_but(leaf)) for leaf in leaves(inputs)), strict=True)
     measured = _compare([gradient for (gradient,) in alone], expected, "gradient")
     if products >= 2 and min(costs) >= products:
-        raise _WrongError(f"{products} matrix products for all gradients, and as many for each alone", level="unsafe")
+        raise WrongError(f"{products} matrix products for all gradients, and as many for each alone", level="unsafe")
     return measured
 
 
@@ -407,7 +405,7 @@ def _empty(subject: Subject) -> Measured:
     """Ask for N = 0: gradients of the right shapes, zero for an input without a batch dimension."""
     first = next(filter(is_real, subject.values))
     if first.dim() < 2:
-        raise _NotApplicableError("no batch dimension")
+        raise NotApplicableError("no batch dimension")
     try:
         return _without_rows(subject, [value is first for value in subject.values])
     except Exception:  # other inputs have as many rows, such as the target of a cost
@@ -442,7 +440,7 @@ def _low_precision(subject: Subject, dtype: torch.dtype, roundings: int, autocas
     results = [*_backward(output, inputs, g), *([] if autocast else [output])]
     kept = leaves(inputs)[0].dtype
     if wrong := [result.dtype for result in results if result.dtype != kept]:
-        raise _WrongError(f"expected {kept} throughout; got {wrong[0]}", level="unsafe")
+        raise WrongError(f"expected {kept} throughout; got {wrong[0]}", level="unsafe")
     exact = each(lambda v: v.detach().double().requires_grad_(), inputs)
     output = subject(*exact)
     expected = [*_backward(output, exact, g.double()), output][: len(results)]
@@ -458,13 +456,13 @@ def _complex(subject: Subject) -> Measured:
             gradcheck(subject, inputs, **TOLERANCES, check_undefined_grad=False)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, GradcheckError):
-            raise _WrongError(sentence(error)) from error
+            raise WrongError(sentence(error)) from error
     return None
 
 
 def _compiled(subject: Subject) -> Measured:
     if not subject.compile:
-        raise _NotApplicableError("not asked for: it takes seconds (compile=True)")
+        raise NotApplicableError("not asked for: it takes seconds (compile=True)")
     torch.compiler.reset()
     return _unchanged_by(partial(torch.compile, fullgraph=True, backend="aot_eager"), subject)
 
@@ -538,29 +536,3 @@ CHECKS = {
     "complex": _habit(_complex, "products without conjugates: refuse complex tensors, or conjugate.", (FIRST,)),
     "torch.compile": _feature(_compiled, "what the compiler can't trace: a jvp, closures over objects, .item()."),
 }
-
-
-def run(name: str, subject: Subject) -> Row:
-    """Run one check and return its row: whatever it raises is the row's failure."""
-    if name not in subject.rows:
-        subject.rows[name] = _row(name, subject)
-    return subject.rows[name]
-
-
-def _row(name: str, subject: Subject) -> Row:
-    check = CHECKS[name]
-    try:
-        if subject.unfit is not None:
-            only, why, failure = subject.unfit
-            raise failure if name == only else _NotApplicableError(why)
-        for needed in check.needs:
-            if run(needed, subject).outcome != "passed":
-                raise _NotApplicableError(f"it builds on the {needed}, which has not passed")
-        error, where = check.run(subject) or (None, "")
-    except _NotApplicableError as reason:
-        return Row(name, "n/a", str(reason))
-    except _WrongError as wrong:
-        return Row(name, "failed", str(wrong), wrong.error, wrong.where, check.cause, wrong.level or check.level)
-    except Exception as failure:
-        return Row(name, "failed", sentence(failure), None, "", check.cause, check.raised)
-    return Row(name, "passed", "", error, where)
