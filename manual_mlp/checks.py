@@ -229,11 +229,11 @@ def samples(prediction: Tensor) -> None:
 def same_shape(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:
         fix = "the target" if prediction.dim() > target.dim() else "the prediction"
-        hint = f": call .unsqueeze(-1) on {fix}" if abs(prediction.dim() - target.dim()) == 1 else ""
+        hint = f"call .unsqueeze(-1) on {fix}" if abs(prediction.dim() - target.dim()) == 1 else "reshape one of them"
         hint = _one_hot(prediction.shape, prediction.dtype, target) or hint
         raise InputError(
             f"expected prediction and target of the same shape; got {tuple(prediction.shape)} and "
-            f"{tuple(target.shape)}, which would broadcast to something else{hint}"
+            f"{tuple(target.shape)}, which would broadcast to something else: {hint}"
         )
 
 
@@ -244,7 +244,7 @@ def _one_hot(shape: Sequence[int], dtype: torch.dtype, target: Tensor) -> str:
         return ""
     column = "" if target.dim() == len(samples) else ".squeeze(-1)"
     return (
-        ": if these are class labels, take CrossEntropyLoss (loss='cross_entropy'), "
+        "if these are class labels, take CrossEntropyLoss (loss='cross_entropy'), "
         f"or torch.nn.functional.one_hot(target{column}.long(), {classes}).to({dtype})"
     )
 
@@ -252,14 +252,12 @@ def _one_hot(shape: Sequence[int], dtype: torch.dtype, target: Tensor) -> str:
 def factor(name: str, weight: Tensor, prediction: Tensor) -> None:
     """Refuse a weight of a cost that is no constant beside the prediction, or would broadcast the prediction."""
     try:
-        fits = torch.broadcast_shapes(weight.shape, prediction.shape) == prediction.shape
+        weight.expand(prediction.shape)
     except RuntimeError:
-        fits = False
-    if not fits:
         raise InputError(
             f"expected a {name} that broadcasts to the input's shape {tuple(prediction.shape)}; "
             f"got {tuple(weight.shape)}"
-        )
+        ) from None
     if weight.requires_grad:
         raise InputError(f"expected a {name} without a gradient, as torch takes it; got one with: call .detach() on it")
     one_kind(**{name: weight.to(prediction.dtype), "prediction": prediction})
@@ -309,7 +307,6 @@ def batch(weight: Tensor, outputs: int, input: Tensor, target: Tensor, loss: str
     """Refuse an input (N, n_1) or a target that the first W^l and the cost can't take."""
     tensors(input=input, target=target)
     like("an input", input, weight, ("N", weight.shape[1]), "call .flatten(1) or .to() on it, to fit the first weight")
-    dense(target=target)
     real("input", input)
     target_of(outputs, input, target, loss)
 
@@ -378,28 +375,19 @@ def buffer(prediction: Tensor, shape: tuple[int, ...], input: Tensor, target: Te
 
 def rows_of(prediction: Tensor, target: Tensor, loss: str) -> None:
     """Refuse a prediction that is no row of numbers for each sample, and a target that does not fit it."""
-    if prediction.dim() != 2:
-        raise InputError(
-            f"expected a prediction of shape (N, outputs); got {tuple(prediction.shape)}: put an nn.Flatten before the "
-            "first affine map"
-        )
+    like("a prediction", prediction, prediction, ("N", "outputs"), "put an nn.Flatten before the first affine map")
     target_of(prediction.shape[1], prediction, target, loss)
 
 
 def target_of(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
     """Refuse a target that the cost can't take beside such rows."""
-    if loss == "cross_entropy" and target.dim() == 1:
-        fits = target.dtype == torch.int64 and target.shape == input.shape[:1]
-    else:
-        fits = target.dtype == input.dtype and target.shape == (input.shape[0], outputs)
-    if not fits or target.device != input.device:
-        indices = f", or class indices ({input.shape[0]},) of torch.int64" if loss == "cross_entropy" else ""
-        hint = "" if loss == "cross_entropy" else _one_hot((len(input), outputs), input.dtype, target)
-        raise InputError(
-            f"expected a target of shape ({input.shape[0]}, {outputs}) and {input.dtype}{indices}, on {input.device}; "
-            f"got {tuple(target.shape)} of {target.dtype} on {target.device}"
-            + (hint or ": reshape it, or call .to() on it")
-        )
+    dense(target=target)
+    fix = _one_hot((len(input), outputs), input.dtype, target) or "reshape it, or call .to() on it"
+    if loss == "cross_entropy":
+        if (target.shape, target.dtype, target.device) == (input.shape[:1], torch.int64, input.device):
+            return
+        fix = f"call .to() on it, or pass class indices ({len(input)},) of torch.int64"
+    like("a target", target, input, (len(input), outputs), fix)
 
 
 def trainable(parameters: Iterable[Tensor | None]) -> None:

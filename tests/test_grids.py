@@ -776,6 +776,14 @@ def test_a_batch_norm_without_its_counter() -> None:
         torch.testing.assert_close(ours.running_mean, theirs.running_mean)
 
 
+def test_a_sparse_target_of_a_grid_is_refused() -> None:
+    """Its cost was 0: a product with a sparse tensor of zeros holds nothing to sum."""
+    model = nn.Sequential(mm.Conv2d(1, 2, 2), nn.Flatten(), mm.Affine(8, 4)).double()
+    for target in (randn(5, 4).to_sparse(), torch.zeros(5, dtype=torch.int64).to_sparse()):
+        with pytest.raises(mm.InputError, match=r"dense tensors; got a sparse one as target: call \.to_dense"):
+            mm.network.network_loss(model, randn(5, 1, 3, 3), target, "cross_entropy")
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "complex conv": (lambda: F.conv2d(torch.ones(1, 1, 3, 3) * 1j, torch.ones(1, 1, 2, 2) * 1j), "imaginary parts"),
     "complex max": (lambda: F.max_pool2d(torch.ones(1, 3, 3) * 1j, 2), "imaginary parts"),

@@ -137,7 +137,7 @@ def test_no_neurons(sizes: str, layer: str, bias: bool) -> None:
 def test_what_is_no_size_is_refused(size: Any) -> None:
     for kind in (mm.Affine, mm.AffineActivation):
         for sizes in ((size, 3), (3, size)):
-            with pytest.raises(mm.InputError, match="number of neurons"):
+            with pytest.raises(mm.InputError, match="a whole number; got"):
                 kind(*sizes)
 
 
