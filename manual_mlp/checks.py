@@ -325,6 +325,7 @@ def full_batch(weight: Tensor | None, outputs: int, input: Tensor, target: Tenso
 
 
 def batch_labels(outputs: int, target: Tensor, loss: str) -> None:
+    dense(target=target)
     if loss == "cross_entropy" and target.dim() == 1:
         labels(target, outputs)
 
