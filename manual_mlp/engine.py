@@ -473,7 +473,7 @@ class BackpropEngine:
         if self.compute_dtype is not None and (self.compute_dtype, first.dtype) != (torch.bfloat16, torch.float32):
             raise InputError(
                 "expected a compute_dtype of torch.bfloat16 for float32 parameters, or None; "
-                f"got {self.compute_dtype} for {first.dtype}"
+                f"got {checks.brief(self.compute_dtype)} for {first.dtype}"
             )
         if not trained or not trained <= group_of.keys() or not group_of.keys() <= {id(p) for p in owned}:
             raise InputError(

@@ -103,7 +103,8 @@ def name_and_values(name: str, given: dict[str, float | str]) -> tuple[str, tupl
     """
     if name not in ACTIVATIONS:
         hint = checks.meant(name, ACTIVATIONS)
-        raise InputError(f"expected the name of an activation, one of {', '.join(ACTIVATIONS)}; got {name!r}{hint}")
+        came = f"{checks.brief(name)}{hint}"
+        raise InputError(f"expected the name of an activation, one of {', '.join(ACTIVATIONS)}; got {came}")
     row = ACTIVATIONS[name]
     if not given:
         return name, row.values

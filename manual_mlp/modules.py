@@ -265,7 +265,7 @@ def name_and_values(activation: Any) -> tuple[str, tuple[float, ...]]:
     hint = ": call it, as in nn.ReLU()" if kind is type else checks.meant(kind.__name__, sheet.ACTIVATIONS)
     raise InputError(
         f"expected the name of an activation or an activation module, one of {', '.join(sheet.ACTIVATIONS)}; "
-        f"got {activation!r}{hint}"
+        f"got {checks.brief(activation)}{hint}"
     )
 
 

@@ -468,7 +468,7 @@ def _rules(before: Any, name: str, module: Any, grids: bool) -> list[tuple[Any, 
 def cost_of(loss: str, program: Program) -> Cost:
     """Return the row of a cost. Raises InputError for an unknown name, and for a logits cost after an activation."""
     if not isinstance(loss, str) or loss not in COSTS:
-        raise InputError(f"expected a loss, one of {', '.join(COSTS)}; got {loss!r}")
+        raise InputError(f"expected a loss, one of {', '.join(COSTS)}; got {checks.brief(loss)}")
     last = next(node.rule for node in reversed(program.nodes) if not isinstance(node.rule, Drop))
     if COSTS[loss].logits and isinstance(last, Activate | Softmax):
         ends = last.row.name if isinstance(last, Activate) else "softmax"

@@ -146,9 +146,10 @@ class TestAnswers:
         images, target = RNG.uniform(size=(4, 2, 3)), np.array([0, 0, 1, 1])
         scores = np.array([[0.4, 0.6], [0.9, 0.1], [0.9, 0.1], [0.6, 0.5]])  # right but for 0, 2 and 3: by .2, .8, .1
         figure = plots.worst_mistakes(images, target, scores, ["zero", "one"], most=2)
-        drawn = [image.get_array() for image in figure.axes[0].get_images()]
+        drawn = [axes.get_images()[0].get_array() for axes in figure.axes[:2]]
         np.testing.assert_array_equal(drawn, images[[2, 0]])
-        assert texts(figure) == ["predicted zero,\nis one", "predicted one,\nis zero"]
+        titles = [axes.get_title("left") for axes in figure.axes]
+        assert titles == ["predicted zero,\nis one", "predicted one, is\nzero", "", ""]
 
     def test_no_mistake_to_draw(self) -> None:
         with pytest.raises(InputError, match="at least one mistake"):

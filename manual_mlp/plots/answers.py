@@ -1,6 +1,7 @@
 """Pictures of the answers of a net, and of the weights of its first layer."""
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
@@ -57,8 +58,8 @@ def worst_mistakes(
     >>> import numpy as np, manual_mlp as mm
     >>> images, scores = np.zeros((2, 8, 8)), np.array([[0.9, 0.1], [0.2, 0.8]])
     >>> figure = mm.plots.worst_mistakes(images, np.array([0, 0]), scores, ["8", "1"])
-    >>> [text.get_text() for text in figure.axes[0].texts]
-    ['predicted 1, is 8']
+    >>> figure.axes[0].get_title("left")
+    'predicted 1, is 8'
     """
     prediction = scores.argmax(1)
     rows = np.arange(len(target))
@@ -66,18 +67,14 @@ def worst_mistakes(
     worst = [row for row in np.argsort(-behind, kind="stable") if prediction[row] != target[row]][:most]
     if not worst:
         raise InputError("expected at least one mistake to draw, but every answer is right; draw something else")
-    names, columns, height = short_names(class_names), 4, 1.35  # of a tile, whose width is 1
-    lines = -(-len(worst) // columns)
-    figure, panels = new_panels(1, 1, max(1.2, lines * height * WIDTH / columns))
-    axes = panels[0, 0]  # one for all tiles: many take longer to draw
-    axes.set(xlim=(0, columns), ylim=(lines * height, 0))
-    axes.set_axis_off()
-    for place, row in enumerate(worst):
-        x, y = place % columns, place // columns * height
-        axes.imshow(images[row], cmap="Greys", extent=(x, x + 0.94, y + 1.3, y + 0.36))
-        answer, truth = f"predicted {names[prediction[row]]},", f"is {names[target[row]]}"
-        gap = " " if len(answer + truth) <= IN_A_LINE else "\n"
-        axes.text(x, y + 0.32, answer + gap + truth, fontsize=7)
+    names = short_names(class_names)
+    figure, panels = new_panels(-(-len(worst) // 4), 4, 1.4)
+    for axes in panels.ravel():
+        axes.set_axis_off()
+    for axes, row in zip(panels.ravel(), worst, strict=False):
+        axes.imshow(images[row], cmap="Greys")
+        text = f"predicted {names[prediction[row]]}, is {names[target[row]]}"
+        axes.set_title(textwrap.fill(text, IN_A_LINE), fontsize=7, loc="left")
     return figure
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manual_mlp import tables
+from manual_mlp.checks import brief
 from manual_mlp.errors import InputError
 from manual_mlp.testing.checks import (
     CHECKS,
@@ -219,7 +220,7 @@ def _subject(
     function: Any, inputs: Iterable[Any], reference: Callable[..., Any] | None = None, compile: bool = False
 ) -> Subject:
     if not isinstance(inputs, Iterable):
-        raise InputError(f"expected a tensor or a tuple of what the function takes; got {inputs!r}")
+        raise InputError(f"expected a tensor or a tuple of what the function takes; got {brief(inputs)}")
     values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
