@@ -120,6 +120,7 @@ def like(name: str, tensor: Tensor, of: Tensor, shape: Sequence[int | str], fix:
     name: with its article.
     """
     tensors(**{name: tensor})
+    dense(**{name: tensor})
     sizes = zip(shape, tensor.shape, strict=False)
     fits = tensor.dim() == len(shape) and all(n == own or isinstance(n, str) for n, own in sizes)
     if not fits or (tensor.dtype, tensor.device) != (of.dtype, of.device):
@@ -128,12 +129,14 @@ def like(name: str, tensor: Tensor, of: Tensor, shape: Sequence[int | str], fix:
             f"expected {name} of shape {wanted} and {of.dtype} on {of.device}; "
             f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}: {fix}"
         )
-    dense(**{name: tensor})
 
 
 def dense(**named: Tensor) -> None:
-    if sparse := [name for name, tensor in named.items() if tensor.layout != torch.strided]:
-        raise InputError(f"expected dense tensors; got a sparse one as {sparse[0]}: call .to_dense() on it")
+    for name, tensor in named.items():
+        if tensor.is_nested:
+            raise InputError(f"expected dense tensors; got a nested one as {name}: call .to_padded_tensor(0) on it")
+        if tensor.layout != torch.strided:
+            raise InputError(f"expected dense tensors; got a sparse one as {name}: call .to_dense() on it")
 
 
 def real(name: str, tensor: Tensor, whole: bool = False) -> None:
