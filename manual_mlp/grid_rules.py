@@ -138,11 +138,14 @@ class Normalise(GridRule):
     ) -> Gradients:
         return grid_functions.norm_gradients(g, x, weight, self.last, ε, needs, given)
 
+    @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Update the running statistics of a batch norm: by a call of it, whose output nobody reads."""
-        if not self.last and self.module.training and self.module.track_running_stats:
-            with torch.no_grad():
-                self.module(x)
+        """Update the running statistics of a batch norm as a call of it in training does."""
+        of = self.module
+        if not self.last and of.training and of.track_running_stats:
+            κ = modules.counted(of)
+            if x.numel():
+                torch.native_batch_norm(x, None, None, of.running_mean, of.running_var, True, κ, of.eps)
 
 
 class Softmax(GridRule):

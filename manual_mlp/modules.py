@@ -396,6 +396,15 @@ class AvgPool2d(nn.AvgPool2d):
         return functional.avg_pool2d(input, *places, *divisor)
 
 
+def counted(norm: Any) -> float:
+    """Count one more batch of a batch norm, and return κ, the share that it has in the running statistics."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the mean of all batches so far
+            return 1 / float(norm.num_batches_tracked)
+    return norm.momentum or 0.0
+
+
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """γ x̂ + β over the set of each channel; in evaluation by the running statistics."""
 
@@ -403,18 +412,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         """Return γ x̂ + β, x̂ = (input − μ)/√(v + ε), μ and v of each channel: (N, num_features, …) → the same shape."""
         self._check_input_dim(input)
         tracks = self.training and self.track_running_stats
-        κ = self._counted() if tracks else 0.0
+        κ = counted(self) if tracks else 0.0
         m, s = (self.running_mean, self.running_var) if tracks or not self.training else (None, None)
         training = self.training or (m is None and s is None)
         return functional.batch_norm(input, m, s, self.weight, self.bias, training, κ, self.eps)
-
-    def _counted(self) -> float:
-        """Count one more batch, and return κ, the share that it has in the running statistics."""
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the mean of all batches so far
-                return 1 / float(self.num_batches_tracked)
-        return self.momentum or 0.0
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
