@@ -98,7 +98,8 @@ class Snapshot:
 class Training:
     """Everything that an optimizer's step honours, as it was: parameters, their hooks, groups, the step itself.
 
-    sources   for each parameter of the model the dict that holds it, and its name there
+    sources   for each parameter of the model the dict that holds it, and its name there. The groups hold no others, so
+              no id that is compared is given anew.
     """
 
     def __init__(self, sources: Iterable[tuple[dict[str, Any], str]], optimizer: torch.optim.Optimizer) -> None:
@@ -107,7 +108,6 @@ class Training:
         # The strides of a contiguous tensor follow from its shape.
         self.strides: Any = Tensor.is_contiguous if all(map(Tensor.is_contiguous, self.owned)) else Tensor.stride
         self.state = self._state(optimizer)
-        self.members = [list(group["params"]) for group in optimizer.param_groups]  # so that no id is given anew
         own = vars(optimizer)
         of_optimizer = own["_optimizer_step_pre_hooks"], own["_optimizer_step_post_hooks"]
         everywhere = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
