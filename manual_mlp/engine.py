@@ -11,7 +11,7 @@ import threading
 from bisect import bisect
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from manual_mlp.errors import InputError
 from manual_mlp.functional import autocasting
 from manual_mlp.native.net import CantRun, NativeNet, gains
 from manual_mlp.network import parameters_of, reading_of
-from manual_mlp.plan import Instruction, Plan, Sink, weigh
+from manual_mlp.plan import Plan, Sink, weigh
 from manual_mlp.program import Drop, cost_of
 from manual_mlp.snapshot import Training, hooks_of_parameter
 
@@ -96,13 +96,11 @@ class BoundPlan(Plan):
         out.copy_(self.out)
 
     def steps(self, input: Any, target: Tensor, out: Tensor) -> None:
-        for fed, calls in self.forward:
-            for call in calls:
-                call(input) if fed else call()
+        for call, fed, _ in self.up:
+            call(input) if fed else call()
         self.both(self.prediction, target, out)
-        for fed, calls in self.backward:
-            for call in calls:
-                call(input) if fed else call()
+        for call, fed, _ in self.down:
+            call(input) if fed else call()
 
     def bind(self, rates: Any) -> None:
         """Make the calls for these rates, unless they are there. For K nets they are lists of K numbers."""
@@ -123,12 +121,7 @@ class BoundPlan(Plan):
             sinks = [self._sink(place, rates) for place in range(len(own))]
             self.compile([0 if self.input is None else self.input, *read], [None, *sinks])
         copies = [(copy, p) for copy, p in zip(read, own, strict=True) if copy is not None and copy is not p]
-        self.up[:0] = [Instruction(partial(copy.copy_, p)) for copy, p in copies]
-        # In runs of calls that read the moving input, and calls that read nothing.
-        self.forward, self.backward = (
-            [(fed, [call for call, _, _ in calls]) for fed, calls in groupby(code, lambda step: step.feeds != ())]
-            for code in (self.up, self.down)
-        )
+        self.up[:0] = [(partial(copy.copy_, p), (), None) for copy, p in copies]
         self.bound_for = numbers
         if self.target is not None:
             self.launch = Launch(partial(self.steps, None, self.target, self.out), self.ones.device)
