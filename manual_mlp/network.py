@@ -7,7 +7,7 @@ read, and nothing else (`program.py`): for silu and gelu only z, from which it c
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -88,7 +88,7 @@ class LossPlan(Plan):
 
 
 def _shapes(tensors: Sequence[Any]) -> list[Any]:
-    return [None if tensor is None else tensor.shape for tensor in tensors]
+    return [*map(getattr, tensors, repeat("shape"), repeat(None))]
 
 
 def _at_once(
