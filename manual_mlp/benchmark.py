@@ -131,7 +131,7 @@ def eager(case: Case, bfloat16: bool = False, compiled: bool = False, make: Opti
     return autograd_step(model, torch.compile(cost) if compiled else cost, case, make)
 
 
-def layers(case: Case, fuse: bool) -> Step:
+def by_layers(case: Case, fuse: bool) -> Step:
     model = modules.MLP(case.sizes, device=case.device) if fuse else convert(torch_net(case), fuse=False)
     return autograd_step(model, lambda x, y: functional.quadratic_loss(model(x), y), case)
 
@@ -226,7 +226,7 @@ def many(case: Case, **options: Any) -> Step:
     return partial(engine.train_epoch, *batch_of(case, EPOCH), case.batch)
 
 
-def layer(case: Case, model: nn.Module) -> Step:
+def one_layer(case: Case, model: nn.Module) -> Step:
     """Return one layer forward and backward, with its input gradient."""
     x, g = torch.randn(case.batch, case.sizes[0], requires_grad=True), torch.randn(case.batch, case.sizes[1])
 
@@ -260,8 +260,8 @@ class Contender(NamedTuple):
 CONTENDERS = {
     "eager torch": Contender(eager),
     "compile": Contender(partial(eager, compiled=True)),
-    "2 Functions": Contender(partial(layers, fuse=False)),
-    "fused": Contender(partial(layers, fuse=True)),
+    "2 Functions": Contender(partial(by_layers, fuse=False)),
+    "fused": Contender(partial(by_layers, fuse=True)),
     "network": Contender(network),
     "step": Contender(engine),
     "epoch": Contender(partial(engine, method="train_batches", native=False), EPOCH),
@@ -285,9 +285,9 @@ EPOCH_CONTENDERS = {
     "16 nets, JAX vmap + scan": Contender(partial(jax_scan, nets=NETS), batches=EPOCH * NETS, needs="jax"),
 }
 LAYER_CONTENDERS = {
-    "eager torch": Contender(lambda case: layer(case, torch_net(case))),
-    "fused": Contender(lambda case: layer(case, modules.MLP(case.sizes))),
-    "2 Functions": Contender(lambda case: layer(case, convert(torch_net(case), fuse=False))),
+    "eager torch": Contender(lambda case: one_layer(case, torch_net(case))),
+    "fused": Contender(lambda case: one_layer(case, modules.MLP(case.sizes))),
+    "2 Functions": Contender(lambda case: one_layer(case, convert(torch_net(case), fuse=False))),
 }
 
 

@@ -133,12 +133,12 @@ def histograms(stages: Mapping[str, Any]) -> Figure:
             elif letter == "a":
                 values.pop(1, None)  # the input belongs to no neuron
             for layer, color in by_layer(values):
-                _steps(axes, values[layer], letter == "delta", color=color, label=f"$l = {layer}$")
+                _outline(axes, values[layer], letter == "delta", color=color, label=f"$l = {layer}$")
     legend_of_layers(figure, panels[0, -1])
     return figure
 
 
-def _steps(axes: Axes, values: np.ndarray, logarithmic: bool, **look: Any) -> None:
+def _outline(axes: Axes, values: np.ndarray, logarithmic: bool, **look: Any) -> None:
     """Draw the outline of a histogram, its highest bin at 1."""
     if not len(values):
         return

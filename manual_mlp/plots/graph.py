@@ -58,10 +58,10 @@ def flow(trace: Any, sample: int = 0) -> Figure:
     >>> [axes.get_title().partition(":")[0] for axes in mm.plots.flow(traced).axes]
     ['forward', 'forward', 'backward', 'backward', 'gradients', 'update']
     """
-    steps = list(_steps(trace, sample))
+    steps = list(_panels(trace, sample))
     figure, panels = _graphs(trace, len(steps))
-    for axes, step in zip(panels, steps, strict=True):
-        _draw(axes, trace, step)
+    for axes, panel in zip(panels, steps, strict=True):
+        _draw(axes, trace, panel)
     return figure
 
 
@@ -73,19 +73,19 @@ def animation(trace: Any, path: str | PathLike[str], sample: int = 0, seconds: f
     >>> pathlib.Path("steps.gif").read_bytes()[:6]
     b'GIF89a'
     """
-    steps = list(_steps(trace, sample))
+    steps = list(_panels(trace, sample))
     film = PillowWriter(fps=1 / seconds)  # type: ignore[arg-type] # it takes fractions
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _graphs(trace, 1)
         with film.saving(figure, Path(path), dpi=100):
-            for step in steps:
+            for panel in steps:
                 axes.clear()
                 _empty(axes, trace)
-                _draw(axes, trace, step)
+                _draw(axes, trace, panel)
                 film.grab_frame()
 
 
-class Step(NamedTuple):
+class Panel(NamedTuple):
     """A panel: its title, the numbers in the neurons by layer, those on the lines by layer, the lines' arrows.
 
     sums: the layers whose terms are drawn, too.
@@ -98,7 +98,7 @@ class Step(NamedTuple):
     sums: Sequence[int] = ()
 
 
-def _steps(trace: Any, sample: int) -> Iterator[Step]:
+def _panels(trace: Any, sample: int) -> Iterator[Panel]:
     _check_size(trace)
     last = len(trace.sizes)
     a = {layer: _numbers(value[sample]) for layer, value in trace.a.items()}
@@ -106,18 +106,18 @@ def _steps(trace: Any, sample: int) -> Iterator[Step]:
     for l, reads in trace.reads.items():  # noqa: E741 -- the lecture's letter
         z = " + ".join(_term(trace, l, f"a^{read}") for read in reads)
         title = rf"forward: $z^{l} = {z}$, $a^{l} = G(z^{l})$"
-        yield Step(title, {known: a[known] for known in range(1, l + 1)}, *_into(trace, [l], ">"))
+        yield Panel(title, {known: a[known] for known in range(1, l + 1)}, *_into(trace, [l], ">"))
     for l in range(last, 1, -1):  # noqa: E741
         readers = [reader for reader, reads in trace.reads.items() for read in reads if read == l]
         terms = " + ".join(_term(trace, reader, rf"\delta^{reader}", back=True) for reader in readers)
         incoming = (f"({terms})" if len(readers) > 1 else terms) or rf"\partial C/\partial a^{l}"
         title = rf"backward: $\delta^{l} = {incoming} \odot G'(z^{l})$"
-        yield Step(title, {known: delta[known] for known in range(l, last + 1)}, *_into(trace, readers, "<"))
+        yield Panel(title, {known: delta[known] for known in range(l, last + 1)}, *_into(trace, readers, "<"))
     title = r"gradients: $\partial C/\partial W^l = \delta^{l+1} (a^l)^T$; neurons: $a^1$, then $\delta^l$"
-    yield Step(title, {1: a[1]} | delta, trace.grad_weight)
+    yield Panel(title, {1: a[1]} | delta, trace.grad_weight)
     biases = {layer + 1: _numbers(b) for layer, b in trace.new_bias.items() if b is not None}
     title = r"update: $W^l := W^l - LR \, \partial C/\partial W^l$; neurons: the new $b^l$"
-    yield Step(title, biases, trace.new_weight)
+    yield Panel(title, biases, trace.new_weight)
 
 
 def _term(trace: Any, layer: int, of: str, back: bool = False) -> str:
@@ -130,18 +130,18 @@ def _term(trace: Any, layer: int, of: str, back: bool = False) -> str:
 
 
 def _into(trace: Any, layers: Sequence[int], arrow: str) -> tuple[dict[int, Any], str, list[int]]:
-    """Return what such layers read, as a Step draws it: the W, their arrows, the sums."""
+    """Return what such layers read, as a Panel draws it: the W, their arrows, the sums."""
     weights = {layer - 1: trace.weight[layer - 1] for layer in layers if layer - 1 in trace.weight}
     return weights, arrow, [layer for layer in layers if layer - 1 not in trace.weight]
 
 
-def _draw(axes: Axes, trace: Any, step: Step) -> None:
-    axes.set_title(step.title)
-    for layer, weight in step.lines.items():
-        _lines(axes, trace, layer, array(weight), step.arrow)
-    for layer in step.sums:
+def _draw(axes: Axes, trace: Any, panel: Panel) -> None:
+    axes.set_title(panel.title)
+    for layer, weight in panel.lines.items():
+        _lines(axes, trace, layer, array(weight), panel.arrow)
+    for layer in panel.sums:
         axes.add_collection(LineCollection(_ways(trace, layer), colors="0.3", linewidths=1.2, clip_on=False))
-    _neurons(axes, trace.sizes, step.neurons)
+    _neurons(axes, trace.sizes, panel.neurons)
 
 
 def _check_size(trace: Any) -> None:

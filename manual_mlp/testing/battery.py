@@ -1,4 +1,4 @@
-"""The battery: run the checks on anything differentiable; its report, a row a check; and as pytest tests."""
+"""Run the checks on anything differentiable, report them, a row a check, and make pytest tests of them."""
 
 import shutil
 import textwrap
