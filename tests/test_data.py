@@ -281,11 +281,12 @@ class TestTables:
     @pytest.mark.parametrize(
         ("arrays", "sentence"),
         [
-            ({"x": np.ones(3), "y": np.ones((3, 2))}, "one target per row, but 'y' has the shape"),
-            ({"x": np.ones(4), "y": np.ones(3)}, r"expected 3 rows in every column.*'x' has the shape \(4,\)"),
-            ({"x": np.array(1.0), "y": np.ones(3)}, r"expected 3 rows in every column.*'x' has the shape \(\)"),
+            ({"x": np.ones(3), "y": np.ones((3, 2))}, r"target to name a column there is, .* no 'y'; .* are 'x', 'y\[0\]', 'y\[1\]'"),
+            ({"x": np.ones(4), "y": np.ones(3)}, "expected 4 rows in every column, but 'y' has 3"),
+            ({"x": np.array(1.0), "y": np.ones(3)}, "expected 3 rows in every column, but 'x' has 1"),
             ({"x": np.array(["p", "q", "r"]), "y": np.ones(3)}, "'x' is text of 3 kinds in 3 rows"),
-            ({"x": np.ones(3, "U"), "y": np.ones((3, 0))}, "one target per row"),
+            ({"x": np.ones(3, "U"), "y": np.ones((3, 0))}, "target to name a column there is, .* no 'y'"),
+            ({"x": np.ones((3, 1)), "x[0]": np.ones(3), "y": np.ones(3)}, r"different names .* 'x\[0\]' comes twice"),
             ({"x": np.ones(3) * 1j, "y": np.ones(3)}, "numbers or text in every .*, but 'x' .* complex128"),
         ],
     )

@@ -120,30 +120,26 @@ class Predictor(nn.Module):
 
     def _features(self, table: Table) -> tuple[np.ndarray, list[str]]:
         """Return the rows (N, n_1) and words about them. Without names of columns, all of the file's are features."""
-        rows = max((len(values) for values in table.columns.values() if values.ndim), default=0)
         if not self.columns:
-            codes, columns, defects = preparation.taken(table, rows)
+            codes, columns, defects = preparation.taken(table)
             defects += [(row, "a cell is empty") for row in np.flatnonzero(np.isnan(codes).any(1)).tolist()]
             defects += [(None, f"{quoted(column.name)} is text") for column in columns if column.kinds]
             table.refuse(defects)
             return codes, []
-        for name in {self.target, self.key} & table.columns.keys():
-            if (shape := table.columns[name].shape) != (rows,):
-                raise InputError(
-                    f"expected one value of {quoted(name)} for each of {rows} rows, but got the shape {shape}; mend it "
-                    "or leave it out"
-                )
-        there = readers.column_names(table.columns)
-        if missing := [column.name for column in self.columns if column.name not in there]:
+        own = [column.name for column in self.columns]
+        if missing := [name for name in own if name not in table.columns]:
             raise InputError(
-                f"expected the {len(self.columns)} columns that the net was trained on, in any order, but "
+                f"expected the {len(own)} columns that the net was trained on, in any order, but "
                 f"{table.path.name} lacks {listed(missing)}; add {'it' if len(missing) == 1 else 'them'}"
                 + (f", and separate the cells by {table.mark!r}, as in training" if len(table.columns) == 1 else "")
             )
-        codes, raw, said, defects = preparation.known(table, rows, self.columns)
+        extra = [name for name in table.columns if name not in {*own, self.target, self.key}]
+        for name in extra:
+            del table.columns[name]
+        codes, raw, defects = preparation.taken(table, self.columns)
         table.refuse(defects)
-        own = {*(column.name for column in self.columns), self.target, self.key}
-        if extra := [name for name in there if name not in own]:
+        said = preparation.new_kinds(codes, raw, self.columns)
+        if extra:
             said.append(f"ignored {listed(extra)}: the net was trained without {'it' if len(extra) == 1 else 'them'}")
         return preparation.prepared(codes, raw, self.columns), said
 
@@ -264,6 +260,9 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
         )
     chosen = prediction.argmax(1).tolist() if names else []
     key = {predictor.key: table.columns[predictor.key]} if predictor.key in table.columns else {}
+    if suffix == ".npz":  # text in an array is as wide as the longest
+        table.allows(4 * len(features) * max((len(str(cell)) for cells in key.values() for cell in cells), default=0))
+    score = _score(table, predictor, values.numpy(), chosen)  # may refuse the column: before anything is written
     try:
         write_whole(destination, SUFFIXES[suffix](values.numpy(), names, chosen, spread, key))
     except OSError as error:
@@ -278,7 +277,7 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
         said.append(f"there is no {quoted(predictor.key)}: the predictions stand in the order of the rows")
     if repeats:
         said.append(f"{quoted(predictor.key)} repeats in {preparation.counted(repeats, 'row')}")
-    said += _score(table, predictor, values.numpy(), chosen)
+    said += score
     if suffix == ".csv" and (odd := list(filter(_is_odd, names))):
         said.append(
             f"caution: {listed(odd)} among the classes is in the file as it is; a spreadsheet runs what begins with "
@@ -330,15 +329,13 @@ def _npz(
     if names:
         arrays = {"class": np.array(names)[chosen], "probability": values, "class_names": np.array(names)}
     arrays |= {} if spread is None else {"sd": spread}
-    arrays |= {name: _cells(cells) for name, cells in key.items()}
+    for name, cells in key.items():
+        arrays[name] = (
+            np.array(["" if cell is None else str(cell) for cell in cells]) if cells.dtype == object else cells
+        )
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()
-
-
-def _cells(values: np.ndarray) -> np.ndarray:
-    """Return the cells of a key as they were read; an empty one is an empty text."""
-    return values if values.dtype.kind != "O" else np.array(["" if value is None else str(value) for value in values])
 
 
 def _csv(
@@ -359,7 +356,7 @@ def _csv(
         rows = slice(start, start + ROWS)
         columns = [*values[rows].T.astype(str)]  # as many digits as the type has
         own = [[names[index] for index in chosen[rows]]] if names else []
-        writer.writerows(zip(*(_cells(cells[rows]) for cells in key.values()), *own, *columns, strict=True))
+        writer.writerows(zip(*(cells[rows] for cells in key.values()), *own, *columns, strict=True))
     text.detach()
     return file.getvalue()
 

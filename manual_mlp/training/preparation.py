@@ -6,14 +6,14 @@ What is filled in, and which kinds there are, is fitted on the training rows by 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from manual_mlp.errors import InputError
 from manual_mlp.shell import for_the_shell, listing, override
-from manual_mlp.training.readers import LARGEST, Table, check_names, column_names, cut, example, listed, quoted
+from manual_mlp.training.readers import LARGEST, Table, cut, example, listed, quoted
 
 LARGEST_FLOAT = 2**53  # above it not every whole number has a float of its own
 MOST_CLASSES, LONGEST_NAME = 10_000, 1000
@@ -65,55 +65,41 @@ def from_plain(data: Mapping[str, Any], inputs: int) -> list[Column]:
     return columns
 
 
-def taken(table: Table, rows: int) -> tuple[np.ndarray, list[Column], Defects]:
-    """Take all columns out of a table → (rows, n) numbers and codes of kinds, NaN for gaps; the columns; the defects.
+def taken(table: Table, trained: Sequence[Column] = ()) -> tuple[np.ndarray, list[Column], Defects]:
+    """Take columns out of a table → (rows, n) numbers and codes of kinds, NaN for gaps; the columns; the defects.
 
-    Each number is there once. Raises InputError for columns of other lengths, of the same name, of no simple values.
+    trained: those to take, numbers or text as in the training; by default all, as their cells are. Each number is there
+    once. Raises InputError for columns of no simple values.
     """
-    check_names(table.path, names := column_names(table.columns))
-    codes, columns = np.empty((rows, len(names))), list[Column]()
+    names = [column.name for column in trained] or [*table.columns]
+    codes, columns = np.empty((table.rows, len(names))), list[Column]()
     defects, refused = Defects(), list[str]()
-    for name in list(table.columns):
-        values = _checked(table.columns.pop(name), rows, name)
-        place, kinds = len(columns), tuple[str, ...]()
-        if values.dtype.kind in "biuf":
-            block = values if values.ndim > 1 else values[:, None]
-            defects += _too_large(block, names[place:])
-        else:
-            found, kinds, wrong = _text_or_numbers(values, name, table.decimal)
-            block = found[:, None]
-            defects += wrong
-            refused += [name] * any(row is None for row, _ in wrong)
-        columns += [Column(names[place + index], kinds) for index in range(block.shape[1])]
-        codes[:, place : len(columns)] = block
+    for place, (name, like) in enumerate(zip_longest(names, trained)):
+        codes[:, place], kinds, wrong = _coded_or_numbers(table.columns.pop(name), name, table.decimal, like)
+        columns.append(Column(name, kinds))
+        defects += wrong
+        refused += [name] * any(row is None for row, _ in wrong)
     if refused:
         defects.append((None, f"to leave them out: {listing('data.source.drop', [*table.drop, *refused])}"))
     return codes, columns, defects
 
 
-def known(table: Table, rows: int, columns: Sequence[Column]) -> tuple[np.ndarray, list[Column], list[str], Defects]:
-    """Return `columns` of a table as `taken` does, with the kinds that are in it; words about new ones; the defects."""
-    codes, raw, said, defects = np.empty((rows, len(columns))), list[Column](), list[str](), Defects()
-    blocks = (values.T if values.ndim > 1 else [values] for values in table.columns.values())
-    flat = dict(zip(column_names(table.columns), chain.from_iterable(blocks), strict=True))
-    for place, column in enumerate(columns):
-        values, kinds = _checked(flat[column.name], rows, column.name), tuple[str, ...]()
-        if column.kinds:
-            places, kinds = _coded(values, column.name, defects)
-            codes[:, place] = np.where(places < 0, np.nan, places)
-        else:
-            codes[:, place], wrong = numbers(values, column.name, gaps=column.fill is not None)
-            defects += wrong
-        raw.append(Column(column.name, kinds))
+def new_kinds(codes: np.ndarray, raw: Sequence[Column], trained: Sequence[Column]) -> list[str]:
+    """Return words about the kinds of text in new rows that the training did not know."""
+    said = []
+    for before, column, values in zip(raw, trained, codes.T, strict=True):
         own = {*column.kinds}
-        if new := {code: kind for code, kind in enumerate(kinds) if kind not in own}:
-            there = counted(int(np.isin(codes[:, place], [*new]).sum()), "row")
+        if new := {code: kind for code, kind in enumerate(before.kinds) if kind not in own}:
+            there = counted(int(np.isin(values, [*new]).sum()), "row")
             said.append(f"{quoted(column.name)} has {listed([*new.values()])} in {there}: none of the known kinds")
-    return codes, raw, said, defects
+    return said
 
 
 def fitted(columns: Sequence[Column], codes: np.ndarray) -> list[Column | None]:
-    """Return the columns as fitted on training rows; None for one that is empty in all of them."""
+    """Return the columns as fitted on training rows; None for one that is empty in all of them.
+
+    Column by column: all at once take three times the memory of the rows, and in large tables twice the time.
+    """
     from sklearn.impute import SimpleImputer  # type: ignore[import-untyped]
     from sklearn.preprocessing import OneHotEncoder  # type: ignore[import-untyped]
 
@@ -186,32 +172,12 @@ def words(
     return said
 
 
-def white_space(columns: Sequence[Column]) -> str:
-    """Return words about kinds of text that differ from others, or from an empty cell, in white space alone."""
-    odd = {c.name: [k for k in c.kinds if k != k.strip() and k.strip() in ("", *c.kinds)] for c in columns}
-    told = [f"{quoted(name)} has {listed(kinds)}" for name, kinds in odd.items() if kinds]
-    return f"{', '.join(told)}: kinds of their own, though nothing else sets them apart" if told else ""
-
-
 def counted(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _is_like_an_id(values: np.ndarray) -> bool:
     return len(values) >= 10 and bool((values == np.floor(values)).all()) and len(np.unique(values)) == len(values)
-
-
-def _checked(values: np.ndarray, rows: int, name: str) -> np.ndarray:
-    if values.shape[:1] != (rows,):
-        raise InputError(
-            f"expected {rows} rows in every column, but {quoted(name)} has the shape {values.shape}; mend it"
-        )
-    if values.dtype.kind not in "biufOSU" or (values.ndim > 1 and values.dtype.kind not in "biuf"):
-        raise InputError(
-            f"expected numbers or text in every feature column, but {quoted(name)} has values of the type "
-            f"{values.dtype}; write them as numbers or leave it out"
-        )
-    return values
 
 
 def _coded(values: np.ndarray, name: str, defects: Defects) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -235,14 +201,27 @@ def _ordered(names: Sequence[str | None], order: Any) -> tuple[tuple[str, ...], 
     return tuple(known), np.array([place[name] for name in names], dtype=np.int64)
 
 
-def _text_or_numbers(values: np.ndarray, name: str, decimal: str | None) -> tuple[np.ndarray, tuple[str, ...], Defects]:
+def _coded_or_numbers(
+    values: np.ndarray, name: str, decimal: str | None, like: Column | None
+) -> tuple[np.ndarray, tuple[str, ...], Defects]:
     """Return codes of kinds and the kinds, or numbers and none; the defects, of no one row if it is neither.
 
-    Text of too many kinds is taken for numbers if most of them are: then the others are defects.
+    like: the column in the training, if there was one. Text of too many kinds is taken for numbers if most of them are:
+    then the others are defects.
     """
+    if values.dtype.kind not in "biufOSU":
+        raise InputError(
+            f"expected numbers or text in every feature column, but {quoted(name)} has values of the type "
+            f"{values.dtype}; write them as numbers or leave it out"
+        )
+    if not like.kinds if like else values.dtype.kind in "biuf":
+        found, defects = numbers(values, name, gaps=like is None or like.fill is not None)
+        return found, (), defects
     defects = Defects()
     places, kinds = _coded(values, name, defects)
     codes = np.where(places < 0, np.nan, places)
+    if like:
+        return codes, kinds, defects
     if kinds and (words := _written_otherwise(kinds, decimal)):
         return codes, kinds, [*defects, (None, f"{quoted(name)} holds {words}")]
     if len(kinds) <= MOST_KINDS and 2 * len(kinds) <= len(codes):
@@ -256,13 +235,15 @@ def _text_or_numbers(values: np.ndarray, name: str, decimal: str | None) -> tupl
 
 def _written_otherwise(kinds: Sequence[str], decimal: str | None) -> str:
     """Return how numbers are written, and the fix, if all kinds are numbers with a comma, or with marks in them."""
-    such = f"such as {quoted(kinds[0])}"
     comma = decimal != "," and all(map(COMMA, kinds))
+    if not comma and not all(map(THOUSANDS, kinds)):
+        return ""
     fix = for_the_shell(override("data.source.decimal", ","))
-    if all(map(THOUSANDS, kinds)):
-        also = f", or set {fix} if the comma is the decimal one" if comma else ""
-        return f"numbers with a mark between thousands, {such}: write them without it, names with a letter{also}"
-    return f"numbers with a decimal comma, {such}: set {fix}" if comma else ""
+    return (
+        f"numbers with marks in them, such as {quoted(kinds[0])}: "
+        + f"if the comma is the decimal one, set {fix}; else " * comma
+        + "write them without marks, and names with a letter"
+    )
 
 
 def numbers(values: np.ndarray, name: str, gaps: bool = False) -> tuple[np.ndarray, Defects]:
@@ -280,7 +261,9 @@ def numbers(values: np.ndarray, name: str, gaps: bool = False) -> tuple[np.ndarr
     if not gaps:
         empty = [row for row in np.flatnonzero(np.isnan(found)).tolist() if row not in refused]
         defects += [(row, f"{quoted(name)} is empty") for row in empty]
-    return found, defects + _too_large(found[:, None], [name])
+    wrong = np.flatnonzero(np.abs(found) > LARGEST).tolist()
+    limit = f"which is not finite, or above {LARGEST:.1e}: rescale it"
+    return found, defects + [(row, f"{quoted(name)} holds {found[row]}, {limit}") for row in wrong]
 
 
 def _number(kind: str) -> float | None:
@@ -291,15 +274,6 @@ def _number(kind: str) -> float | None:
         return None if "_" in kind else float(kind)
     except ValueError:
         return None
-
-
-def _too_large(block: np.ndarray, names: Sequence[str]) -> Defects:
-    """Return the cells that float32, in which a net is trained, can't hold."""
-    if not block.size or (np.nanmin(block, initial=0) >= -LARGEST and np.nanmax(block, initial=0) <= LARGEST):
-        return []
-    wrong = np.argwhere(~(np.abs(block) <= LARGEST) & ~np.isnan(block)).tolist()
-    limit = f"which is not finite, or above {LARGEST:.1e}: rescale it"
-    return [(row, f"{quoted(names[place])} holds {block[row, place]}, {limit}") for row, place in wrong]
 
 
 def classes(values: np.ndarray, target: str) -> tuple[tuple[str, ...], np.ndarray]:

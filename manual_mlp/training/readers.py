@@ -79,8 +79,8 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 class Table:
     """The columns of a table file; while it is being read, also the bound on what it may decode to.
 
-    columns: by name, in the order of the file: numbers, booleans, or text as objects, with None for an empty cell. An
-        array of an NPZ file may stand for several columns: (rows, n).
+    columns: (rows,) by name, in the order of the file: numbers, booleans, or text, as objects with None for an empty
+        cell. An array (rows, n) of an NPZ file is n columns.
     left_out: columns that nobody named, such as the index that pandas writes, unless `wanted` names them.
     option: the key that a message names. drop: columns not to read. texts: columns of a CSV file that are text as it
         stands. labels: the one whose cells are class labels: text, too, unless all are written as numbers.
@@ -98,6 +98,15 @@ class Table:
     decimal: str | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows. Raises InputError if it is not that of every column."""
+        rows = max(map(len, self.columns.values()), default=0)
+        for name, values in self.columns.items():
+            if len(values) != rows:
+                raise InputError(f"expected {rows} rows in every column, but {quoted(name)} has {len(values)}; mend it")
+        return rows
 
     @property
     def mark(self) -> str:
@@ -197,14 +206,6 @@ def read_table(table: Table) -> Table:
     return table
 
 
-def column_names(columns: dict[str, np.ndarray]) -> list[str]:
-    """Return the names of all features; those in an array of several columns (NPZ) are name[0], name[1] and so on."""
-    names = list[str]()
-    for name, values in columns.items():
-        names += [f"{name}[{place}]" for place in range(values.shape[1])] if values.ndim > 1 else [name]
-    return names
-
-
 def check_names(path: Path, names: Iterable[str]) -> None:
     """Raise InputError for a name that comes twice, also with other white space or in another form of Unicode."""
     seen: dict[str, str] = {}
@@ -219,7 +220,7 @@ def check_names(path: Path, names: Iterable[str]) -> None:
 
 
 def _read_npz(table: Table, file: IO[bytes]) -> None:
-    size = 0
+    size, columns = 0, list[tuple[str, np.ndarray]]()
     with zipfile.ZipFile(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         for place in table.places(names):
@@ -228,19 +229,27 @@ def _read_npz(table: Table, file: IO[bytes]) -> None:
             with archive.open(archive.infolist()[place]) as array:
                 version = np.lib.format.read_magic(array)
                 shape, _, dtype = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))(array)
-                columns = max(1, math.prod(map(abs, shape[1:])))  # an empty array may claim many, too
-                size += max(8, dtype.itemsize) * math.prod(shape) + COLUMN * (columns - 1)
+                width = max(1, math.prod(map(abs, shape[1:])))  # an empty array may claim many columns, too
+                size += max(8, dtype.itemsize) * math.prod(shape) + COLUMN * (width - 1)
                 table.allows(size)
                 array.seek(0)
                 values = np.lib.format.read_array(array, allow_pickle=False)  # a pickle could run code
                 if dtype.kind == "U" and np.frombuffer(values.tobytes(), dtype.str[0] + "u4").max(initial=0) > 0x10FFFF:
                     raise ValueError(f"{quoted(names[place])} holds letters beyond Unicode")  # Python would fail later
-                if values.ndim > 1:
-                    values = values.reshape(len(values), math.prod(values.shape[1:]))
-                if values.shape[1:] == (1,) and names[place] in table.wanted:
-                    values = values[:, 0]
-                with np.errstate(all="ignore"):  # too large a long double becomes infinite, a signalling NaN quiet
-                    table.columns[names[place]] = np.multiply(values, 1.0, dtype=float) if dtype.kind == "f" else values
+                if dtype.kind == "f":
+                    with np.errstate(all="ignore"):  # too large a long double becomes infinite, a signalling NaN quiet
+                        values = np.multiply(values, 1.0, dtype=float)
+                columns += _in_columns(names[place], np.atleast_1d(values), names[place] in table.wanted)
+    check_names(table.path, (name for name, _ in columns))
+    table.columns = dict(columns)
+
+
+def _in_columns(name: str, values: np.ndarray, wanted: bool) -> list[tuple[str, np.ndarray]]:
+    """Return an array (rows, n) as columns name[0], name[1] and so on; (rows,) keeps its name, (rows, 1) if wanted."""
+    columns = values.reshape(len(values), math.prod(values.shape[1:])).T
+    if values.ndim == 1 or (wanted and len(columns) == 1):
+        return [(name, columns[0])]
+    return [(f"{name}[{place}]", cells) for place, cells in enumerate(columns)]
 
 
 def _read_csv(table: Table, file: IO[bytes]) -> None:

@@ -160,15 +160,15 @@ def table(
     read.separator, read.decimal, read.texts = separator, decimal, [own["key"]] if "key" in own else []
     read.labels = own["target"] if task == "classification" else None
     readers.read_table(read)
+    rows, defects = read.rows, Defects()
     columns = {option: _taken(read, name, option) for option, name in own.items()}
-    rows, defects = len(columns["target"]), Defects()
     if task == "classification":
         classes, values = preparation.classes(columns["target"], own["target"])
         defects += [(row, f"{quoted(own['target'])} is empty") for row in np.flatnonzero(values < 0).tolist()]
     else:
         classes, values = (), _numbers(columns["target"], own["target"], defects)
     weights = _numbers(columns["weight"], own["weight"], defects) if "weight" in own else None
-    codes, features, more = preparation.taken(read, rows)
+    codes, features, more = preparation.taken(read)
     if not features:
         raise InputError(
             f"expected a feature in {read.path.name}, but beside {readers.listed([*own.values(), *map(str, drop)])} "
@@ -183,19 +183,16 @@ def table(
 
 
 def _taken(table: readers.Table, name: str, option: str) -> np.ndarray:
-    """Take a column (N,) out of the table."""
+    """Take a column out of the table."""
     columns = table.columns
     if name not in columns:
         raise InputError(
             f"expected data.source.{option} to name a column there is, but {table.path.name} has no {quoted(name)}; "
             f"its columns are {readers.listed([*columns])}; {readers.separated([*columns]) or 'name one of them'}"
         )
-    values = columns.pop(name)
-    if values.ndim != 1:
-        raise InputError(f"expected one {option} per row, but {quoted(name)} has the shape {values.shape}; split it up")
-    if not len(values):
+    if not len(columns[name]):
         raise InputError(f"expected rows in {table.path}, but the data is empty; check that it is the right file")
-    return values
+    return columns.pop(name)
 
 
 def _idx_folder(folder: Path, class_names: tuple[str, ...], hint: str = "correct data.source.folder") -> Samples:
