@@ -12,7 +12,6 @@ from torch import nn
 from manual_mlp import checks, modules
 from manual_mlp.errors import InputError
 from manual_mlp.modules import MLP, _Chain, activation_module, in_torch, mlp_of, of_layers, restored
-from manual_mlp.schema import size_after
 
 
 class LeNet(_Chain):
@@ -55,7 +54,7 @@ class LeNet(_Chain):
             conv = modules.Conv2d(n_in, n_out, kernel, padding=padding, bias=has_bias, device=device, dtype=dtype)
             norm = [modules.BatchNorm2d(n_out, device=device, dtype=dtype)] if batch_norm else []
             layers.append(nn.Sequential(conv, *norm, activation_module(activation), modules.MaxPool2d(2)))
-        n_in = channels[-1] * math.prod(size_after(image_shape, len(channels), kernel))
+        n_in = channels[-1] * math.prod(_size_after(image_shape, len(channels), kernel))
         arguments |= {"bias": bias, "batch_norm": batch_norm and len(sizes) > 1, "device": device, "dtype": dtype}
         mlp = MLP([n_in, *sizes], activation, **arguments)
         super().__init__(OrderedDict(convolutions=nn.Sequential(*layers, nn.Flatten()), mlp=mlp))
@@ -88,6 +87,18 @@ class LeNet(_Chain):
         return nn.Sequential(theirs).train(self.training)
 
 
+def _size_after(image: Sequence[int], convolutions: int, kernel: int) -> list[int]:
+    """Return (H, W) of an image after so many convolutions, each with a max pool of 2.
+
+    As in LeNet-5 the first one is padded by zeros, to keep the image's size, and the others are not.
+    """
+    sides = list(image)
+    for index in range(convolutions):
+        q = 0 if index else kernel // 2
+        sides = [(side + 2 * q - kernel + 1) // 2 for side in sides]
+    return sides
+
+
 def _checked(image_shape: Any, channels: Any, kernel: Any) -> tuple[list[int], list[int], int]:
     """Return them as whole numbers. Refuses rows that are no images, and images too small for the convolutions."""
     lists = all(isinstance(of, Sequence) for of in (image_shape, channels))
@@ -99,7 +110,7 @@ def _checked(image_shape: Any, channels: Any, kernel: Any) -> tuple[list[int], l
     image_shape = [checks.count("image_shape", side) for side in image_shape]
     channels = [checks.count("channels", number) for number in channels]
     kernel = checks.count("a kernel", kernel)
-    if min(size_after(image_shape, len(channels), kernel)) < 1:
+    if min(_size_after(image_shape, len(channels), kernel)) < 1:
         raise InputError(
             f"expected an image that {len(channels)} convolutions of {kernel}×{kernel}, each with a pool of 2, leave "
             f"something of; got {image_shape[0]}×{image_shape[1]}: take a smaller kernel or fewer channels"

@@ -663,7 +663,7 @@ def restored(
     member: int | None = None,
     convolutions: bool | None = None,
 ) -> Any:
-    """Return the net of a checkpoint in evaluation mode. make(hyper-parameters, device=, dtype=) builds it.
+    """Return the net of a checkpoint in evaluation mode. make(hyper-parameters, device=) builds it.
 
     convolutions: with or without them; None for both. Raises InputError as `read_checkpoint`, for the other kind of
     net, and for a member that the training did not have.
@@ -682,15 +682,19 @@ def restored(
         key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
     }
     try:
-        like = next(iter(tensors.values()))
-        net = make(values, device=like.device, dtype=like.dtype)
-        net.load_state_dict(tensors)
+        net = make(values, device="meta")  # no memory for what the file only claims
+        net.load_state_dict(tensors, assign=True)
         if members > 1 and content["state_dict"]["net.kept_cost"][member].isfinite():
             fill(net, content["state_dict"]["net.kept"][member])
-    except (StopIteration, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it has no parameters"
-        raise InputError(f"expected the parameters of this net in {path}, but {reason}; take another one") from error
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        raise not_of_this_net(path, error) from error
     return net.eval()
+
+
+def not_of_this_net(path: object, error: Exception) -> InputError:
+    """Return an InputError that quotes why the parameters of a checkpoint are not those of the net it describes."""
+    reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()  # torch lists what does not fit
+    return InputError(f"expected the parameters of this net in {path}, but {reason:.300}; take another one")
 
 
 @torch.no_grad()

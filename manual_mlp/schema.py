@@ -1,12 +1,12 @@
-"""Declare what a checkpoint may hold: `SCHEMA`, and the tensors of the net that its hyper-parameters describe."""
+"""Declare what a checkpoint may hold: `SCHEMA`."""
 
 import json
 import math
 import random
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 from manual_mlp import formulas as sheet
 
 Misfit = tuple[str, str, Any]  # where, what it should be, what it is
-Shapes = dict[str, tuple[int, ...]]
 COUNTER = "num_batches_tracked"  # of a batch norm, the one tensor of whole numbers
-OF_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 class Kind(NamedTuple):
@@ -305,90 +303,17 @@ def _of_sizes(content: dict[str, Any]) -> Iterator[Misfit]:
     for name, total in content["sums"].items():
         if isinstance(total, Tensor) and total.shape not in ((), (members,) if members > 1 else ()):
             yield f"sums.{name}", "one number" + f", or one for each of {members} nets" * (members > 1), total
-    if members > 1 and (values.get("channels") or values.get("batch_norm")):
-        yield "members", "left out for a net with norms or convolutions", members
     if values.get("channels"):
         sides, kernel = values.get("image_shape", ()), values.get("kernel", 0)
         if len(sides) != 2 or math.prod(sides) != inputs or not kernel:
             yield "image_shape", f"height and width of {inputs} numbers, beside a kernel", sides
-            return
+    layers = members * (len(values["hidden"]) + len(values.get("channels", ())) + 1)
+    if layers > len(content["state_dict"]):
+        yield "state_dict", f"the parameters of {layers} layers", content["state_dict"]
     net = {name: tensor for name, tensor in content["state_dict"].items() if not name.startswith("scores.")}
-    yield from _of_shapes(net, shapes := declared(values), "state_dict")
-    flow = content.get("callbacks", {}).get("DeltaFlow", {})
-    for passed, state in flow.get("snapshots", {}).items():
-        named = {f"net.{name}": tensor for name, tensor in state.items()}
-        yield from _of_shapes(named, shapes, f"callbacks.DeltaFlow.snapshots.{passed}")
-
-
-def _of_shapes(net: dict[str, Tensor], shapes: Shapes, where: str) -> Iterator[Misfit]:
-    for name in sorted(shapes.keys() | net.keys()):
-        shape, tensor, counts = shapes.get(name), net.get(name), name.endswith(COUNTER)
-        fits = tensor is not None and (tensor.dtype is torch.int64 if counts else tensor.is_floating_point())
-        if shape is None or tensor is None or tensor.shape != shape or not fits:
-            words = "left out" if shape is None else "a whole number" if counts else f"parameters of shape {shape}"
-            yield join(where, name), words, tensor
+    for name, tensor in net.items():
+        if not (tensor.dtype is torch.int64 if name.endswith(COUNTER) else tensor.is_floating_point()):
+            yield join("state_dict", name), "a whole number" if name.endswith(COUNTER) else "parameters", tensor
     types = sorted({str(tensor.dtype) for name, tensor in net.items() if not name.endswith(COUNTER)})
     if len(types) != 1:
-        yield where, "parameters of one dtype", types
-
-
-def size_after(image: Sequence[int], convolutions: int, kernel: int) -> list[int]:
-    """Return (H, W) of an image after so many convolutions, each with a max pool of 2.
-
-    As in LeNet-5 the first one is padded by zeros, to keep the image's size, and the others are not.
-    """
-    sides = list(image)
-    for index in range(convolutions):
-        q = 0 if index else kernel // 2
-        sides = [(side + 2 * q - kernel + 1) // 2 for side in sides]
-    return sides
-
-
-def declared(values: Mapping[str, Any]) -> Shapes:
-    """Return the names and shapes that a net of these hyper-parameters has in its state_dict, after `net.`."""
-    sizes = [values["input_size"], *values["hidden"], values["output_size"]]
-    if values["output_activation"] == "threshold":  # a perceptron
-        return {"net.affine.weight": (1, sizes[0]), "net.affine.bias": (1,)}
-    if channels := values.get("channels"):
-        flat = channels[-1] * math.prod(size_after(values["image_shape"], len(channels), values["kernel"]))
-        return _of_convolutions(values, channels) | _of_layers(values, [flat, *sizes[1:]], "net.mlp")
-    shapes = _of_layers(values, sizes, "net")
-    return shapes if (members := values.get("members", 1)) == 1 else _of_members(shapes, members)
-
-
-def _of_convolutions(values: Mapping[str, Any], channels: Sequence[int]) -> Shapes:
-    shapes: Shapes = {}
-    kernel = values["kernel"]
-    for index, (c_in, c_out) in enumerate(pairwise([1, *channels]), 1):
-        where = f"net.convolutions.{index}"
-        shapes |= _of_affine(f"{where}.0", (c_out, c_in, kernel, kernel), values)
-        shapes |= _of_norm(f"{where}.1", c_out) if values.get("batch_norm") else {}
-    return shapes
-
-
-def _of_layers(values: Mapping[str, Any], sizes: list[int], where: str) -> Shapes:
-    shapes: Shapes = {}
-    for index, (n_in, n_out) in enumerate(pairwise(sizes)):
-        hidden = index < len(sizes) - 2
-        residual, normalised = hidden and index > 0 and values.get("residual"), hidden and values.get("batch_norm")
-        block = f"{where}.{2 * index}{'.1' if residual else ''}"
-        shapes |= _of_affine(f"{block}.0" if residual or normalised else block, (n_out, n_in), values, hidden)
-        shapes |= _of_norm(f"{block}.1", n_out) if normalised else {}
-    return shapes
-
-
-def _of_affine(name: str, shape: tuple[int, ...], values: Mapping[str, Any], hidden: bool = True) -> Shapes:
-    """Return those of W and b; before a norm there is no b."""
-    has_bias = values["bias"] and not (hidden and values.get("batch_norm"))
-    return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if has_bias else {})
-
-
-def _of_norm(name: str, n: int) -> Shapes:
-    return {f"{name}.{own}": (n,) for own in OF_NORM} | {f"{name}.{COUNTER}": ()}
-
-
-def _of_members(shapes: Shapes, members: int) -> Shapes:
-    """Return those of several nets, and of what each keeps of its best epoch."""
-    each = {f"net.{k}{name.removeprefix('net')}": shape for k in range(members) for name, shape in shapes.items()}
-    parameters = sum(map(math.prod, shapes.values()))
-    return each | {"net.kept": (members, parameters), "net.kept_cost": (members,), "net.kept_epoch": (members,)}
+        yield "state_dict", "parameters of one dtype", types

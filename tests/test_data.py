@@ -281,7 +281,10 @@ class TestTables:
     @pytest.mark.parametrize(
         ("arrays", "sentence"),
         [
-            ({"x": np.ones(3), "y": np.ones((3, 2))}, r"target to name a column there is, .* no 'y'; .* are 'x', 'y\[0\]', 'y\[1\]'"),
+            (
+                {"x": np.ones(3), "y": np.ones((3, 2))},
+                r"target to name a column there is, .* no 'y'; .* are 'x', 'y\[0\]', 'y\[1\]'",
+            ),
             ({"x": np.ones(4), "y": np.ones(3)}, "expected 4 rows in every column, but 'y' has 3"),
             ({"x": np.array(1.0), "y": np.ones(3)}, "expected 3 rows in every column, but 'x' has 1"),
             ({"x": np.array(["p", "q", "r"]), "y": np.ones(3)}, "'x' is text of 3 kinds in 3 rows"),

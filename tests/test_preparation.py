@@ -519,7 +519,10 @@ class TestUnplanned:
         ("cell", "sentence"),
         [
             (lambda i: f'"1,{100 + i % 5}.5"', "numbers with marks in them, such as '1,100.5': write them without"),
-            (lambda i: f'"1,{100 + i}"', "'1,100': if .* decimal one, set \"data.source.decimal=','\"; else write them"),
+            (
+                lambda i: f'"1,{100 + i}"',
+                "'1,100': if .* decimal one, set \"data.source.decimal=','\"; else write them",
+            ),
             (lambda i: f"1\u00a0{100 + i}", "numbers with marks in them"),
             (lambda i: "x" * 200_000 if i == 3 else "k", "line 5: 't' holds text of more than 1000 bytes"),
             (lambda i: '"k' if i == 5 else "k", "line 7: a quotation mark opens here and never closes"),

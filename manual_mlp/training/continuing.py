@@ -29,12 +29,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError
 from manual_mlp.schema import PLAIN, described, join
 from manual_mlp.training.data import Batches, DataModule
 from manual_mlp.training.folder import accepted, keep_configuration
-from manual_mlp.training.module import MLPModule, unfit
+from manual_mlp.training.module import MLPModule, read_training, unfit
 from manual_mlp.training.saving import EpochRows, in_own_folder, without_folders
 
 log = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ class Continuation(Callback):
                 states[key] = in_own_folder(states[key], callback, trainer.ckpt_path)
                 best = states[key]["best_model_path"]
                 if best and trainer.state.fn == "fit":  # the run may be measured by it at its end
-                    check_same_net(read_checkpoint(best), best, pl_module)
+                    check_same_net(read_training(best), best, pl_module)
             if trainer.state.fn == "fit":
                 states[key] = of_same_form(states[key], callback.state_dict(), join("callbacks", key))
 

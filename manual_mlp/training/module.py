@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from manual_mlp import formulas as sheet
 from manual_mlp.checkpoint import FORMAT, read_checkpoint
 from manual_mlp.errors import InputError
+from manual_mlp.modules import not_of_this_net
 from manual_mlp.schema import HYPER_PARAMETERS
 from manual_mlp.training.strategies import choose, strategy
 
@@ -194,18 +195,12 @@ class MLPModule(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **arguments: Any) -> "MLPModule":  # type: ignore[override]
-        """Make the module of a checkpoint that `read_checkpoint` has checked. arguments: those of the class win.
-
-        Raises InputError as `read_checkpoint`.
-        """
+        """Make the module of a checkpoint. arguments: those of the class win. Raises InputError as `read_training`."""
         arguments.pop("weights_only", None)  # always
-        content = read_checkpoint(checkpoint_path, map_location)
-        known = {str(name).removesuffix("?") for name in HYPER_PARAMETERS}
-        own = {name: value for name, value in content["hyper_parameters"].items() if name in known}
-        module = cls(**{**own, **arguments})
+        content = read_training(checkpoint_path, map_location)
+        module = cls(**{**_arguments(content), **arguments})
         module.on_load_checkpoint(content)
-        net = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("net.")}
-        module.load_state_dict(net, strict=False)  # metrics may have states, too
+        module.net.load_state_dict(_of_net(content))
         return module
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -331,6 +326,35 @@ class MLPModule(L.LightningModule):
                 raise InputError(f"expected one number of metrics.{kind}, but got {value.numel()}; average them")
             shown = stage == "val" and kind in ("accuracy", "r2")  # more would not fit beside the bar
             self.log(f"{stage}_{kind}", value, prog_bar=shown, sync_dist=True)
+
+
+def read_training(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
+    """Return the content of a checkpoint whose tensors are those of the net that it describes.
+
+    Raises InputError as `read_checkpoint`, and for other tensors, before memory is taken for the net.
+    """
+    content = read_checkpoint(path, map_location)
+    try:
+        with torch.device("meta"):
+            module = MLPModule(**_arguments(content))
+        module.net.load_state_dict(_of_net(content), assign=True)
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, LookupError) as error:
+        raise not_of_this_net(path, error) from error
+    return content
+
+
+def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the module that a checkpoint gives; none that only a program gives."""
+    known = {str(name).removesuffix("?") for name in HYPER_PARAMETERS}
+    return {name: value for name, value in content["hyper_parameters"].items() if name in known}
+
+
+def _of_net(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of the net; metrics may have states, too."""
+    states = content["state_dict"].items()
+    return {name.removeprefix("net."): tensor for name, tensor in states if not name.startswith("scores.")}
 
 
 def unfit(name: str, error: Exception) -> InputError:

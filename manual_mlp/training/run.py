@@ -30,14 +30,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
-from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import InputError, shown
 from manual_mlp.shell import command, override
 from manual_mlp.training import config, continuing
 from manual_mlp.training.closing import WIDTH, Run, closing, files, run_facts, summary
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.folder import FIGURES, accepted, alone_in, check_places, disk_in_words, keep_configuration
-from manual_mlp.training.module import MLPModule
+from manual_mlp.training.module import MLPModule, read_training
 from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.predict import predict_file
 from manual_mlp.training.saving import WholeFiles
@@ -139,7 +138,7 @@ def _set_threads(threads: int | str | None, module: MLPModule, data: DataModule)
 
 
 def _train(cfg: DictConfig) -> float:
-    content = None if cfg.ckpt_path is None else read_checkpoint(cfg.ckpt_path)
+    content = None if cfg.ckpt_path is None else read_training(cfg.ckpt_path)
     if content is not None:
         continuing.check_same_size(content, cfg.ckpt_path, cfg.model.get("hidden"))
     data = _data(cfg)
@@ -180,7 +179,7 @@ def _trained(
     best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
     if interrupted and best is None:
         raise InputError("expected at least one whole epoch to keep, but training was interrupted before; start again")
-    kept = read_checkpoint(best, module.device) if best else None
+    kept = read_training(best, module.device) if best else None
     epoch, figures = (kept["epoch"], kept["figures"]) if kept else (trainer.current_epoch - 1, _numbers(trainer))
     for writer in continuing.csv_writers(trainer):
         writer.kept = epoch
@@ -231,7 +230,7 @@ def _test(cfg: DictConfig) -> float | None:
 
 def tested(cfg: DictConfig) -> dict[str, float]:
     """Test a checkpoint, and print its summary → all its figures."""
-    content = read_checkpoint(config.file_of(cfg, "ckpt_path"))
+    content = read_training(config.file_of(cfg, "ckpt_path"))
     data = _data(cfg)
     continuing.check_same_rows(content, cfg.ckpt_path, data)
     module = MLPModule.load_from_checkpoint(cfg.ckpt_path, metrics=_metrics(cfg, data))
