@@ -162,13 +162,13 @@ class TestGaps:
     @pytest.mark.parametrize("word", ["", "NA", "nan", "NaN", "null", "None", "N/A", "#N/A", "<NA>", "-nan"])
     def test_among_numbers(self, tmp_path: Path, word: str) -> None:
         samples = read(text(tmp_path / "t.csv", "a,churn\n" + f"1,p\n{word},q\n3,p\n" * 4))
-        assert samples.raw.columns == (preparation.Column("a"),)
+        assert samples.columns == (preparation.Column("a"),)
         assert np.isnan(samples.features[:, 0]).tolist() == [False, True, False] * 4
 
     @pytest.mark.parametrize("word", ["NA", "None", "nan", "null"])
     def test_among_text(self, tmp_path: Path, word: str) -> None:
         samples = read(text(tmp_path / "t.csv", "a,churn\n" + f"x,p\n{word},q\n,p\n" * 4))
-        assert samples.raw.columns[0].kinds == tuple(sorted(["x", word]))
+        assert samples.columns[0].kinds == tuple(sorted(["x", word]))
         assert np.isnan(samples.features[:, 0]).sum() == 4
 
     @pytest.mark.parametrize("kind", ["npz", "parquet"])
@@ -181,7 +181,7 @@ class TestGaps:
         else:
             frame.replace({"b": {"": None}}).to_parquet(path)
         samples = read(path)
-        assert [column.kinds for column in samples.raw.columns] == [(), ("x", "y"), ()]
+        assert [column.kinds for column in samples.columns] == [(), ("x", "y"), ()]
         assert np.isnan(samples.features).sum(0).tolist() == [4, 4, 0]
 
     def test_a_column_that_is_empty_in_all_training_rows(self, tmp_path: Path) -> None:
@@ -226,14 +226,14 @@ class TestDefects:
         assert f"'my name' is text of 51 kinds in {rows} rows" in str(refused.value)
         assert """\"data.source.drop=[few,'my name']\"""" in str(refused.value)
         frame["my name"] = [f"n{number % 50}" for number in range(rows)]
-        assert len(read(written(tmp_path / "t.csv", frame)).raw.columns[0].kinds) == 50
+        assert len(read(written(tmp_path / "t.csv", frame)).columns[0].kinds) == 50
 
     def test_text_that_differs_in_more_than_half_of_the_rows(self, tmp_path: Path) -> None:
         for distinct, accepted in ((10, True), (11, False)):
             names = [f"n{number % distinct}" for number in range(20)]
             path = written(tmp_path / "t.csv", pd.DataFrame({"a": names, "churn": ["p", "q"] * 10}))
             if accepted:
-                assert len(read(path).raw.columns[0].kinds) == 10
+                assert len(read(path).columns[0].kinds) == 10
             else:
                 with pytest.raises(InputError, match="'a' is text of 11 kinds in 20 rows"):
                     read(path)
@@ -270,7 +270,7 @@ class TestFiles:
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
         samples = read(tmp_path / name, key="id", **options)
         np.testing.assert_array_equal(samples.features, expected.features)
-        assert samples.raw.columns == expected.raw.columns
+        assert samples.columns == expected.columns
 
     def test_decimal_comma(self, tmp_path: Path) -> None:
         path = written(tmp_path / "t.csv", people(), sep=";", decimal=",")
@@ -293,7 +293,7 @@ class TestFiles:
     def test_no_letter(self, tmp_path: Path, options: dict) -> None:
         path = written(tmp_path / "t.csv", people())
         if options == {"separator": ""}:
-            assert read(path, drop=["id"], **options).raw.columns
+            assert read(path, drop=["id"], **options).columns
             return
         with pytest.raises(InputError, match=r"expected one letter in data\.source"):
             read(path, **options)
@@ -320,9 +320,9 @@ class TestColumns:
     def test_key_and_drop(self, tmp_path: Path) -> None:
         samples = read(written(tmp_path / "t.csv", people()), key="id", drop=["visits", "plan"])
         assert samples.feature_names == ("age", "city")
-        assert not samples.raw.repeated
+        assert samples.said["key"] == "'id'"
         repeated = pd.concat([people(), people()])
-        assert read(written(tmp_path / "t.csv", repeated), key="id").raw.repeated
+        assert read(written(tmp_path / "t.csv", repeated), key="id").said["key"] == "'id', which repeats"
 
     @pytest.mark.parametrize(
         ("options", "sentence"),
@@ -544,7 +544,7 @@ class TestUnplanned:
             paths.append(tmp_path / "t.parquet")
         for path in paths:
             samples = read(path)
-            assert samples.raw.columns[0].kinds == ()
+            assert samples.columns[0].kinds == ()
             np.testing.assert_array_equal(samples.features[:, 0], [float(cell(i)) for i in range(40)])
 
     def test_decimal_commas_of_another_separator(self, tmp_path: Path) -> None:

@@ -123,14 +123,15 @@ class TestNames:
         names.insert(place, index)
         samples = labelled(with_header(tmp_path, kind, names))
         assert samples.feature_names == ("a",)
-        assert samples.left_out == (index if index.strip() or kind != "csv" else f"Unnamed: {place}",)
+        name = index if index.strip() or kind != "csv" else f"Unnamed: {place}"
+        assert samples.said["left out"] == f"'{name}': an index, or without a name"
 
     def test_unless_asked_for(self, tmp_path: Path, kind: str) -> None:
         path = with_header(tmp_path, kind, ["a", "Unnamed: 0", "__index_level_0__"])
         samples = sources.table(str(path), "Unnamed: 0", "regression", weight="__index_level_0__")
         assert samples.target.tolist() == [1, 4, 7]
         assert samples.weight.tolist() == [2, 5, 8]
-        assert samples.left_out == ()
+        assert samples.said["left out"] == ""
 
 
 class TestIndex:
@@ -142,14 +143,14 @@ class TestIndex:
         for name, left_out in (("t.csv", 1), ("again.csv", 2)):
             samples = labelled(tmp_path / name)
             assert samples.feature_names == ("a",)
-            assert samples.left_out == ("Unnamed: 0",) * left_out
+            assert samples.said["left out"].count("'Unnamed: 0'") == left_out
 
     @pytest.mark.parametrize("name", [None, "id"])
     def test_of_pandas_in_parquet(self, tmp_path: Path, name: str | None) -> None:
         self.frame.rename_axis(name).to_parquet(tmp_path / "t.parquet")
         samples = labelled(tmp_path / "t.parquet")
         assert samples.feature_names == ("a",)
-        assert samples.left_out == (name or "__index_level_0__",)
+        assert samples.said["left out"].startswith(f"'{name or '__index_level_0__'}': ")
         plain = parquet.read_table(tmp_path / "t.parquet").replace_schema_metadata(None)
         parquet.write_table(plain, tmp_path / "t.parquet")
         assert ("id" in labelled(tmp_path / "t.parquet").feature_names) == (
@@ -158,7 +159,7 @@ class TestIndex:
 
     def test_trailing_separators(self, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_text("a,y,,\n1,p,,\n2,q,,\n")
-        assert labelled(tmp_path / "t.csv").left_out == ("Unnamed: 2", "Unnamed: 3")
+        assert labelled(tmp_path / "t.csv").said["left out"].startswith("'Unnamed: 2', 'Unnamed: 3': ")
 
 
 def test_blocks_of_an_npz_have_names_of_their_own(tmp_path: Path) -> None:

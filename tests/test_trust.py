@@ -320,9 +320,7 @@ def test_crafted_values_end_in_a_sentence(
 @pytest.mark.parametrize("road", ["resume", "test", "predict"])
 def test_crafted_values_by_each_task(folder: Path, road: str) -> None:
     path = rewrite(folder, lambda content: put(content, "hyper_parameters/hidden", [40_000, 20_000]))
-    with pytest.raises(
-        InputError, match=r"^expected the parameters of this net in .* size mismatch for .*20000"
-    ):
+    with pytest.raises(InputError, match=r"^expected the parameters of this net in .* size mismatch for .*20000"):
         ROADS[road](path)
 
 

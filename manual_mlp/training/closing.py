@@ -28,7 +28,6 @@ from manual_mlp.tables import ERRORS
 from manual_mlp.training.callbacks import Traced
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.module import MLPModule
-from manual_mlp.training.readers import listed, quoted
 from manual_mlp.training.strategies import choose
 
 WIDTH = 60
@@ -114,9 +113,7 @@ def run_facts(run: Run) -> dict[str, str]:
     lr = module.optimizer and module.optimizer.keywords.get("lr")
     facts = {
         "data": f"{Path(str(data.name)).name} ({rows})",
-        "left out": f"{listed(data.left_out)}: an index, or without a name" if data.left_out else "",
         **data.said,
-        "key": quoted(data.raw.key) + ", which repeats" * data.raw.repeated if data.raw and data.raw.key else "",
         "classes": _imbalance(data, module) if data.class_names else "",
         "net": "-".join(map(str, module.sizes)) + f", {_activations(module)}",
         "members": f"{module.members}, best epochs {module.net.best_epochs()}" if module.members > 1 else "",

@@ -78,8 +78,8 @@ class DataModule(L.LightningDataModule):
 
     After `setup`: splits (name -> `Rows`, features (N, input_size) float32; target (N,) class indices or
     (N, output_size) float32), input_size, output_size, class_names (empty for regression), feature_names (empty where
-    they have none; of a table those of the prepared columns), left_out (columns that nobody named), columns (of a
-    table, as fitted), said (what was done to them), image_shape (empty but for images), feature_mean
+    they have none; of a table those of the prepared columns), columns (of a table, as fitted), said (what was done to
+    them), image_shape (empty but for images), feature_mean
     and feature_scale (empty without standardise), fingerprint (of the rows as split).
     """
 
@@ -130,10 +130,10 @@ class DataModule(L.LightningDataModule):
         samples = self.source()
         check(samples)
         self.class_names, self.feature_names = samples.class_names, samples.feature_names
-        self.left_out, self.raw = samples.left_out, samples.raw
+        self.reading, self.said = samples.reading, dict(samples.said)
         self.image_shape = samples.features.shape[1:] if samples.features.ndim == 3 else ()
         parts = self._split(samples)
-        if samples.raw:
+        if samples.columns:
             parts = self._prepared(parts, samples)
         del samples  # the parts are copies
         self.fingerprint = _fingerprint(parts)
@@ -145,10 +145,9 @@ class DataModule(L.LightningDataModule):
 
     def _prepared(self, parts: dict[str, Part], samples: Samples) -> dict[str, Part]:
         """Return the parts of a table with its gaps filled and its text as numbers, as fitted on the training part."""
-        assert samples.raw
-        raw, train = samples.raw.columns, parts["train"][0]
+        raw, train = samples.columns, parts["train"][0]
         columns = preparation.fitted(raw, train)
-        self.said = preparation.words(raw, columns, samples.features, train)
+        self.said |= preparation.words(raw, columns, samples.features, train)
         self.columns = [column for column in columns if column]
         if not self.columns:
             raise InputError("expected a feature that some training row has, but all are empty; name another target")
@@ -243,8 +242,8 @@ class DataModule(L.LightningDataModule):
         """Return what a checkpoint keeps: how to prepare new rows, and how to know these ones again."""
         values = {name: getattr(self, name) for name in ("feature_mean", "feature_scale", "fingerprint")}
         values |= {"name": Path(str(self.name)).name, "feature_names": list(self.feature_names)}
-        if self.raw:
-            values |= {name: getattr(self.raw, name) for name in ("target", "key", "separator", "decimal")}
+        if self.columns:
+            values |= self.reading
             values["columns"] = [vars(column) | {"kinds": list(column.kinds)} for column in self.columns]
         return values
 
@@ -313,7 +312,7 @@ def _check_part(part: Samples) -> None:
         )
     if features.size == 0:
         raise InputError(f"expected samples with features, but the data is empty, of shape {features.shape}; check it")
-    if part.raw is None:  # a table has refused its defects
+    if not part.columns:  # a table has refused its defects
         check_numbers("the features", features, part.feature_names)
     check_numbers("the target", target)
     if classes:

@@ -270,7 +270,7 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
             f"expected an output that can be written, but {destination} cannot ({error.strerror}); choose another"
         ) from error
     said = [f"predictions for {preparation.counted(len(features), 'row')} in {shown(relpath(destination))}"]
-    said += [f"left out {listed(table.left_out)}: an index, or without a name"] if table.left_out else []
+    said += [f"left out {table.left_out_in_words}"] if table.left_out else []
     said += notes
     repeats = sum(len(cells) - len(preparation.distinct(cells)[0]) for cells in key.values())
     if predictor.key is not None and not key:

@@ -109,6 +109,10 @@ class Table:
         return rows
 
     @property
+    def left_out_in_words(self) -> str:
+        return f"{listed(self.left_out)}: an index, or without a name" if self.left_out else ""
+
+    @property
     def mark(self) -> str:
         """The letter between two cells of a CSV file."""
         return self.separator or ("\t" if ".tsv" in self.path.name.lower()[-7:] else ",")

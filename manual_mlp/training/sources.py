@@ -1,8 +1,8 @@
 """Make samples. `conf/data/*.yaml` names one of these functions in `source`; each returns `Samples`."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +23,6 @@ MOST_DRAWN = 10**9
 
 
 @dataclass(frozen=True)
-class Raw:
-    """A table before it is prepared. repeated: True if two rows have the same key."""
-
-    columns: tuple[Column, ...]
-    target: str
-    key: str | None
-    repeated: bool
-    separator: str | None
-    decimal: str | None
-
-
-@dataclass(frozen=True)
 class Samples:
     """Features and targets as they come, before any split or standardisation.
 
@@ -42,8 +30,8 @@ class Samples:
     class_names: empty for regression. test: the official test set, (features, target), if there is one.
     feature_names: of the columns of features, if they have any.
     weight: (N,) how much each row counts in training, if that differs; not beside a test set.
-    left_out: columns of a table that nobody named. raw: of a table, whose features are numbers and codes of kinds, NaN
-        for gaps, to be prepared once the training rows are known.
+    columns: of a table, whose features are numbers and codes of kinds, NaN for gaps, to be prepared once the training
+        rows are known. reading: how new rows of it are read, as plain values. said: words for the summary.
     """
 
     features: np.ndarray
@@ -52,8 +40,9 @@ class Samples:
     test: tuple[np.ndarray, np.ndarray] | None = None
     feature_names: tuple[str, ...] = ()
     weight: np.ndarray | None = None
-    left_out: tuple[str, ...] = ()
-    raw: Raw | None = None
+    columns: tuple[Column, ...] = ()
+    reading: Mapping[str, str | None] = field(default_factory=dict)
+    said: Mapping[str, str] = field(default_factory=dict)
 
 
 def bundled(name: str) -> Samples:
@@ -176,10 +165,13 @@ def table(
         )
     read.refuse([*defects, *more])
     read.allows(8 * rows * sum(len(column.names()) for column in features))
-    repeated = "key" in own and len(preparation.distinct(columns["key"])[0]) < rows
-    raw = Raw(tuple(features), own["target"], own.get("key"), repeated, separator, decimal)
+    said = {"left out": read.left_out_in_words}
+    if "key" in own:
+        repeats = len(preparation.distinct(columns["key"])[0]) < rows
+        said["key"] = quoted(own["key"]) + ", which repeats" * repeats
+    reading = {"target": own["target"], "key": own.get("key"), "separator": separator, "decimal": decimal}
     names = tuple(column.name for column in features)
-    return Samples(codes, values, classes, None, names, weights, tuple(read.left_out), raw)
+    return Samples(codes, values, classes, None, names, weights, tuple(features), reading, said)
 
 
 def _taken(table: readers.Table, name: str, option: str) -> np.ndarray:
