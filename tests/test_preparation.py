@@ -441,7 +441,7 @@ class TestPredict:
             "'city' has 'Paris' in 30 rows: none of the known kinds",
             "ignored 'more': the net was trained without it",
         ]
-        with pytest.raises(InputError, match="a pandas DataFrame of raw rows, but got list"):
+        with pytest.raises(InputError, match=r"7 numbers in each row, of the columns 'age', .* pandas DataFrame"):
             predictor([[1.0]])
         with pytest.raises(InputError, match="the rows lacks 'city'"):
             predictor(frame.drop(columns="city"))

@@ -90,12 +90,12 @@ class Predictor(nn.Module):
         return self.net[0] if isinstance(self.net, Members) else self.net
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return P of each class, or the target in its units: (N, n_1), or a DataFrame of raw rows → (N, n_L)."""
+        """Return P of each class, or the target in its units: (N, n_1), or what `prepared` takes → (N, n_L)."""
         rows = features if isinstance(features, Tensor) else self.prepared(features)
         return self.interpreted(self.prediction(rows))
 
     def prepared(self, rows: Any) -> Tensor:
-        """Return raw rows, a pandas DataFrame, as the tensor (N, n_1) that `forward` takes.
+        """Return raw rows, a pandas DataFrame, as a tensor (N, n_1); also numbers in an array or lists.
 
         Raises InputError for columns that are missing, and for cells that don't fit.
 
@@ -106,11 +106,13 @@ class Predictor(nn.Module):
         torch.Size([1, 4])
         """
         if not hasattr(rows, "columns"):
-            named = f" of the columns {listed(self.feature_names)}" if self.feature_names else ""
-            raise InputError(
-                f"expected a tensor{named}, or a pandas DataFrame of raw rows, "
-                f"but got {type(rows).__name__}; pass torch.tensor(rows) or pandas.DataFrame(rows)"
-            )
+            try:
+                return torch.as_tensor(np.asarray(rows))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"expected numbers in rows of the same length, but got {type(rows).__name__} that is no such table "
+                    f"({brief(error)}); pass raw rows as pandas.DataFrame(rows, columns=[…])"
+                ) from error
         readers.check_names(Path("the rows"), map(str, rows.columns))
         columns = {str(name): readers.column(rows[name]) for name in rows.columns}
         features, said = self._features(Table(Path("the rows"), "rows", np.inf, columns, columns=columns))
@@ -157,22 +159,13 @@ class Predictor(nn.Module):
     def predict(self, rows: Any) -> np.ndarray:
         """Return the class of each row by its name, or in a regression the target in its units (N,) or (N, m).
 
-        rows: a pandas DataFrame of raw rows; or numbers (N, n_1) as `forward` takes them, also as an array or a list.
-        Raises InputError for rows that don't fit.
+        rows: as `forward` takes them. Raises InputError for rows that don't fit.
 
         >>> import manual_mlp as mm
         >>> predictor = mm.Predictor.from_checkpoint("best.ckpt")  # of a run with data=iris
         >>> predictor.predict([[5.1, 3.5, 1.4, 0.2], [6.3, 3.3, 6.0, 2.5]])
         array(['setosa', 'virginica'], dtype='<U10')
         """
-        if not hasattr(rows, "columns") and not isinstance(rows, Tensor):
-            try:
-                rows = torch.as_tensor(np.asarray(rows))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise InputError(
-                    f"expected numbers in rows of the same length, but got {type(rows).__name__} that is no such table "
-                    f"({brief(error)}); pass raw rows as pandas.DataFrame(rows, columns=[…])"
-                ) from error
         prediction = self.prediction(rows if isinstance(rows, Tensor) else self.prepared(rows))
         if self.class_names:
             return np.array(self.class_names)[prediction.argmax(-1).numpy()]
@@ -239,11 +232,6 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
     predictor = Predictor.from_checkpoint(checkpoint)
     table = _read(Path(source), predictor, max_bytes)
     features, notes = predictor._features(table)
-    if features.shape[1] != predictor._first.sizes[0]:
-        raise InputError(
-            f"expected {predictor._first.sizes[0]} numbers in each row, as the net was trained on, but {source} has "
-            f"{features.shape[1]}; check that it is the right file"
-        )
     with torch.inference_mode():
         scaled = predictor.standardised(torch.from_numpy(features))
         prediction = torch.cat([predictor.net(rows) for rows in scaled.split(ROWS)])
