@@ -118,9 +118,9 @@ def _checked(image_shape: Any, channels: Any, kernel: Any) -> tuple[list[int], l
     return image_shape, channels, kernel
 
 
-def net_of(values: Mapping[str, Any], **places: Any) -> MLP | LeNet:
-    """Make the net that these hyper-parameters of a training describe. places: device, dtype."""
+def net_of(values: Mapping[str, Any]) -> MLP | LeNet:
+    """Make the net that these hyper-parameters of a training describe."""
     if not values.get("channels"):
-        return mlp_of(values, **places)
+        return mlp_of(values)
     sizes = [*values["hidden"], values["output_size"]]
-    return LeNet(values["image_shape"], values["channels"], sizes, values["kernel"], **of_layers(values), **places)
+    return LeNet(values["image_shape"], values["channels"], sizes, values["kernel"], **of_layers(values))

@@ -7,6 +7,7 @@ initialisation and state_dict are torch's own.
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -645,9 +646,9 @@ class MLP(_Chain):
         return nn.Sequential(layers).train(self.training)
 
 
-def mlp_of(values: Mapping[str, Any], **places: Any) -> MLP:
-    """Make the MLP that these hyper-parameters of a training describe. places: device, dtype."""
-    return MLP([values["input_size"], *values["hidden"], values["output_size"]], **of_layers(values), **places)
+def mlp_of(values: Mapping[str, Any]) -> MLP:
+    """Make the MLP that these hyper-parameters of a training describe."""
+    return MLP([values["input_size"], *values["hidden"], values["output_size"]], **of_layers(values))
 
 
 def of_layers(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -663,7 +664,7 @@ def restored(
     member: int | None = None,
     convolutions: bool | None = None,
 ) -> Any:
-    """Return the net of a checkpoint in evaluation mode. make(hyper-parameters, device=) builds it.
+    """Return the net of a checkpoint in evaluation mode. make(hyper-parameters) builds it.
 
     convolutions: with or without them; None for both. Raises InputError as `read_checkpoint`, for the other kind of
     net, and for a member that the training did not have.
@@ -677,24 +678,34 @@ def restored(
     if member not in (range(members) if members > 1 else (None, 0)):
         which = f"a member from 0 to {members - 1}" if members > 1 else "no member, or 0, because there is one net"
         raise InputError(f"expected {which} in {path}; got member={member}: mm.Predictor takes all together")
-    prefix = f"net.{member}." if members > 1 else "net."
-    tensors = {
-        key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
-    }
-    try:
-        net = make(values, device="meta")  # no memory for what the file only claims
-        net.load_state_dict(tensors, assign=True)
+    with rebuilding(path):
+        net = make(values)
+        net.load_state_dict(tensors_of(content, f"net.{member}." if members > 1 else "net."), assign=True)
         if members > 1 and content["state_dict"]["net.kept_cost"][member].isfinite():
             fill(net, content["state_dict"]["net.kept"][member])
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-        raise not_of_this_net(path, error) from error
     return net.eval()
 
 
-def not_of_this_net(path: object, error: Exception) -> InputError:
-    """Return an InputError that quotes why the parameters of a checkpoint are not those of the net it describes."""
-    reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()  # torch lists what does not fit
-    return InputError(f"expected the parameters of this net in {path}, but {reason:.300}; take another one")
+@contextmanager
+def rebuilding(path: object) -> Iterator[None]:
+    """Let the net that a checkpoint describes be built on the device "meta", to take the checkpoint's tensors.
+
+    So a file gets no memory for what it only claims. Raises InputError if they are not the tensors of that net.
+    """
+    try:
+        with torch.device("meta"):
+            yield
+    except (TypeError, RuntimeError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()  # torch lists what does not fit
+        raise InputError(
+            f"expected the parameters of this net in {path}, but {reason:.300}; take another one"
+        ) from error
+
+
+def tensors_of(content: Mapping[str, Any], prefix: str = "net.") -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint has under a prefix; metrics may have states, too."""
+    states = content["state_dict"].items()
+    return {name.removeprefix(prefix): tensor for name, tensor in states if name.startswith(prefix)}
 
 
 @torch.no_grad()

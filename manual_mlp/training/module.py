@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from manual_mlp import formulas as sheet
 from manual_mlp.checkpoint import FORMAT, read_checkpoint
 from manual_mlp.errors import InputError
-from manual_mlp.modules import not_of_this_net
+from manual_mlp.modules import rebuilding, tensors_of
 from manual_mlp.schema import HYPER_PARAMETERS
 from manual_mlp.training.strategies import choose, strategy
 
@@ -200,7 +200,7 @@ class MLPModule(L.LightningModule):
         content = read_training(checkpoint_path, map_location)
         module = cls(**{**_arguments(content), **arguments})
         module.on_load_checkpoint(content)
-        module.net.load_state_dict(_of_net(content))
+        module.net.load_state_dict(tensors_of(content))
         return module
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
@@ -334,14 +334,8 @@ def read_training(path: Any, map_location: Any = "cpu") -> dict[str, Any]:
     Raises InputError as `read_checkpoint`, and for other tensors, before memory is taken for the net.
     """
     content = read_checkpoint(path, map_location)
-    try:
-        with torch.device("meta"):
-            module = MLPModule(**_arguments(content))
-        module.net.load_state_dict(_of_net(content), assign=True)
-    except InputError:
-        raise
-    except (RuntimeError, TypeError, LookupError) as error:
-        raise not_of_this_net(path, error) from error
+    with rebuilding(path):
+        MLPModule(**_arguments(content)).net.load_state_dict(tensors_of(content), assign=True)
     return content
 
 
@@ -349,12 +343,6 @@ def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the module that a checkpoint gives; none that only a program gives."""
     known = {str(name).removesuffix("?") for name in HYPER_PARAMETERS}
     return {name: value for name, value in content["hyper_parameters"].items() if name in known}
-
-
-def _of_net(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of the net; metrics may have states, too."""
-    states = content["state_dict"].items()
-    return {name.removeprefix("net."): tensor for name, tensor in states if not name.startswith("scores.")}
 
 
 def unfit(name: str, error: Exception) -> InputError:

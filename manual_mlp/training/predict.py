@@ -18,7 +18,7 @@ from manual_mlp.ensemble import Members
 from manual_mlp.errors import InputError, shown
 from manual_mlp.formulas import probability
 from manual_mlp.lenet import LeNet, net_of
-from manual_mlp.modules import MLP, restored
+from manual_mlp.modules import MLP, rebuilding, tensors_of
 from manual_mlp.schema import described
 from manual_mlp.training import preparation, readers
 from manual_mlp.training.readers import MAX_BYTES, NUMBER, Table, brief, cut, listed, quoted
@@ -79,10 +79,13 @@ class Predictor(nn.Module):
                 "0 or 1; take a run of model=mlp"
             )
         values = content["hyper_parameters"]
-        if (members := values.get("members", 1)) == 1:
-            return cls(restored(net_of, path), content).eval()
-        nets = [MLP.from_checkpoint(path, member=k) for k in range(members)]
-        return cls(Members(nets, values["loss"], bool(values["class_names"])), content).eval()
+        with rebuilding(path):
+            nets: list[Any] = [net_of(values) for _ in range(values.get("members", 1))]
+            net = nets[0] if len(nets) == 1 else Members(nets, values["loss"], bool(values["class_names"]))
+            net.load_state_dict(tensors_of(content), assign=True)
+            if isinstance(net, Members):
+                net.take_kept()
+        return cls(net, content).eval()
 
     @property
     def _first(self) -> Any:
