@@ -136,7 +136,7 @@ class _Plain:
             self.bytes -= value.numel() * value.element_size()
             if self.bytes < 0:
                 raise ValueError("its tensors claim more than it holds")
-            return value.detach().clone()
+            return value.detach().clone(memory_format=torch.contiguous_format)  # as a new net has its own
         if value is None or type(value) in (bool, float, str) or (type(value) is int and abs(value) < 2**64):
             return value
         raise ValueError(f"it holds an unusual {type(value).__name__}")
