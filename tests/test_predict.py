@@ -211,8 +211,10 @@ def predictor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 class TestExported:
-    def test_a_list_is_refused_in_a_whole_sentence(self, predictor: Predictor) -> None:
-        with pytest.raises(InputError, match=r"expected a tensor(, or| of the columns '\w).* but got list"):
+    def test_a_list_is_rows_too(self, predictor: Predictor) -> None:
+        ones = torch.ones(1, predictor.net.sizes[0], dtype=torch.float64)
+        assert torch.equal(predictor(ones.tolist()), predictor(ones))
+        with pytest.raises(InputError, match=r"expected a tensor with \d+ numbers in each row.* but got .* \(1, 2\)"):
             predictor([[1.0, 2.0]])
 
     def test_export(self, predictor: Predictor) -> None:

@@ -277,11 +277,8 @@ def _read_csv(table: Table, file: IO[bytes]) -> None:
                 raise InputError(
                     f"expected several columns in {table.path.name}, but its first line is {listed(names)}; {hint}"
                 ) from error
-            lines = [len(cells) for _, cells in table.lines()]
-            rest = [(row, count) for row, count in enumerate(lines, -1) if count > len(names)]
-            table.refuse([(row, f"{count} cells instead of {len(names)}") for row, count in rest])
-            if "EOF inside string" in str(error):  # all from there on is one cell
-                table.refuse([(len(lines) - 2, "a quotation mark opens here and never closes")])
+            counts = enumerate((len(cells) for _, cells in table.lines()), -1)
+            table.refuse([(row, f"{n} cells instead of {len(names)}") for row, n in counts if n > len(names)])
             raise
     read = {place: column(frame[place]) for place in places if frame[place].dtype.kind in "biuf"}
     del frame  # two copies of a text are too many
