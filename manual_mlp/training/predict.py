@@ -81,9 +81,11 @@ class Predictor(nn.Module):
         values = content["hyper_parameters"]
         with rebuilding(path):
             nets: list[Any] = [net_of(values) for _ in range(values.get("members", 1))]
-            net = nets[0] if len(nets) == 1 else Members(nets, values["loss"], bool(values["class_names"]))
-            net.load_state_dict(tensors_of(content), assign=True)
-            if isinstance(net, Members):
+            for k, net in enumerate(nets):
+                net.load_state_dict(tensors_of(content, f"net.{k}." if len(nets) > 1 else "net."), assign=True)
+            if len(nets) > 1:
+                net = Members(nets, values["loss"], bool(values["class_names"]))
+                net.load_state_dict(tensors_of(content))
                 net.take_kept()
         return cls(net, content).eval()
 
