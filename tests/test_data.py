@@ -235,7 +235,7 @@ class TestTables:
                 'a,y\n"1,0\n',
                 "y",
                 "classification",
-                r"reading failed \(.*EOF inside string starting at row 0\); check that the file is whole",
+                r"reading failed \(.*EOF inside string starting at row 1\); check that the file is whole",
             ),
             (
                 "a,y\n1,2,3\n4,5,6\n",
