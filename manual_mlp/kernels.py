@@ -44,6 +44,7 @@ def rounded_once(formula: Formula) -> Formula:
     return evaluate
 
 
+# The formulas below write these numbers out: torch.compile(dynamic=True) takes a global float for a changing input.
 _FLOATS = (
     *(0.0, 0.5, 1.0, 2.0, -0.5),
     *(-0.7071067811865476, 0.3989422804014327),  # of gelu: −1/√2 and 1/√(2π)
