@@ -96,10 +96,10 @@ class BoundPlan(Plan):
         out.copy_(self.out)
 
     def steps(self, input: Any, target: Tensor, out: Tensor) -> None:
-        for call, fed, _ in self.up:
+        for call, fed in self.forward:
             call(input) if fed else call()
         self.both(self.prediction, target, out)
-        for call, fed, _ in self.down:
+        for call, fed in self.backward:
             call(input) if fed else call()
 
     def bind(self, rates: Any) -> None:
@@ -122,6 +122,9 @@ class BoundPlan(Plan):
             self.compile([0 if self.input is None else self.input, *read], [None, *sinks])
         copies = [(copy, p) for copy, p in zip(read, own, strict=True) if copy is not None and copy is not p]
         self.up[:0] = [(partial(copy.copy_, p), (), None) for copy, p in copies]
+        # Pairs are what Python unpacks fastest: the call, and if it reads the moving input.
+        self.forward = [(call, feeds != ()) for call, feeds, _ in self.up]
+        self.backward = [(call, feeds != ()) for call, feeds, _ in self.down]
         self.bound_for = numbers
         if self.target is not None:
             self.launch = Launch(partial(self.steps, None, self.target, self.out), self.ones.device)

@@ -26,7 +26,7 @@ _linear: Any = torch._C._nn.linear  # F.linear, whose stub does not know out=
 Instruction = tuple[Call, tuple[int, ...], int | None]
 """A call, the positions of the run's tensors that it takes, and of the gradient that it returns, if it returns one.
 
-Python unpacks an ordinary tuple three times as fast as a NamedTuple, and a step of a small net has a dozen.
+Python unpacks an ordinary tuple almost three times as fast as a NamedTuple, and a step of a small net has a dozen.
 """
 
 
