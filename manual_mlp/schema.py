@@ -317,3 +317,7 @@ def _of_sizes(content: dict[str, Any]) -> Iterator[Misfit]:
     types = sorted({str(tensor.dtype) for name, tensor in net.items() if not name.endswith(COUNTER)})
     if len(types) != 1:
         yield "state_dict", "parameters of one dtype", types
+    shapes = {name: tensor.shape for name, tensor in net.items()}
+    for passed, state in content.get("callbacks", {}).get("DeltaFlow", {}).get("snapshots", {}).items():
+        if {f"net.{name}": tensor.shape for name, tensor in state.items()} != shapes:
+            yield f"callbacks.DeltaFlow.snapshots.{passed}", "tensors of the names and shapes in state_dict", state

@@ -216,6 +216,8 @@ def nested(times: int) -> list:
     return [] if times == 0 else [nested(times - 1)]
 
 
+FLOW = {"epochs": [], "norms": {}, "first": {}, "snapshots": {1: {"0.weight": torch.zeros(7, 7)}}}
+FLOW |= {"steps": 0, "due": 0, "stride": 1}
 VALUES: list[tuple[str, Any, str]] = [
     ("hyper_parameters/hidden", "abc", "a list, but got 'abc'"),
     ("hyper_parameters/hidden", [40_000, 20_000], "parameters of this net in .* size mismatch for .*20000"),
@@ -244,6 +246,7 @@ VALUES: list[tuple[str, Any, str]] = [
     ("epoch", None, "epoch .* a whole number from 0 .*, but got none"),
     ("callbacks", [], "a table, but got"),
     ("callbacks/EarlyStopping", 5, "a table, but got 5"),
+    ("callbacks/DeltaFlow", FLOW, "snapshots.1 .* tensors of the names and shapes in state_dict"),
     ("optimizer_states", {}, "a list, but got"),
     ("optimizer_states", [{"state": {}}], r"optimizer_states\[0\].param_groups .* there, but got none"),
     ("lr_schedulers", ["abc"], "a table, but got 'abc'"),

@@ -79,8 +79,8 @@ class DataModule(L.LightningDataModule):
     After `setup`: splits (name -> `Rows`, features (N, input_size) float32; target (N,) class indices or
     (N, output_size) float32), input_size, output_size, class_names (empty for regression), feature_names (empty where
     they have none; of a table those of the prepared columns), columns (of a table, as fitted), said (what was done to
-    them), image_shape (empty but for images), feature_mean
-    and feature_scale (empty without standardise), fingerprint (of the rows as split).
+    them), image_shape (empty but for images), feature_mean and feature_scale (empty without standardise), fingerprint
+    (of the rows as split).
     """
 
     def __init__(
