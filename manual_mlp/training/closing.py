@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.optim import Adam
 
 from manual_mlp import tables
 from manual_mlp.checkpoint import read_checkpoint
@@ -32,7 +31,6 @@ from manual_mlp.training.strategies import choose
 
 WIDTH = 60
 IMBALANCED = 1.5  # times as many rows in the largest class as in the smallest are worth a line
-MARGIN = 0.05  # a net that got less of the way from the largest class's share to 100 % has learned nothing
 FILES = (  # in a run's folder
     *("best.ckpt", "last.ckpt", "metrics.csv", "figures.json", "learning_curves.png", "report.html"),
     *("trace.md", "flow.png", "tensorboard", "train.log", ".hydra"),
@@ -98,12 +96,12 @@ class Run(NamedTuple):
 
 
 def summary(run: Run, facts: Mapping[str, str]) -> str:
-    """Return what was trained, how well, and what to try if that failed. facts: from `run_facts`."""
+    """Return what was trained, and how well. facts: from `run_facts`."""
     figures, metric = run.figures, run.cfg.optimized_metric
     lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
     lines += ["", _table({name: figures[name] for name in run.module.figure_names() if name in figures})]
     lines += [f"  {'returned':<12}{metric} {figures[metric]:.6g}"] if metric in figures else []
-    return "\n".join(["", *lines, *_hint(run)])
+    return "\n".join(["", *lines])
 
 
 def run_facts(run: Run) -> dict[str, str]:
@@ -169,23 +167,6 @@ def _activations(module: MLPModule) -> str:
     return ", ".join([*words, f"output {module.output_activation}"])
 
 
-def _hint(run: Run) -> list[str]:
-    """Return what to try if the training failed; nothing if it did not."""
-    module = run.module
-    if run.classifies:
-        share = _guess(run, "train")
-        failed = run.figures.get("train_accuracy", 1.0) < share + MARGIN * (1 - share)
-        reason = f"always guessing the largest class gives {100 * share:.2f} %"
-    else:
-        failed, reason = run.figures.get("val_r2", 0.0) < 0, "always guessing the mean gives r2 0"
-    if not failed or module.optimizer is None:
-        return []
-    advice = module.lower_lr() + ("" if module.optimizer.func is Adam else " or use optimizer=adam")
-    if run.is_perceptron:
-        advice = "if no straight line separates the classes, use model=mlp"
-    return ["", _wrapped("  ", f"hint: {reason}; {advice}")]
-
-
 def _table(figures: dict[str, float]) -> str:
     """Return a line for each part, such as train cost and train accuracy; more lines where 60 columns are too few."""
     cells: dict[str, list[str]] = {}
@@ -224,9 +205,9 @@ def _score(run: Run) -> str:
     return f"The net answers {_percent(run.accuracy)} of the test part rightly, {beaten} {_percent(guess)} by a guess"
 
 
-def _guess(run: Run, part: str = "test") -> float:
-    """Return the share of the largest class in a part."""
-    return run.data.splits[part].target.bincount().max().item() / len(run.data.splits[part])
+def _guess(run: Run) -> float:
+    """Return the share of the largest class in the test part."""
+    return run.data.splits["test"].target.bincount().max().item() / len(run.data.splits["test"])
 
 
 def _line(run: Run) -> str:
@@ -358,10 +339,13 @@ CLOSINGS = {
 
 
 def _approximator(folder: Path, runs: Sequence[Any]) -> str:
+    """Compare the first width with the one that came nearest to the curve."""
     first, last = runs[0], min(runs, key=lambda run: run.value)
-    text = f"{first.metric} falls from {first.value:.3g} with model.hidden={first.settings['model.hidden']} to "
-    text += f"{last.value:.3g} with {last.settings['model.hidden']}: "
-    return text + ("the wider, the nearer" if last.value < first.value / 2 else "no width has met the curve yet")
+    if first.settings.keys() != {"model.hidden"} or not first.metric.endswith(ERRORS):
+        return ""
+    text = f"{first.metric} falls from {first.value:.3g} with {first.changed} to {last.value:.3g} with {last.changed}: "
+    seen = "the wider, the nearer" if last.value < first.value / 2 else "no width has met the curve yet"
+    return f"{text}{seen} (sweep.png)."
 
 
 def first_norms(folder: Path, run: Any) -> dict[int, float]:
@@ -381,74 +365,37 @@ def _share(norms: Mapping[int, float]) -> float:
     return norms[min(norms)] / (norms[max(norms)] or math.nan)
 
 
-def _compared(folder: Path, told: Mapping[str, Any], seen: str) -> str:
-    """Compare two runs, each by its words, and say what was seen if the second keeps more of δ and learns more."""
-    if None in told.values() or len(told) < 2:
-        return "One of the two nets is missing, so nothing can be compared"
-    shares = [_share(first_norms(folder, run)) for run in told.values()]
-    accuracies = [run.figures["val_accuracy"] for run in told.values()]
+def _vanishing(folder: Path, runs: Sequence[Any]) -> str:
+    """Compare the run whose δ shrinks most on its way to the first layer with the one whose δ shrinks least."""
+    if not all("val_accuracy" in run.figures and first_norms(folder, run) for run in runs):
+        return ""
+    most, least = (end(runs, key=lambda run: _share(first_norms(folder, run))) for end in (min, max))
+    shares = [_share(first_norms(folder, run)) for run in (most, least)]
+    accuracies = [run.figures["val_accuracy"] for run in (most, least)]
     first, second = (
-        f"{words} (accuracy {_percent(accuracy)})" for words, accuracy in zip(told, accuracies, strict=True)
+        f"with {shown(run.changed)} (accuracy {_percent(accuracy)})"
+        for run, accuracy in zip((most, least), accuracies, strict=True)
     )
     learned = shares[0] < shares[1] and accuracies[0] < accuracies[1] - ALIKE
     part = f"{shares[0]:.1g}" if shares[0] else "0 (in float32)"
     text = f"δ of the first layer is {part} of that of the last {first}, and {shares[1]:.1g} {second}: "
-    return text + (seen if learned else "this training does not show more")
+    seen = "where δ vanishes, the net does not learn" if learned else "this training does not show more"
+    return f"{text}{seen} (deltas.png)."
 
 
-def _vanishing(folder: Path, runs: Sequence[Any]) -> str:
-    """Compare the run whose δ shrinks most with the one whose δ shrinks least."""
-    ends = (end(runs, key=lambda run: _share(first_norms(folder, run))) for end in (min, max))
-    told = {f"with {', '.join(run.settings.values())}": run for run in ends}
-    return _compared(folder, told, "where δ vanishes, the net does not learn")
-
-
-def _residual(folder: Path, runs: Sequence[Any]) -> str:
-    """Compare the deepest nets, without and with connections."""
-    most = max(int(run.settings["layers"]) for run in runs)
-    deepest = {run.settings["model.residual"].lower(): run for run in runs if int(run.settings["layers"]) == most}
-    told = {f"in a chain of {most} layers": deepest.get("false"), "with residual connections": deepest.get("true")}
-    return _compared(folder, told, "the connections carry δ through a net that does not learn without them")
-
-
-def _batch_norm(folder: Path, runs: Sequence[Any]) -> str:
-    """Compare the net without norms and the one with them."""
-    nets = {run.settings["model.batch_norm"].lower(): run for run in runs}
-    told = {"without batch norm": nets.get("false"), "with it": nets.get("true")}
-    return _compared(folder, told, "the norms carry δ through a net that does not learn without them")
-
-
-def _pretraining(folder: Path, runs: Sequence[Any]) -> str:
-    """Compare the least pretraining with the most."""
-    by_epochs = {int(run.settings["callbacks.pretrained.epochs_per_layer"]): run for run in runs}
-    told = {f"with {epochs} epochs of pretraining": by_epochs[epochs] for epochs in (min(by_epochs), max(by_epochs))}
-    return _compared(folder, told, "pretraining lets δ through to a first layer that it does not reach otherwise")
-
-
-def _shows_delta(folder: Path, run: Any) -> bool:
-    return "val_accuracy" in run.figures and bool(first_norms(folder, run))
-
-
-# the sentence, the picture that shows the same, what the preset sweeps, and the runs that the sentence fits
-SWEEPS: dict[str, tuple[Callable[[Path, Sequence[Any]], str], str, set[str], Callable[[Path, Any], bool]]] = {
-    "batch_norm": (_batch_norm, "deltas.png", {"model.batch_norm"}, _shows_delta),
-    "pretraining": (_pretraining, "deltas.png", {"callbacks.pretrained.epochs_per_layer"}, _shows_delta),
-    "residual": (_residual, "deltas.png", {"layers", "model.residual"}, _shows_delta),
-    "deep_sigmoid": (_vanishing, "deltas.png", {"model.activation", "model.initialisation"}, _shows_delta),
-    "universal_approximator": (_approximator, "sweep.png", {"model.hidden"}, lambda _, r: r.metric.endswith(ERRORS)),
+# Each ends a sweep with its sentence and the picture that shows the same, or with "" if its runs can't be compared so.
+SWEEPS: dict[str, Callable[[Path, Sequence[Any]], str]] = {
+    "universal_approximator": _approximator,
+    **dict.fromkeys(("batch_norm", "deep_sigmoid", "pretraining", "residual"), _vanishing),
 }
 
 
 def closing_of_sweep(name: str | None, folder: Path, runs: Sequence[Any]) -> str:
     """Return the sentence of a preset that sweeps; "" for none, or if the preset was changed so that it doesn't fit.
 
-    runs: those with a figure, in their order, each with `name`, `settings`, `metric`, `value` and `figures`.
+    runs: those with a figure, in their order, each with `name`, `settings`, `changed`, `metric`, `value` and `figures`.
     """
-    if name not in SWEEPS or len(runs) < 2:
-        return ""
-    sentence, picture, swept, fits = SWEEPS[name]
-    told = runs[0].settings.keys() == swept and all(fits(folder, run) for run in runs)
-    return f"{sentence(folder, runs)} ({picture})." if told else ""
+    return SWEEPS[name](folder, runs) if name in SWEEPS and len(runs) > 1 else ""
 
 
 def closing(run: Run) -> str:
