@@ -345,8 +345,8 @@ def test_residual(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert accuracy["12", "true"] > 0.3
     assert (tmp_path / "deltas.png").exists()
     assert re.search(
-        r"^δ of the first layer is \de-\d+ of that of the last with layers=12, model.residual=false \(.*, and "
-        r"[\d.]+ with layers=\d+, model.residual=true \(.*: where δ vanishes, the net does not learn \(deltas\.png\)\.$",
+        r"^δ of the first layer is \de-\d+ of that of the last with layers=12, model.residual=False \(.*, and "
+        r"[\d.]+ with layers=\d+, model.residual=True \(.*: where δ vanishes, the net does not learn \(deltas\.png\)\.$",
         ended(capsys.readouterr().out),
     )
 
@@ -367,8 +367,8 @@ def test_batch_norm(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert plain < 0.15 < 0.3 < normalised
     assert (tmp_path / "deltas.png").exists()
     assert re.search(
-        r"^δ of the first layer is \de-\d+ of that of the last with model.batch_norm=false \(.*, and [\d.]+ with "
-        r"model.batch_norm=true \(.*: where δ vanishes, the net does not learn \(deltas\.png\)\.$",
+        r"^δ of the first layer is \de-\d+ of that of the last with model.batch_norm=False \(.*, and [\d.]+ with "
+        r"model.batch_norm=True \(.*: where δ vanishes, the net does not learn \(deltas\.png\)\.$",
         ended(capsys.readouterr().out),
     )
 
@@ -376,7 +376,7 @@ def test_batch_norm(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_batch_norm_that_does_not_learn(sweep, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("batch_norm", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "report=false")
     assert ended(capsys.readouterr().out).endswith(
-        "with model.batch_norm=true (accuracy 10 %): this training does not show more (deltas.png)."
+        "with model.batch_norm=True (accuracy 10 %): this training does not show more (deltas.png)."
     )
 
 

@@ -21,7 +21,6 @@ from hydra.errors import (
     InstantiationException,
     MissingConfigException,
     OverrideParseException,
-    SearchPathException,
 )
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -78,12 +77,10 @@ def explain(error: Exception) -> str | None:
         key, equals, value = str(error.override).partition("=")
         quoted = f", for Hydra and the shell: {for_the_shell(override(key, value))}" if key and equals else ""
         return f"expected an override of the form key=value, but got {error.override!r}; mend it or quote it{quoted}"
-    if isinstance(error, ConfigCompositionException):
-        return _unknown_key(error)
+    if isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, OmegaConfBaseException):
+        return _unknown_key(error.__cause__)
     if isinstance(error, MissingMandatoryValue):
         return f"expected a value for {error.full_key}, but got none; add {error.full_key}=… to the command"
-    if isinstance(error, SearchPathException):
-        return f"expected a folder of configurations in --config-dir, but: {first_line(error)}; correct or leave it out"
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
         return (
             f"expected a net and data that fit into memory, but: {first_line(error)}; make them or the batches smaller"
@@ -104,7 +101,8 @@ def check(cfg: DictConfig) -> None:
     if node.get("scheduler"):
         node["scheduler"] = {key: value for key, value in node["scheduler"].items() if key not in SCHEDULE}
     for group in ("callbacks", "logger", "metrics"):
-        for name, value in (node.get(group) or {}).items():
+        nodes = node.get(group) or {}
+        for name, value in nodes.items() if isinstance(nodes, dict) else [("NAME", nodes)]:
             if value is not None and not (isinstance(value, dict) and "_target_" in value):
                 raise InputError(
                     f"expected {group}.{name} to have a _target_, or to be null, but got {value!r}; "
@@ -268,20 +266,13 @@ def _unknown_choice(error: MissingConfigException) -> str:
     return f"expected a known choice for {group}, but got {group}={name}; {hint}"
 
 
-def _unknown_key(error: ConfigCompositionException) -> str:
-    cause = error.__cause__
-    if "Ambiguous value" in str(error):  # a list without brackets, or a sweep without -m
-        several = first_line(error).split("'")[1]
-        return f"expected one value, but got several in {several}; write [1,2] for a list, or add -m for a sweep"
-    if not isinstance(cause, OmegaConfBaseException):  # Hydra's other reasons name the fix on their further lines
-        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
-        return f"expected overrides that fit the configuration, but: {'; '.join(lines)}"
-    parent = str(cause.full_key).rpartition(".")[0]
-    names = [name for name in cause.parent_node or () if name != "hydra" and not str(name).startswith("_")]
-    known = [f"{parent}.{name}" if parent else name for name in names]
+def _unknown_key(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key)
+    parent = key.rpartition(".")[0]
+    names = [name for name in error.parent_node or () if name != "hydra" and not str(name).startswith("_")]
     where = f"a key of {parent}" if parent else "a group or a key"
-    hint = likely(str(cause.full_key), known)
-    return f"expected {where}, but got {cause.full_key}; {_elsewhere(str(cause.full_key)) or hint}"
+    hint = _elsewhere(key) or likely(key, [f"{parent}.{name}" if parent else name for name in names])
+    return f"expected {where}, but got {key}; {hint}"
 
 
 def _elsewhere(mistyped: str) -> str:
@@ -297,7 +288,7 @@ def _elsewhere(mistyped: str) -> str:
 
 
 def _before_the_job(error: Exception) -> str | None:
-    """Return a sentence for an error of Hydra's own code, which makes the output folder and opens the log file."""
+    """Return a sentence for an error of Hydra's own code, which reads the command line and makes the output folder."""
     modules = {frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__)}
     if modules & {"manual_mlp.training.run", "manual_mlp.training.predict"}:
         return None
@@ -307,13 +298,15 @@ def _before_the_job(error: Exception) -> str | None:
             f"expected an output folder that can be written, but {cause.filename} cannot ({cause.strerror}); "
             "choose another with hydra.run.dir=… (hydra.sweep.dir=… in a sweep)"
         )
-    if "Got NoneType" in str(error):  # Hydra does not say which group
-        return "expected the name of a choice for each group, but got null; leave a group out with ~, as in ~logger"
-    if isinstance(error, TypeError) and "hydra._internal.defaults_list" in modules:
-        return "expected the name of a choice for each group, but got a list of other things; name one, as in data=iris"
-    if type(error) is not ValueError:
-        return None
-    return f"expected overrides of the form key=value, but: {first_line(error)}"
+    if isinstance(error, HydraException):  # whose further lines name the fix
+        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+        return f"expected flags and overrides that fit the configuration, but: {'; '.join(lines)}"
+    if isinstance(error, ValueError | TypeError) and "hydra._internal.defaults_list" in modules:
+        return (
+            f"expected the name of a choice for each group, but: {first_line(error)}; write it as in data=iris, or "
+            "leave the group out as in ~logger"
+        )
+    return None
 
 
 @cache
