@@ -136,7 +136,7 @@ DATA: dict[Any, Any] = {
     **dict.fromkeys(("target?", "key?", "separator?", "decimal?"), (TEXT, NOTHING)),
     str: PLAIN,
 }
-BEST = {  # of a ModelCheckpoint; training.saving makes the rest anew, and believes no path
+BEST = {  # of a ModelCheckpoint; training.callbacks makes the rest anew, and believes no path
     "best_model_path": PATH,
     "best_k_models": {str: SCORE},
     "kth_value": SCORE,
@@ -154,7 +154,6 @@ CALLBACKS = {  # by the first word of their key; others' states may hold no path
         "snapshots": {int: {str: TENSOR}},
         "steps": COUNT,
         "due": COUNT,
-        "stride": _whole(1),
     },
 }
 RANDOM = {

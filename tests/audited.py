@@ -36,11 +36,11 @@ import manual_mlp as mm
 from manual_mlp import InputError, checkpoint, plots
 from manual_mlp.training import command_line, continuing
 from manual_mlp.training import run as training
+from manual_mlp.training.callbacks import WholeFiles
 from manual_mlp.training.command_line import with_its_own_overrides
 from manual_mlp.training.config import explain
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.predict import Predictor
-from manual_mlp.training.saving import WholeFiles
 from tests.configs import ROOT, configured
 
 RUNS = {  # real ones, small

@@ -298,8 +298,9 @@ def test_deep_sigmoid(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert lost["relu", "glorot"] < 100
     assert (tmp_path / "deltas.png").exists()
     assert re.search(
-        r"^δ of the first layer is \de-\d+ of that of the last with model.activation=sigmoid, model.initialisation=torch "
-        r"\(.*, and [\d.]+ with model.activation=relu, model.initialisation=glorot .*\(deltas.png\)\.$",
+        r"^δ of the first layer is \de-\d+ of that of the last with model.activation=sigmoid, "
+        r"model.initialisation=torch \(.*, and [\d.]+ with model.activation=relu, model.initialisation=glorot "
+        r".*\(deltas.png\)\.$",
         ended(capsys.readouterr().out),
     )
 
@@ -346,7 +347,7 @@ def test_residual(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (tmp_path / "deltas.png").exists()
     assert re.search(
         r"^δ of the first layer is \de-\d+ of that of the last with layers=12, model.residual=False \(.*, and "
-        r"[\d.]+ with layers=\d+, model.residual=True \(.*: where δ vanishes, the net does not learn \(deltas\.png\)\.$",
+        r"[\d.]+ with layers=\d+, model.residual=True \(.*: where δ vanishes, the net does not learn \(deltas.png\)\.$",
         ended(capsys.readouterr().out),
     )
 
@@ -396,11 +397,11 @@ def swept(**figures: float) -> list[Run]:
 @pytest.mark.parametrize(
     ("name", "runs", "said"),
     [
-        ("residual", swept(e9_false=0.1, e9_true=0.9), "=9, model.residual=false .*=true .*: where δ vanishes, the net"),
+        ("residual", swept(e9_false=0.1, e9_true=0.9), "=9, model.residual=false .*=true .*: where δ vanishes"),
         ("residual", swept(e9_false=0.1, e9_true=0.12), "this training does not show more"),
         ("residual", swept(e3_false=0.1, e3_true=0.9, e9_true=0.9), "where δ vanishes, the net does not learn"),
-        ("batch_norm", swept(efalse=0.1, etrue=0.9), "is 1e-05 .*norm=false .* 0.5 with .*norm=true .*where δ vanishes"),
-        ("batch_norm", swept(etrue=0.1, efalse=0.9), "is 1e-05 .*norm=true .* 0.5 with .*norm=false .*where δ vanishes"),
+        ("batch_norm", swept(efalse=0.1, etrue=0.9), "is 1e-05 .*norm=false .* 0.5 with .*norm=true .*δ vanishes"),
+        ("batch_norm", swept(etrue=0.1, efalse=0.9), "is 1e-05 .*norm=true .* 0.5 with .*norm=false .*δ vanishes"),
         ("pretraining", swept(e10=0.9, e0=0.1), "is 1e-05 .*layer=0 .* 0.5 with .*layer=10 .*where δ vanishes"),
         ("pretraining", swept(e0=0.9, e10=0.9), "this training does not show more"),
     ],

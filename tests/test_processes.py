@@ -14,8 +14,8 @@ import torch
 from manual_mlp import InputError
 from manual_mlp.training import data as data_module
 from manual_mlp.training import run as training
+from manual_mlp.training.callbacks import WholeFiles
 from manual_mlp.training.data import DataModule
-from manual_mlp.training.saving import WholeFiles
 from tests.configs import ROOT, configured
 from tests.test_data import module, numbered
 

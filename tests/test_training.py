@@ -16,9 +16,9 @@ from torch import nn
 import manual_mlp as mm
 from manual_mlp import InputError
 from manual_mlp.training import run as training
+from manual_mlp.training.callbacks import Writer
 from manual_mlp.training.closing import _table
 from manual_mlp.training.module import MLPModule, resolve_output_activation
-from manual_mlp.training.saving import Writer
 from manual_mlp.training.strategies import BACKPROP, INITIALISATIONS
 from tests.configs import ROOT, configured
 

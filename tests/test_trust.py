@@ -20,9 +20,9 @@ import manual_mlp as mm
 from manual_mlp import InputError, checkpoint
 from manual_mlp.checkpoint import FORMAT, read_checkpoint, write_whole
 from manual_mlp.training import run as training
+from manual_mlp.training.callbacks import EpochCheckpoint, WholeFiles, in_own_folder
 from manual_mlp.training.module import MLPModule
 from manual_mlp.training.predict import Predictor
-from manual_mlp.training.saving import EpochCheckpoint, WholeFiles, in_own_folder
 from manual_mlp.training.strategies import BACKPROP
 from tests.configs import configured
 from tests.killed import outcome

@@ -31,10 +31,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manual_mlp.errors import InputError
 from manual_mlp.schema import PLAIN, described, join
+from manual_mlp.training.callbacks import EpochRows, in_own_folder, without_folders
 from manual_mlp.training.data import Batches, DataModule
 from manual_mlp.training.folder import accepted, keep_configuration
 from manual_mlp.training.module import MLPModule, read_training, unfit
-from manual_mlp.training.saving import EpochRows, in_own_folder, without_folders
 
 log = logging.getLogger(__name__)
 

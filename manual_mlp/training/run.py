@@ -33,13 +33,13 @@ from torchmetrics import Metric
 from manual_mlp.errors import InputError, shown
 from manual_mlp.shell import command, override
 from manual_mlp.training import config, continuing
+from manual_mlp.training.callbacks import WholeFiles
 from manual_mlp.training.closing import WIDTH, Run, closing, files, run_facts, summary
 from manual_mlp.training.data import DataModule
 from manual_mlp.training.folder import FIGURES, accepted, alone_in, check_places, disk_in_words, keep_configuration
 from manual_mlp.training.module import MLPModule, read_training
 from manual_mlp.training.pictures import learning_curves, leave_report
 from manual_mlp.training.predict import predict_file
-from manual_mlp.training.saving import WholeFiles
 from manual_mlp.training.strategies import choose
 
 log = logging.getLogger(__name__)
