@@ -241,7 +241,7 @@ class TestRun:
             csv.writer(file).writerows([("x", "class"), *rows])
         page = run(tmp_path, "data=table", f"data.source.path='{path}'", "data.source.target=class", "optimizer.lr=0")
         assert "script" not in {tag for tag, _ in page.tags}
-        assert EVIL in page.text()  # in the most frequent mistake
+        assert EVIL in page.text()  # in the lines of the classes
         assert page.texts.count("a<b>.csv, 1-30-2") == 2
 
     def test_report_false(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

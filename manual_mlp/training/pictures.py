@@ -1,9 +1,7 @@
 """The pictures of a run, drawn from the kept net and the data, and the report that holds them."""
 
-import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,8 +195,8 @@ class _Answers:
     def to_classes(self) -> Iterator[Picture]:
         data, target, answer = self.data, self.target.numpy(), self.prediction.argmax(1).cpu().numpy()
         names = [shown(name) for name in data.class_names]
-        figure = plots.confusion_matrix(target, answer, names)
-        yield Picture("Confusion matrix", _in_words(target, answer, names, self.part), figure)
+        text = f"Rows of the {self.part} part: how many of each class got which answer."
+        yield Picture("Confusion matrix", text, plots.confusion_matrix(target, answer, names))
         if data.image_shape and (answer != target).any():
             images, scores = self.x.reshape(-1, *data.image_shape), self.prediction.cpu().numpy()
             text = "Wrong answers, the worst first: the true class had a much lower score."
@@ -219,15 +217,6 @@ class _Answers:
             yield Picture("Fitted curve", text, figure)
         text = f"Rows of the {self.part} part; those on the line are predicted rightly."
         yield Picture("Prediction and target", text, plots.predicted_against_true(target.ravel(), answer.ravel()))
-
-
-def _in_words(target: np.ndarray, answer: np.ndarray, class_names: Sequence[str], part: str) -> str:
-    """Return how many are right, and the most frequent mistake."""
-    text = f"Of {len(target)} rows of the {part} part {(answer == target).sum()} are answered rightly."
-    wrong = answer != target
-    for (own, given), times in Counter(zip(target[wrong], answer[wrong], strict=True)).most_common(1):
-        text += f" The most frequent mistake, {times} times: {class_names[given]} for {class_names[own]}."
-    return text
 
 
 def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> Iterator[Picture]:
@@ -251,10 +240,7 @@ def _inside(data: DataModule, flow: DeltaFlow | None, trace: Trace | None) -> It
         yield Picture("First-layer weights", text, figure)
     if flow is None or not flow.epochs:
         return
-    first, last = min(flow.norms), max(flow.norms)
-    ratio = flow.norms[first][-1] / (flow.norms[last][-1] or math.nan)
     text = f"‖δ‖ of a sample by layer, on the same {len(trace.target)} rows each time."
-    text += f" At the end that of layer {first} is {ratio:.3g} times that of layer {last}." * (first < last)
     yield Picture("Flow of δ", text, plots.delta_flow(flow.epochs, flow.norms))
     text = "z, a, |δ| of these rows before the first step, and with the parameters that are kept; the highest bin is 1."
     yield Picture("Histograms", text, plots.histograms({"before": SimpleNamespace(**flow.first), "kept": trace}))
