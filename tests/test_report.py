@@ -173,7 +173,10 @@ class TestRun:
         assert titles(page) == ["Learning curves", "Confusion matrix", "Worst mistakes", *INSIDE]
         with (tmp_path / "metrics.csv").open() as file:
             accuracy = float(list(csv.DictReader(file))[-1]["test_accuracy"])
-        assert f"Of 360 rows of the test part {round(360 * accuracy)} are answered rightly." in page.text()
+        recalls = re.findall(r"recall ([\d.]+) %, (\d+) test rows", page.text())
+        assert sum(int(rows) for _, rows in recalls) == 360
+        right = sum(round(float(recall) / 100 * int(rows)) for recall, rows in recalls)
+        assert right == round(360 * accuracy)
         for fact in ("64-30-10, sigmoid", "1257 train", "SGD, lr 5.0", "max_epochs: 2", "seed: 0", "Python 3."):
             assert fact in page.text()
         assert all(attributes["alt"] for attributes in page.all("img"))
