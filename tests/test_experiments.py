@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from manual_mlp import InputError, plots
+from manual_mlp import InputError
 from manual_mlp import formulas as sheet
 from manual_mlp.plots import delta_by_layer
 from manual_mlp.training import closing, sources
@@ -407,24 +407,24 @@ def swept(**figures: float) -> list[Run]:
     ],
 )
 def test_sentences_of_sweeps_say_what_was_seen(
-    monkeypatch: pytest.MonkeyPatch, name: str, runs: list[Run], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, runs: list[Run], said: str
 ) -> None:
     learned = {run.name: run.figures["val_accuracy"] > 0.5 for run in runs}
     monkeypatch.setattr(closing, "first_norms", lambda folder, run: {2: 0.5 if learned[run.name] else 1e-5, 3: 1.0})
-    assert re.search(said, closing.closing_of_sweep(name, Path(), runs))
+    assert re.search(said, closing.closing_of_sweep(name, tmp_path, runs))
 
 
-def test_a_changed_sweep_has_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_sweep_has_no_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The preset's own would be about accuracies, about δ or about an error, of which these runs have none."""
     runs, widths = swept(e0=0.1, e10=0.9), [{"model.hidden": "[1]"}, {"model.hidden": "[4]"}]
-    assert closing.closing_of_sweep("pretraining", Path(), runs) == ""
+    assert closing.closing_of_sweep("pretraining", tmp_path, runs) == ""
     monkeypatch.setattr(closing, "first_norms", lambda folder, run: {2: 0.5, 3: 1.0})
-    assert closing.closing_of_sweep("pretraining", Path(), runs)
+    assert closing.closing_of_sweep("pretraining", tmp_path, runs)
     numbers = [run._replace(figures={"val_r2": 0.5, "val_loss": 1.0}) for run in runs]
-    assert closing.closing_of_sweep("pretraining", Path(), numbers) == ""
+    assert closing.closing_of_sweep("pretraining", tmp_path, numbers) == ""
     for metric, said in (("val_loss", True), ("val_r2", False)):
         runs = [Run(str(i), width, metric, {metric: 1.0 + i}, "") for i, width in enumerate(widths)]
-        assert bool(closing.closing_of_sweep("universal_approximator", Path(), runs)) == said
+        assert bool(closing.closing_of_sweep("universal_approximator", tmp_path, runs)) == said
 
 
 def test_a_sweep_without_records_or_with_a_failed_run_ends_in_words(
@@ -435,7 +435,7 @@ def test_a_sweep_without_records_or_with_a_failed_run_ends_in_words(
     sweep("deep_sigmoid", *short, "model.initialisation=torch", "callbacks.delta_flow=null")
     assert not (tmp_path / "deltas.png").exists()
     drawn = []
-    monkeypatch.setattr(plots, "delta_by_layer", lambda norms: drawn.append([*norms]) or delta_by_layer(norms))
+    monkeypatch.setattr(closing, "delta_by_layer", lambda norms: drawn.append([*norms]) or delta_by_layer(norms))
     with pytest.raises(SystemExit, match="1 of the 2 runs failed"):
         sweep("deep_sigmoid", *short, "model.initialisation=torch", "model.activation=relu,nope")
     assert drawn == [["model.activation=relu"]]

@@ -23,6 +23,7 @@ from torch import Tensor
 from manual_mlp import tables
 from manual_mlp.checkpoint import read_checkpoint
 from manual_mlp.errors import shown
+from manual_mlp.plots import delta_by_layer
 from manual_mlp.tables import ERRORS
 from manual_mlp.training.callbacks import Traced
 from manual_mlp.training.data import DataModule
@@ -341,7 +342,7 @@ CLOSINGS = {
 def _approximator(folder: Path, runs: Sequence[Any]) -> str:
     """Compare the first width with the one that came nearest to the curve."""
     first, last = runs[0], min(runs, key=lambda run: run.value)
-    if first.settings.keys() != {"model.hidden"} or not first.metric.endswith(ERRORS):
+    if len(runs) < 2 or first.settings.keys() != {"model.hidden"} or not first.metric.endswith(ERRORS):
         return ""
     text = f"{first.metric} falls from {first.value:.3g} with {first.changed} to {last.value:.3g} with {last.changed}: "
     seen = "the wider, the nearer" if last.value < first.value / 2 else "no width has met the curve yet"
@@ -366,11 +367,18 @@ def _share(norms: Mapping[int, float]) -> float:
 
 
 def _vanishing(folder: Path, runs: Sequence[Any]) -> str:
-    """Compare the run whose δ shrinks most on its way to the first layer with the one whose δ shrinks least."""
-    if not all("val_accuracy" in run.figures and first_norms(folder, run) for run in runs):
+    """Compare the run whose δ shrinks most on its way to the first layer with the one whose δ shrinks least.
+
+    Leaves deltas.png: ‖δ^l‖ before the first step against l, for each run that has recorded it.
+    """
+    norms = {run.name: first_norms(folder, run) for run in runs}
+    if any(norms.values()):
+        drawn = {run.changed: norms[run.name] for run in runs if norms[run.name]}
+        delta_by_layer(drawn).savefig(folder / "deltas.png")
+    if len(runs) < 2 or not all("val_accuracy" in run.figures and norms[run.name] for run in runs):
         return ""
-    most, least = (end(runs, key=lambda run: _share(first_norms(folder, run))) for end in (min, max))
-    shares = [_share(first_norms(folder, run)) for run in (most, least)]
+    most, least = (end(runs, key=lambda run: _share(norms[run.name])) for end in (min, max))
+    shares = [_share(norms[run.name]) for run in (most, least)]
     accuracies = [run.figures["val_accuracy"] for run in (most, least)]
     first, second = (
         f"with {shown(run.changed)} (accuracy {_percent(accuracy)})"
@@ -393,9 +401,10 @@ SWEEPS: dict[str, Callable[[Path, Sequence[Any]], str]] = {
 def closing_of_sweep(name: str | None, folder: Path, runs: Sequence[Any]) -> str:
     """Return the sentence of a preset that sweeps; "" for none, or if the preset was changed so that it doesn't fit.
 
+    A preset about δ also leaves deltas.png in the folder.
     runs: those with a figure, in their order, each with `name`, `settings`, `changed`, `metric`, `value` and `figures`.
     """
-    return SWEEPS[name](folder, runs) if name in SWEEPS and len(runs) > 1 else ""
+    return SWEEPS[name](folder, runs) if name in SWEEPS and runs else ""
 
 
 def closing(run: Run) -> str:

@@ -47,23 +47,16 @@ class Run(NamedTuple):
         return ", ".join(f"{key}={value}" for key, value in self.settings.items())
 
 
-class OfSweep(Callback):
-    """A callback that finds the runs of its sweep at the end."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        self.started = time.time() - 1  # older results in the same folder are another sweep's
-
-    def runs(self, config: DictConfig) -> list[Run]:
-        return read_runs(Path(config.hydra.sweep.dir), self.started)
-
-
-class Comparison(OfSweep):
+class Comparison(Callback):
     """A callback that ends a sweep: it tests the best run, and compares all in a table, sweep.csv and sweep.png.
 
     No other run is tested: whoever chooses by the test part has no test left. A run's figures are read from its folder,
     because launchers may run it in another process or on another machine. A run that fails on a user error prints its
     message and is marked failed; the sweep continues.
     """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.started = time.time() - 1  # older results in the same folder are another sweep's
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
@@ -79,9 +72,9 @@ class Comparison(OfSweep):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder, minimize = Path(config.hydra.sweep.dir), minimized(config)
-        if order := ranked(self.runs(config), minimize):
+        if order := ranked(read_runs(folder, self.started), minimize):
             _test(folder, order[0])
-        runs = self.runs(config)
+        runs = read_runs(folder, self.started)
         if len(runs) < 2:
             return
         order = ranked(runs, minimize)
@@ -102,24 +95,6 @@ class Comparison(OfSweep):
             print(textwrap.fill(closing_of_sweep(config.closing, folder, [run for run in runs if run in order]), WIDTH))
         if failed := sum(bool(run.error) for run in runs):
             sys.exit(f"Error: {failed} of the {len(runs)} runs failed; their reasons stand above and in sweep.csv")
-
-
-class DeltaByLayer(OfSweep):
-    """A callback that draws deltas.png at the end of a sweep: ‖δ^l‖ against l before the first step, for each run.
-
-    A run that has failed, or has recorded no δ, has no line.
-    """
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        from manual_mlp.plots import delta_by_layer
-        from manual_mlp.training.closing import first_norms
-
-        folder = Path(config.hydra.sweep.dir)
-        norms: dict[str, dict[int, float]] = {}
-        for run in self.runs(config):
-            norms |= {run.changed: found} if not run.error and (found := first_norms(folder, run)) else {}
-        if norms:
-            delta_by_layer(norms).savefig(folder / "deltas.png")
 
 
 def _test(folder: Path, best: Run) -> None:
