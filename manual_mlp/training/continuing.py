@@ -103,11 +103,55 @@ def restoring(path: str | None) -> Iterator[None]:
 
 
 class Continuation(Callback):
-    """Keeps in a checkpoint what Lightning leaves out: the random states, the rows of metrics.csv, an early stop."""
+    """A callback that keeps in a checkpoint what Lightning leaves out, and decides what a run takes from one.
 
-    def __init__(self) -> None:
+    Left out are the random states, the rows of metrics.csv, an early stop, the time of the run, and its configuration,
+    which wins over the states in a checkpoint.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        here = OmegaConf.merge(cfg, {"run_dir": "."})  # a checkpoint holds no absolute path
+        nodes = OmegaConf.select(here, "callbacks") or {}
+        self.callbacks = {
+            name: _plain(OmegaConf.to_container(node, resolve=True)) for name, node in nodes.items() if node
+        }
+        self.steps = {name: str(OmegaConf.select(cfg, name)) for name in STEPS}
+        self.changed: list[str] = []  # settings of which earlier steps had others, so no one command gives this net
         self.content: Content = {}  # of the checkpoint that the run goes on from, until it does
+        self.old: Content | None = None  # the state of a schedule that has other settings now
         self.began = time.perf_counter()
+
+    def configured(self, module: MLPModule) -> Content:
+        """Return {"optimizer": …, "scheduler": … or None, "callbacks": {name: …}, …} as plain values."""
+        assert module.optimizer is not None
+        schedule = None
+        if module.scheduler is not None:
+            options = {name: value for name, value in module.scheduler.items() if name != "scheduler"}
+            schedule = {"interval": "epoch", "monitor": None, **options, **_arguments(module.scheduler["scheduler"])}
+        made = {"optimizer": _arguments(module.optimizer), "scheduler": schedule, "callbacks": self.callbacks}
+        return {**made, "steps": self.steps, "changed": self.changed}
+
+    def check(self, content: Content, path: str, module: MLPModule, data: DataModule) -> None:
+        """Raise InputError for what differs from a checkpoint's and can't be honoured any more.
+
+        Sets lr to the one that LearningRateFinder found, and the names of the classes to those of the checkpoint.
+        """
+        then: Any = content.get("configured")
+        for name in self._names(LearningRateFinder):
+            check_same(f"callbacks.{name}", then and then["callbacks"].get(name), self.callbacks[name], path)
+            module.lr = then["optimizer"].get("lr")
+        check_same_training(content, path, module)
+        now = self.configured(module)
+        standardised = bool(content.get("DataModule", {}).get("feature_mean"))
+        check_same("data.standardise", standardised, bool(data.feature_mean), path)
+        for name, value in now["optimizer"].items() if then else ():
+            check_same(f"optimizer.{name}", then["optimizer"].get(name), value, path)
+        if now["scheduler"] and now["scheduler"]["interval"] == "step":  # nobody has counted steps for another one
+            interval = then["scheduler"] and then["scheduler"].get("interval") if then else "step"
+            check_same("scheduler.interval", interval if content["lr_schedulers"] else None, "step", path)
+        check_same_rows(content, path, data)
+        module.class_names = module.hparams["class_names"] = list(data.class_names)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Raise InputError for a folder in the place of a checkpoint, which Lightning might remove with all in it."""
@@ -118,8 +162,9 @@ class Continuation(Callback):
                     f"expected checkpoints to be files, but {path} is a folder; move it, or choose another run folder"
                 )
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Content) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Content) -> None:
         rows = [Path(writer.metrics_file_path) for writer in csv_writers(trainer)]
+        checkpoint["configured"] = self.configured(pl_module)
         checkpoint["continuation"] = {
             "random": random_states(),
             "rows": [path.read_text() if path.exists() else "" for path in rows],
@@ -130,21 +175,47 @@ class Continuation(Callback):
         for key in (callback.state_key for callback in trainer.checkpoint_callbacks):
             states |= {key: without_folders(states[key])} if "best_model_path" in states.get(key, ()) else {}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Content) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Content) -> None:
         """Believe only those states that have a place in this run, and only paths in its own folder.
 
         The rows come from the checkpoint, because the logger has deleted the file. Later rows will be logged again. The
         time of the run goes on, too.
         """
+        goes_on = trainer.state.fn == "fit"
+        if goes_on:
+            self._let_settings_win(trainer, pl_module, checkpoint)
         self._check_callbacks(trainer, pl_module, checkpoint["callbacks"])
         loops = {name: getattr(trainer, name).state_dict() for name in LOOPS}
         checkpoint["loops"] = of_same_form(checkpoint.get("loops", {}), loops, "loops")
-        if trainer.state.fn != "fit":
+        if not goes_on:
             return
         self.content, kept = checkpoint, checkpoint["continuation"]
         self.began -= kept.get("seconds", 0.0)  # versions before 0.2 kept none
         for writer, rows in zip(csv_writers(trainer), kept["rows"], strict=False):
             writer.take(rows)
+
+    def _let_settings_win(self, trainer: L.Trainer, pl_module: Any, checkpoint: Content) -> None:
+        """Change the states that the callbacks and the schedule are about to take."""
+        then, now, states = checkpoint.get("configured"), self.configured(pl_module), checkpoint["lr_schedulers"]
+        stopping = self._names(EarlyStopping)
+        differs = then is not None and any(then["callbacks"].get(name) != self.callbacks[name] for name in stopping)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and state:
+                _keep_the_best(callback, state)
+            elif state:
+                differs |= _configure(callback, state) and isinstance(callback, EarlyStopping)
+        if differs:  # another rule decided the stop
+            checkpoint["continuation"]["stopped"] = False
+        if then:
+            before = then.get("steps", self.steps)
+            self.changed = [*then.get("changed", ()), *(name for name in STEPS if before.get(name) != self.steps[name])]
+        if not _same_schedule(then, now, pl_module, states):
+            self.changed += ["scheduler"]
+            self.old = states[0] if states else {}
+            if then and (then["scheduler"] or {}).get("monitor") != (now["scheduler"] or {}).get("monitor"):
+                self.old = {**self.old, "mode": None}  # it has seen another figure
+            checkpoint["lr_schedulers"] = []
 
     def _check_callbacks(self, trainer: L.Trainer, pl_module: Any, states: Content) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined] # Lightning sets it
@@ -174,8 +245,16 @@ class Continuation(Callback):
             known = {name: value for name, value in state.items() if name in fresh}  # more would become attributes
             schedules[index] = of_same_form(known, fresh, f"lr_schedulers[{index}]")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Set the random states just before the first step, after everything that might draw a number."""
+        if self.old is not None:
+            _reschedule(trainer, pl_module, self.old)
+            self.old = None
+        pl_module.backprop.choose_road()  # may refuse
+        if trainer.is_global_zero:  # nothing can be refused any more
+            accepted()
+            road = {"native": pl_module.backprop.road == "native"} if pl_module.backprop.road else {}  # the one taken
+            keep_configuration(OmegaConf.merge(self.cfg, road))  # type: ignore[arg-type]
         if self.content:
             kept, self.content = self.content["continuation"], {}
             set_random_states(kept["random"])
@@ -187,6 +266,11 @@ class Continuation(Callback):
         """Count the last epoch as over. Lightning does so itself, except if the run had reached max_steps already."""
         progress: Any = trainer.fit_loop.epoch_progress.current
         progress.completed = progress.processed
+
+    def _names(self, kind: type[Callback]) -> list[str]:
+        """Return the names of the callbacks of this kind."""
+        classes = {name: locate(str(node.get("_target_"))) for name, node in self.callbacks.items()}
+        return [name for name, found in classes.items() if inspect.isclass(found) and issubclass(found, kind)]
 
 
 def _begin_next_epoch(trainer: L.Trainer) -> None:
@@ -224,93 +308,6 @@ def set_random_states(states: Content) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
     np.random.set_state(tuple(states["numpy"]))
     random.setstate(states["python"])
-
-
-class Precedence(Callback):
-    """A callback that keeps the configuration in checkpoints, and lets it win over the states in a checkpoint."""
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
-        here = OmegaConf.merge(cfg, {"run_dir": "."})  # a checkpoint holds no absolute path
-        nodes = OmegaConf.select(here, "callbacks") or {}
-        self.callbacks = {
-            name: _plain(OmegaConf.to_container(node, resolve=True)) for name, node in nodes.items() if node
-        }
-        self.steps = {name: str(OmegaConf.select(cfg, name)) for name in STEPS}
-        self.changed: list[str] = []  # settings of which earlier steps had others, so no one command gives this net
-        self.old: Content | None = None  # the state of a schedule that has other settings now
-
-    def configured(self, module: MLPModule) -> Content:
-        """Return {"optimizer": …, "scheduler": … or None, "callbacks": {name: …}, …} as plain values."""
-        assert module.optimizer is not None
-        schedule = None
-        if module.scheduler is not None:
-            options = {name: value for name, value in module.scheduler.items() if name != "scheduler"}
-            schedule = {"interval": "epoch", "monitor": None, **options, **_arguments(module.scheduler["scheduler"])}
-        made = {"optimizer": _arguments(module.optimizer), "scheduler": schedule, "callbacks": self.callbacks}
-        return {**made, "steps": self.steps, "changed": self.changed}
-
-    def take_found_step(self, content: Content, path: str, module: MLPModule) -> None:
-        """Set lr to the one that LearningRateFinder found. Raises InputError for a finder that has not searched."""
-        for name in self._names(LearningRateFinder):
-            then = content.get("configured", {"callbacks": {}})
-            check_same(f"callbacks.{name}", then["callbacks"].get(name), self.callbacks[name], path)
-            module.lr = then["optimizer"].get("lr")
-
-    def check(self, content: Content, path: str, module: MLPModule, data: DataModule) -> None:
-        """Raise InputError for settings that differ from a checkpoint's and can't be honoured any more."""
-        then: Any = content.get("configured")
-        now = self.configured(module)
-        standardised = bool(content.get("DataModule", {}).get("feature_mean"))
-        check_same("data.standardise", standardised, bool(data.feature_mean), path)
-        for name, value in now["optimizer"].items() if then else ():
-            check_same(f"optimizer.{name}", then["optimizer"].get(name), value, path)
-        if now["scheduler"] and now["scheduler"]["interval"] == "step":  # nobody has counted steps for another one
-            interval = then["scheduler"] and then["scheduler"].get("interval") if then else "step"
-            check_same("scheduler.interval", interval if content["lr_schedulers"] else None, "step", path)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Content) -> None:
-        checkpoint["configured"] = self.configured(pl_module)  # type: ignore[arg-type]
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Content) -> None:
-        """Change the states that the callbacks and the schedule are about to take."""
-        if trainer.state.fn != "fit":
-            return
-        then, now, states = checkpoint.get("configured"), self.configured(pl_module), checkpoint["lr_schedulers"]
-        stopping = self._names(EarlyStopping)
-        differs = then is not None and any(then["callbacks"].get(name) != self.callbacks[name] for name in stopping)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            state = checkpoint["callbacks"].get(callback.state_key)
-            if isinstance(callback, ModelCheckpoint) and state:
-                _keep_the_best(callback, state)
-            elif state:
-                differs |= _configure(callback, state) and isinstance(callback, EarlyStopping)
-        if differs:  # another rule decided the stop
-            checkpoint["continuation"]["stopped"] = False
-        if then:
-            before = then.get("steps", self.steps)
-            self.changed = [*then.get("changed", ()), *(name for name in STEPS if before.get(name) != self.steps[name])]
-        if not _same_schedule(then, now, pl_module, states):
-            self.changed += ["scheduler"]
-            self.old = states[0] if states else {}
-            if then and (then["scheduler"] or {}).get("monitor") != (now["scheduler"] or {}).get("monitor"):
-                self.old = {**self.old, "mode": None}  # it has seen another figure
-            checkpoint["lr_schedulers"] = []
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self.old is not None:
-            _reschedule(trainer, pl_module, self.old)
-            self.old = None
-        pl_module.backprop.choose_road()  # may refuse
-        if trainer.is_global_zero:  # nothing can be refused any more
-            accepted()
-            road = {"native": pl_module.backprop.road == "native"} if pl_module.backprop.road else {}  # the one taken
-            keep_configuration(OmegaConf.merge(self.cfg, road))  # type: ignore[arg-type]
-
-    def _names(self, kind: type[Callback]) -> list[str]:
-        """Return the names of the callbacks of this kind."""
-        classes = {name: locate(str(node.get("_target_"))) for name, node in self.callbacks.items()}
-        return [name for name, found in classes.items() if inspect.isclass(found) and issubclass(found, kind)]
 
 
 def _arguments(made: partial) -> Content:

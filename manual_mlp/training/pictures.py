@@ -26,7 +26,7 @@ from manual_mlp.tracing import Trace, up
 from manual_mlp.training.callbacks import ROWS, DeltaFlow
 from manual_mlp.training.closing import Run
 from manual_mlp.training.config import in_sweep
-from manual_mlp.training.continuing import Precedence
+from manual_mlp.training.continuing import Continuation
 from manual_mlp.training.data import EVALUATION_BATCH, DataModule
 from manual_mlp.training.module import MLPModule
 
@@ -51,7 +51,7 @@ def leave_report(run: Run, curves: Picture | None, facts: Mapping[str, str]) -> 
     """Write report.html into the run folder, and give TensorBoard the pictures. facts: the summary's."""
     cfg, module, data, trainer = run.cfg, run.module, run.data, run.trainer
     module.eval()  # no dropout in its answers: Lightning has left it in training mode
-    flow, precedence = run.callback(DeltaFlow), run.callback(Precedence)
+    flow, went_on = run.callback(DeltaFlow), run.callback(Continuation)
     trace = _trace(module, data, flow.rows if flow else ROWS)
     pictures = [curves] if curves else []
     answers = _Answers(module, data, _stages(module, flow, run.epoch))
@@ -62,8 +62,8 @@ def leave_report(run: Run, curves: Picture | None, facts: Mapping[str, str]) -> 
         "device": f"{trainer.strategy.root_device}, {torch.get_num_threads()} threads",
         "versions": report.versions(),
     }
-    if precedence and precedence.changed:
-        names = ", ".join(dict.fromkeys(precedence.changed))
+    if went_on and went_on.changed:
+        names = ", ".join(dict.fromkeys(went_on.changed))
         origin["but"] = f"the run went on with other values of {names}, so the command gives another net"
     title = f"{facts['data'].partition(' (')[0]}, {'-'.join(map(str, module.sizes))}"
     optimizer, dropout = module.optimizer, module.hparams["dropout"]

@@ -148,16 +148,12 @@ def _train(cfg: DictConfig) -> float:
     if cfg.optimized_metric not in module.figure_names():
         hint = config.likely(cfg.optimized_metric, module.figure_names())
         raise InputError(f"expected optimized_metric to be a logged figure, but got {cfg.optimized_metric}; {hint}")
-    precedence = continuing.Precedence(cfg)
-    trainer = _trainer(cfg, precedence)
+    continuation = continuing.Continuation(cfg)
+    trainer = _trainer(cfg, continuation)
     if getattr(trainer, f"limit_{_part(cfg)}_batches") == 0:
         raise _not_logged(cfg, f"trainer.limit_{_part(cfg)}_batches is 0")
     if content is not None:
-        precedence.take_found_step(content, cfg.ckpt_path, module)
-        continuing.check_same_training(content, cfg.ckpt_path, module)
-        precedence.check(content, cfg.ckpt_path, module, data)
-        continuing.check_same_rows(content, cfg.ckpt_path, data)
-        module.class_names = module.hparams["class_names"] = list(data.class_names)
+        continuation.check(content, cfg.ckpt_path, module, data)
     module.backprop.check(trainer)
     first = trainer.node_rank == trainer.local_rank == 0
     with alone_in(Path(cfg.run_dir)) if first else nullcontext():
@@ -359,12 +355,13 @@ def _built(cfg: DictConfig, group: str, kind: Any, given: Mapping[str, object] |
     return made
 
 
-def _trainer(cfg: DictConfig, *more: Callback) -> L.Trainer:
-    callbacks = [*more, *_built(cfg, "callbacks", Callback).values()]
+def _trainer(cfg: DictConfig, continuation: continuing.Continuation | None = None) -> L.Trainer:
+    callbacks = [*_built(cfg, "callbacks", Callback).values()]
     unwanted: tuple[type, ...] = () if cfg.trainer.enable_progress_bar else (ProgressBar,)
     unwanted += () if cfg.trainer.enable_checkpointing else (Checkpoint,)
     unwanted += () if cfg.ckpt_path is None else (LearningRateFinder,)  # it has searched before the first step
-    callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)] + [continuing.Continuation()]
+    callbacks = [callback for callback in callbacks if not isinstance(callback, unwanted)]
+    callbacks += [continuation or continuing.Continuation(cfg)]  # the last one: it sets the random states
     logger = [*_built(cfg, "logger", Logger).values()]
     try:
         plugins = [WholeFiles()]
