@@ -1,4 +1,4 @@
-"""What Lightning calls in the course of a run: it saves what the run leaves, and shows a net at work.
+"""Everything that Lightning calls in the course of a run: it saves what the run leaves, and shows a net at work.
 
 Checkpoints survive a kill at any moment, and after it a run goes on as if nothing had happened. metrics.csv has a row
 for each epoch. Further callbacks record δ, trace a step, pretrain the net, and print how far the training is.
