@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
     @property
     def changed(self) -> str:
-        """Return the settings in which the runs of the sweep differ, such as "optimizer.lr=1, model.activation=relu"."""
+        """Return the settings in which the runs of a sweep differ, as in "seed=1, model.activation=relu"."""
         return ", ".join(f"{key}={value}" for key, value in self.settings.items())
 
 
