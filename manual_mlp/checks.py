@@ -35,7 +35,7 @@ def brief(value: object) -> str:
 def count(name: str, value: Any, smallest: int = 1) -> int:
     """Return a whole number, given in any type of such (NumPy's too)."""
     try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
+        number = -1 if isinstance(value, bool | Tensor) else operator.index(value)
     except TypeError:
         number = -1
     if number < smallest:
@@ -134,7 +134,7 @@ def like(name: str, tensor: Tensor, of: Tensor, shape: Sequence[int | str], fix:
 def dense(**named: Tensor) -> None:
     for name, tensor in named.items():
         if tensor.is_nested:
-            raise InputError(f"expected dense tensors; got a nested one as {name}: call .to_padded_tensor(0) on it")
+            raise InputError(f"expected dense tensors; got a nested one as {name}: join its rows, as torch.cat does")
         if tensor.layout != torch.strided:
             raise InputError(f"expected dense tensors; got a sparse one as {name}: call .to_dense() on it")
 
@@ -390,7 +390,7 @@ def target_of(outputs: int, input: Tensor, target: Tensor, loss: str) -> None:
     if loss == "cross_entropy":
         if (target.shape, target.dtype, target.device) == (input.shape[:1], torch.int64, input.device):
             return
-        fix = f"call .to() on it, or pass class indices ({len(input)},) of torch.int64"
+        fix = f"reshape it, call .to() on it, or pass class indices ({len(input)},) of torch.int64"
     like("a target", target, input, (len(input), outputs), fix)
 
 
@@ -406,6 +406,12 @@ def trainable(parameters: Iterable[Tensor | None]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Grids and norms
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def padding_mode(value: str) -> None:
+    if value != "zeros":
+        fix = "apply torch.nn.functional.pad to the input before"
+        raise InputError(f"expected padding_mode='zeros'; got {value!r}: {fix}")
 
 
 def image(name: str, tensor: Tensor) -> None:

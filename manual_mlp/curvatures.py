@@ -385,12 +385,19 @@ def curvature(model: nn.Module, x: Tensor, target: Tensor, loss: str = "quadrati
     >>> torch.allclose(of.gradients["0.weight"].mean(0), net[0].weight.grad)
     True
     """
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise InputError(
+                f"expected samples that do not depend on each other; {type(module).__name__} at {name!r} joins the "
+                "rows of a batch, so a sample has no gradient of its own: leave it out"
+            )
     program = reading_of(model).program
     if any(isinstance(rule, Drop) and rule.p > 0 for rule, _, _ in program.nodes):
         raise InputError("expected a model that draws no dropout, so that it is one net; call .eval()")
     flat = parameters_of(model, program)
     names = _check_parameters(model, flat)
     checks.tensors(x=x, target=target)
+    checks.dense(x=x, target=target)
     if x.dim() > 2:
         raise InputError(
             f"expected x of shape (N, features); got {tuple(x.shape)}: with a time axis a sample's gradient is a sum "

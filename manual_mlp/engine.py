@@ -492,8 +492,9 @@ class BackpropEngine:
         try:
             refuse_autocast(input)
             key: object = input.shape, target.shape, target.dtype
-        except AttributeError:
+        except (AttributeError, RuntimeError):  # no tensor, or a nested one, whose shape can't be asked
             checks.tensors(input=input, target=target)
+            checks.dense(input=input, target=target)
             raise
         # torch notices a wrong dtype or device of the input before anything is written; a copy notices nothing.
         if self._graphed or self.compute_dtype is not None:

@@ -62,7 +62,7 @@ def affine_activation(
 
 def apply_fused(name: str, values: tuple[float, ...], input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Call the Function of an affine map and this activation; under a GPU's autocast softplus has its own dtype."""
-    if name == "softplus" and not input.is_cpu and autocasting(input):
+    if name == "softplus" and kernels.on_gpu_autocasting(input):
         return activation(name, affine(input, weight, bias), *values)
     return apply_affine(functions.fused(name, values), input, weight, bias, *values)
 
@@ -127,7 +127,7 @@ def activation(name: str, input: Tensor, *values: float, inplace: bool = False) 
     checks.real("input of an activation", input, whole=True)
     row = ACTIVATIONS[name]
     if name == "softplus":
-        input = kernels.on_gpu_in_float32(input)
+        input = kernels.in_gpus_dtype(input)
     form = name, row.saves_with(*values) if values else row.saves
     if not inplace:
         return apply(functions.ACTIVATION[form], input, *values)
@@ -421,7 +421,7 @@ def layer_norm(
             [-1.0000,  1.0000]])
     """
     checks.real("input of a norm", input)
-    shape, input = tuple(normalized_shape), kernels.on_gpu_in_float32(input)
+    shape, input = tuple(normalized_shape), kernels.in_gpus_dtype(input)
     checks.layer_norm(input, shape, weight, bias)
     return apply(grid_functions.LayerNorm, input, weight, bias, len(shape), eps)[0]
 
@@ -437,9 +437,9 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     """
     if dim is None:
         dim = torch.nn.functional._get_softmax_dim("softmax", input.dim(), _stacklevel)  # type: ignore[attr-defined]
-    input = kernels.on_gpu_in_float32(input) if dtype is None else input.to(dtype)
+    input = input if dtype is None else input.to(dtype)
     checks.real("input of softmax", input)
-    return apply(grid_functions.Softmax, input, dim)
+    return apply(grid_functions.Softmax, kernels.in_gpus_dtype(input) if dtype is None else input, dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

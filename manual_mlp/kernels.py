@@ -100,9 +100,14 @@ def cast(tensor: Any) -> Any:
     return tensor.to(torch.get_autocast_dtype(_device_type(tensor)))
 
 
-def on_gpu_in_float32(tensor: Tensor) -> Tensor:
-    """Return the input of a softplus, softmax or layer norm: torch computes these in float32 under a GPU's autocast."""
-    return tensor.float() if not tensor.is_cpu and tensor.dtype in ROUNDED and autocasting(tensor) else tensor
+def on_gpu_autocasting(tensor: Tensor) -> bool:
+    """Return True under a GPU's autocast. There torch computes softplus, softmax and layer norms in float32."""
+    return autocasting(tensor) and _device_type(tensor) != "cpu"
+
+
+def in_gpus_dtype(tensor: Tensor) -> Tensor:
+    """Return the input of a softplus, softmax or layer norm in the dtype in which torch computes it."""
+    return tensor.float() if tensor.dtype in ROUNDED and on_gpu_autocasting(tensor) else tensor
 
 
 def without_autocast(args: tuple[Any, ...]) -> torch.autocast:

@@ -350,8 +350,8 @@ class Conv2d(nn.Conv2d):
     """z_{n,o,p} = Σ_{c,k} a_{n,c,sp+dk−q} W_{o,c,k} + b_o: an nn.Conv2d whose forward and backward are ours.
 
     input (N, in_channels, H, W) or (in_channels, H, W) → (N, out_channels, H′, W′) or (out_channels, H′, W′).
-    Same names, shapes, initialisation and state_dict as nn.Conv2d. forward raises InputError for a padding_mode other
-    than "zeros", and as `functional.conv2d`.
+    Same names, shapes, initialisation and state_dict as nn.Conv2d. Raises InputError for a padding_mode other than
+    "zeros", and from forward as `functional.conv2d`.
 
     >>> import torch, manual_mlp as mm
     >>> layer = mm.Conv2d(1, 6, kernel_size=5, padding=2)
@@ -359,11 +359,21 @@ class Conv2d(nn.Conv2d):
     (torch.Size([8, 6, 28, 28]), ['weight', 'bias'])
     """
 
+    def reset_parameters(self) -> None:
+        """Draw the parameters as nn.Conv2d does, in whose __init__ it comes last.
+
+        >>> import torch, manual_mlp as mm
+        >>> layer = mm.Conv2d(4, 8, kernel_size=5)
+        >>> layer.reset_parameters()
+        >>> bool(layer.weight.abs().max() <= 1 / (4 * 5 * 5) ** 0.5)  # uniform within 1/√(what a neuron reads)
+        True
+        """
+        checks.padding_mode(self.padding_mode)
+        super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         """Return z_{n,o,p} = Σ_{c,k} a_{n,c,sp+dk−q} W_{o,c,k} + b_o: (N, C, H, W) → (N, out_channels, H′, W′)."""
-        if self.padding_mode != "zeros":
-            fix = "apply torch.nn.functional.pad to the input before"
-            raise InputError(f"expected padding_mode='zeros'; got {self.padding_mode!r}: {fix}")
+        checks.padding_mode(self.padding_mode)
         places = self.stride, self.padding, self.dilation, self.groups
         return functional.conv2d(input, self.weight, self.bias, *places)
 

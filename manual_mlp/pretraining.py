@@ -56,10 +56,12 @@ def pretrain(
         raise InputError(f"expected a torch.Generator on {x.device}, where x is, or None; got {came}: make one there")
     if x.is_meta:
         raise InputError("expected numbers in x; got a tensor on meta, which holds none: make net and x on a device")
-    if not ((x >= 0) & (x <= 1)).all():  # NaN is neither
+    if x.isnan().any():
+        raise InputError("expected a number in each place of x; got NaN: fill the gaps first, as with torch.nan_to_num")
+    if not ((x >= 0) & (x <= 1)).all():
         raise InputError(
-            f"expected an x in [0, 1], because it stands for probabilities; got {x.min():g} to {x.max():g}: fill its "
-            "gaps, and scale it, as in (x - x.min()) / (x.max() - x.min())"
+            f"expected an x in [0, 1], because it stands for probabilities; got {x.min():g} to {x.max():g}: scale it, "
+            "as in (x - x.min()) / (x.max() - x.min())"
         )
     errors = []
     for layer in layers:
@@ -76,12 +78,17 @@ def _hidden_layers(net: nn.Module) -> list[Any]:
     """Return the owners of the hidden layers' W and b. Raises InputError for a net that is no sigmoid chain."""
     program = reading_of(net).program
     hidden, layers, flat = program.affine[:-1], program.layers.values(), parameters_of(net, program)
-    *kinds, last = [layer.row.name if layer.rule == "affine" else layer.rule for layer in layers]
-    if {*kinds} != {"sigmoid"} or last == "sum":
-        raise InputError(
-            "expected a chain of layers, at least one of them hidden, and all hidden ones sigmoid, because σ(z) is the "
-            f"probability of a unit; got {', '.join(kinds) or 'nothing'} before {last}: take sigmoid, without sums"
-        )
+    if not hidden:
+        raise InputError("expected a net with a hidden layer; got none: the output layer learns from targets alone")
+    kinds = [layer.row.name if layer.rule == "affine" else layer.rule for layer in layers]
+    if "sum" in kinds:
+        raise InputError("expected a chain of layers; got a net with sums, whose layers model no single input")
+    for i, kind in enumerate(kinds[:-1], start=1):
+        if kind != "sigmoid":
+            raise InputError(
+                f"expected sigmoid hidden layers, because σ(z) is the probability of a unit; hidden layer {i} has "
+                f"{kind}: take activation='sigmoid'"
+            )
     if any(layer.drops for layer in layers):
         raise InputError("expected a net that draws no dropout, as pretraining has none; call .eval() before it")
     checks.own_parameters(net, flat)

@@ -407,11 +407,15 @@ def _check_widths(nodes: Sequence[Node], names: Sequence[str]) -> None:
             )
         known = [width for slot in reads if (width := widths[slot]) not in (None, _GRID)]
         known += [owner.weight.shape[1]] if isinstance(rule, Affine) else []
-        if len({*known}) > 1:
+        if len({*known}) > 1 and isinstance(rule, Affine):
             raise InputError(
-                f"expected layers of one width where they meet, at {_place(name)}; got "
-                f"{' and '.join(map(str, dict.fromkeys(known)))}: in_features is the width of what a layer reads, and "
-                "the branches of a Sum, an identity too, give as many outputs as each other"
+                f"expected a layer of in_features={known[0]} at {_place(name)}, as wide as what it reads; got {owner}"
+            )
+        if len({*known}) > 1:
+            came = " and ".join(map(str, dict.fromkeys(known)))
+            raise InputError(
+                f"expected branches of one width in the Sum at {_place(name)}; got {came}: "
+                "an identity beside layers needs as many outputs as inputs"
             )
         widths.append(_GRID if is_grid else len(owner.weight) if isinstance(rule, Affine) else widths[reads[0]])
 

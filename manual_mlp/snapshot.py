@@ -41,14 +41,14 @@ def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     return *own, *_GLOBAL_HOOKS
 
 
-def _reader(module: nn.Module) -> Any:
-    """Return what reads all of a module that a call honours: its class, its forward, an activation's arguments."""
-    names: Iterable[str] = ()
+def _reader(module: nn.Module, *names: str) -> Any:
+    """Return what reads a module's class, these attributes, and the arguments of its activation."""
+    arguments: Iterable[str] = ()
     if isinstance(module, modules.AffineActivation):
-        names = "activation", "parameter_values"
+        arguments = "activation", "parameter_values"
     elif type(module) in modules.ACTIVATION_MODULES:
-        names = set(getattr(module, "__constants__", ())) - {"inplace"}
-    return attrgetter("__class__", "__call__", "forward", *names)
+        arguments = set(getattr(module, "__constants__", ())) - {"inplace"}
+    return attrgetter("__class__", *names, *arguments)
 
 
 class Hooks:
@@ -79,7 +79,8 @@ class Snapshot:
         self.hooks = Hooks(lambda: hooks)
         self.parents = [m._modules for m in everything if m._modules or isinstance(m, nn.Sequential | nn.ModuleList)]
         self.below = everything[1:]
-        self.readers = list(map(_reader, self.below))
+        self.readers = [_reader(module, "__call__", "forward") for module in self.below]
+        self.root = _reader(model)  # bound methods would hold the model
         self.state = self._state(model)
 
     def changed(self, model: nn.Module) -> bool:
@@ -89,7 +90,7 @@ class Snapshot:
     def _state(self, model: nn.Module) -> list[Any]:
         kind = type(model)
         return [
-            *(kind, kind.__call__, kind.forward, model.__dict__.get("forward")),
+            *(self.root(model), kind.__call__, kind.forward, model.__dict__.get("forward")),
             *map(call, self.readers, self.below),
             *map(tuple, map(dict.values, self.parents)),
         ]

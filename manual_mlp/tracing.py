@@ -211,18 +211,25 @@ class Trace:
         return f"{'-'.join(map(str, self.sizes))}, {self.loss} cost, N = {len(self.a[1])}: C = {self.cost.item():.5g}"
 
     def _tables(self) -> list[list[list[str]]]:
-        """Return a row for each layer and for each W: what gives it, shapes, norms, saturation."""
-        neurons = [["l", "from", "rule", "a^l", "G", "‖z^l‖", "‖a^l‖", "‖δ^l‖", "saturated"]]
+        """Return a row for each layer and for each W: what gives it, shapes and norms; of single numbers themselves."""
+        bar, cell = ("", _value) if self._is_scalar else ("‖", _norm)
+
+        def shape(values: Tensor) -> list[str]:
+            return [_shape(values)] if bar else []
+
+        headers = (f"{bar}{letter}^l{bar}" for letter in "zaδ")
+        neurons = [["l", "from", "rule", *["shape"] * bool(bar), "G", *headers, "saturated"]]
         for layer, a in self.a.items():
             readings = " + ".join(map(str, self.reads.get(layer, ())))
             G = self.activation.get(layer, "") + " + dropout" * self.drops.get(layer, False)
-            norms = map(_norm, (self.z.get(layer), a, self.delta.get(layer)))
+            cells = map(cell, (self.z.get(layer), a, self.delta.get(layer)))
             saturated = f"{100 * self.saturation[layer]:.3g} %" if layer > 1 else ""
-            neurons.append([str(layer), readings, self.rule.get(layer, ""), _shape(a), G, *norms, saturated])
-        weights = [["l", "W^l", "‖W^l‖", "‖b^l‖", "‖∂C/∂W^l‖", "‖∂C/∂b^l‖"]]
+            neurons.append([str(layer), readings, self.rule.get(layer, ""), *shape(a), G, *cells, saturated])
+        headers = (f"{bar}{letter}^l{bar}" for letter in ("W", "b", "∂C/∂W", "∂C/∂b"))
+        weights = [["l", *["shape"] * bool(bar), *headers]]
         for layer, W in self.weight.items():
-            norms = map(_norm, (W, self.bias[layer], self.grad_weight[layer], self.grad_bias[layer]))
-            weights.append([str(layer), _shape(W), *norms])
+            cells = map(cell, (W, self.bias[layer], self.grad_weight[layer], self.grad_bias[layer]))
+            weights.append([str(layer), *shape(W), *cells])
         return [neurons, weights]
 
     def _steps(self) -> list[tuple[str, list[Line]]]:
@@ -352,6 +359,10 @@ def _numbers(value: Tensor) -> list[list[str]]:
     """Return its rows; a matrix or vector in four digits, so that six numbers fit into a line."""
     rows = (value if value.dim() == 2 else value.reshape(1, -1)).tolist()
     return [[_number(number, 5 if value.numel() == 1 else 4) for number in row] for row in rows]
+
+
+def _value(values: Tensor | None) -> str:
+    return "" if values is None else _number(values.item())
 
 
 def _norm(values: Tensor | None) -> str:

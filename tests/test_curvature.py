@@ -370,7 +370,7 @@ LINEAR = (3, 2)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "batch norm": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)),
-        "got BatchNorm1d at '1'",
+        "BatchNorm1d at '1' joins the rows of a batch",
     ),
     "layer norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), "got LayerNorm"),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(3, 2)), "got Conv2d"),

@@ -638,3 +638,14 @@ def test_repr_says_net_optimizer_cost_and_options() -> None:
     assert repr(BackpropEngine(net, adam, "mse", max_grad_norm=1.0)) == (
         "BackpropEngine(Sequential of 10 parameters, Adam(lr=0.1, lr=0.2), loss='mse', max_grad_norm=1.0)"
     )
+
+
+def test_a_lone_layer_is_read_anew() -> None:
+    """The model itself may be the layer whose activation changes, or whose slope."""
+    x, y = torch.randn(5, 4), torch.rand(5, 2)
+    layer = mm.AffineActivation(4, 2, "tanh")
+    engine = BackpropEngine(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+    for name in ("tanh", "sigmoid", "relu"):
+        layer.activation = name
+        expected = mm.functional.quadratic_loss(layer(x), y).item()
+        assert engine.step(x, y).item() == pytest.approx(expected, rel=1e-6)  # float32

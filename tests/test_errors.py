@@ -143,7 +143,7 @@ MESSAGES: dict[str, tuple[Callable[[], object], str]] = {
     "lists into the engine": (lambda: engine().train_epoch([[1]], [[2]], 1), "a torch.Tensor as input; got list"),
     "nested rows into the engine": (
         lambda: engine().step(torch.nested.nested_tensor([X[:2], X[2:]], layout=torch.jagged), X),
-        r"dense tensors; got a nested one as an input: call .to_padded_tensor\(0\)",
+        r"dense tensors; got a nested one as an input: join its rows",
     ),
     "no model": (lambda: network_loss("net", X, X), "a model, an mm.MLP or an nn.Sequential; got str"),
     "reduction": (lambda: F.mse_loss(X, X, "average"), "'none', 'mean' or 'sum'; got 'average'"),

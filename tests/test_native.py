@@ -806,13 +806,17 @@ def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiler_that_hangs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is ended, whatever it has started."""
-    compiler(cache.parent, monkeypatch, "sleep 61 & wait")
+    """It is ended with what it has started."""
+    started = cache.parent / "started"
+    compiler(cache.parent, monkeypatch, f"sleep 61 & echo $! > {started}; wait")
     monkeypatch.setattr(build, "TIMEOUT", 0.3)
     began = time.monotonic()
     with pytest.raises(build.CantBuild, match="more than 0 s"):
         build.library(SEVEN)
     assert time.monotonic() - began < 20
+    while Path(f"/proc/{started.read_text().strip()}/exe").exists():  # until it is gone, or a zombie
+        assert time.monotonic() - began < 20
+        time.sleep(0.01)
 
 
 def test_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

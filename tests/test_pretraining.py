@@ -167,14 +167,17 @@ def of_two_dtypes() -> nn.Module:
 
 
 NETS: dict[str, tuple[Callable[[], Any], str]] = {
-    "tanh": (lambda: mm.MLP([4, 3, 2], "tanh", dtype=double), "got tanh before sigmoid: take sigmoid"),
+    "tanh": (lambda: mm.MLP([4, 3, 2], "tanh", dtype=double), "hidden layer 1 has tanh: take activation='sigmoid'"),
     "no activation": (
         lambda: nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 3), nn.Linear(3, 2)).double(),
-        "got sigmoid, identity before identity",
+        "hidden layer 2 has identity",
     ),
-    "sum": (lambda: nn.Sequential(mm.Affine(4, 4), mm.Sigmoid(), mm.Residual(mm.Affine(4, 4))).double(), "before sum"),
+    "sum": (
+        lambda: nn.Sequential(mm.Affine(4, 4), mm.Sigmoid(), mm.Residual(mm.Affine(4, 4))).double(),
+        "a net with sums",
+    ),
     "complex": (lambda: mm.MLP([4, 3, 2], dtype=torch.complex128), "complex128"),
-    "no hidden layer": (lambda: mm.MLP([4, 2], dtype=double), "got nothing before sigmoid"),
+    "no hidden layer": (lambda: mm.MLP([4, 2], dtype=double), "with a hidden layer"),
     "dropout": (lambda: mm.MLP([4, 3, 2], dropout=0.5, dtype=double), "draws no dropout"),
     "tied": (tied, "'0.weight' twice, a tied one"),
     "frozen": (frozen, "frozen"),
@@ -195,7 +198,7 @@ def test_refused_nets(name: str) -> None:
 GIVEN: dict[str, tuple[dict[str, Any], str]] = {
     "below 0": ({"x": torch.full((5, 4), -0.1, dtype=double)}, r"expected an x in \[0, 1\].* got -0.1 to -0.1"),
     "above 1": ({"x": torch.full((5, 4), 16.0, dtype=double)}, r"expected an x in \[0, 1\].* got 16 to 16"),
-    "NaN": ({"x": torch.full((5, 4), torch.nan, dtype=double)}, "got nan to nan: fill its gaps"),
+    "NaN": ({"x": torch.full((5, 4), torch.nan, dtype=double)}, "got NaN: fill the gaps"),
     "width": ({"x": torch.rand(5, 3, dtype=double)}, r"shape \(N, 4\)"),
     "images": ({"x": torch.rand(5, 2, 2, dtype=double)}, r".flatten\(1\)"),
     "dtype": ({"x": torch.rand(5, 4)}, "float64"),

@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -70,15 +71,19 @@ def _compiler() -> list[str]:
 
 
 def _run(command: list[str], given: str = "") -> str:
-    """Run a compiler for at most TIMEOUT seconds: what it is given → what it prints."""
-    try:
-        done = subprocess.run(
-            command, input=given.encode(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        raise CantBuild(f"{command[0]} took more than {TIMEOUT:.0f} s") from None
-    printed = done.stdout.decode(errors="replace")
-    if done.returncode:
+    """Run a compiler, and all that it starts, for at most TIMEOUT seconds: what it is given → what it prints."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            printed = process.communicate(given.encode(), TIMEOUT)[0].decode(errors="replace")
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise CantBuild(f"{command[0]} took more than {TIMEOUT:.0f} s") from None
+            raise
+    if process.returncode:
         lines = [line for line in printed.splitlines() if "error" in line] or printed.splitlines() or ["no message"]
         raise CantBuild(f"{command[0]} failed: {lines[0].strip()[:200]}")
     return printed

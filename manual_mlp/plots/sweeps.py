@@ -66,7 +66,7 @@ def _bars(runs: Sequence[dict[str, str]], settings: Sequence[str], metric: str, 
     colors = [COLORS[run["run"] == best] for run in runs]
     bars = axes.barh(labels, [float(run[metric]) for run in runs], color=colors)
     axes.bar_label(bars, fmt="%.4g", padding=3)
-    axes.margins(x=0.15)
+    axes.margins(x=0.15, y=0.02)
     axes.invert_yaxis()
     axes.set(xlabel=words(metric))
     names = [name.rpartition(".")[2] for name in settings]

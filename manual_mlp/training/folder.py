@@ -73,7 +73,7 @@ def keep_configuration(cfg: DictConfig) -> None:
         return
     hydra = HydraConfig.get()
     folder = Path(cfg.run_dir, ".hydra")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     whole = HydraConfig.instance().cfg
     for name, content in {"config": cfg, "hydra": whole, "overrides": hydra.overrides.task}.items():
         write_whole(folder / f"{name}.yaml", OmegaConf.to_yaml(content).encode())
