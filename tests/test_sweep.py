@@ -71,8 +71,8 @@ def test_whole_sweep(tmp_path: Path) -> None:
     assert job.returncode == 1
     comparison = job.stdout[job.stdout.index("sweep of 3 runs (* best val_loss)") :].splitlines()
     assert [line.split()[: line.startswith("*") + 2] for line in comparison[2:6]] in (
-        [["run", "settings"], ["*", "0", "optimizer.lr=1"], ["1", "optimizer.lr=-1"], ["2", "optimizer.lr=2"]],
-        [["run", "settings"], ["0", "optimizer.lr=1"], ["1", "optimizer.lr=-1"], ["*", "2", "optimizer.lr=2"]],
+        [["run", "lr"], ["*", "0", "1"], ["1", "-1"], ["2", "2"]],
+        [["run", "lr"], ["0", "1"], ["1", "-1"], ["*", "2", "2"]],
     )
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -102,28 +102,38 @@ def test_other_launcher_and_sweeper(tmp_path: Path, how: str) -> None:
 
 
 class TestTable:
-    def test_marks_the_best(self) -> None:
-        values = {("0.01", "relu"): 0.5, ("2", "tanh"): 0.25, ("3", "relu"): nan}
+    def test_fits_and_marks_the_best(self) -> None:
+        values = {("0.0123456789012345", "relu"): 0.5, ("2", "tanh"): 0.25, ("3", "relu"): nan}
         runs = made(values, "optimizer.lr", "model.activation")
         lines = table(runs, ranked(runs)).splitlines()
-        assert lines[1:] == [
-            "sweep of 3 runs (* best val_loss)",
-            "",
-            "  run  settings                                  val_loss",
-            "  0    optimizer.lr=0.01, model.activation=relu  0.5",
-            "* 1    optimizer.lr=2, model.activation=tanh     0.25",
-            "  2    optimizer.lr=3, model.activation=relu     failed",
+        assert lines[3:] == [
+            "  run  lr       activation  val_loss  train_loss",
+            "  0    0.01235  relu        0.5       0.25",
+            "* 1    2        tanh        0.25      0.125",
+            "  2    3        relu        failed",
         ]
+        assert max(map(len, table(runs, ranked(runs), 44).splitlines())) <= 44
 
     def test_narrow_window_wraps_settings(self) -> None:
         runs = made({("0.1", "relu"): 0.5, ("2", "tanh"): 0.25}, "optimizer.lr", "model.activation")
-        lines = table(runs, ranked(runs), 40).splitlines()
-        assert lines[4:6] == ["  0    optimizer.lr=0.1,      0.5", "       model.activation=relu"]
-        assert max(map(len, lines)) <= 40
+        lines = table(runs, ranked(runs), 33).splitlines()
+        assert lines[4:6] == ["  0    lr=0.1,          0.5", "       activation=relu"]
+        assert max(map(len, lines)) <= 33
+
+    def test_settings_of_the_same_name_are_told_apart(self) -> None:
+        runs = made({("1", "2"): 1.0, ("2", "2"): 2.0}, "seed", "data.seed")
+        assert "seed  data.seed" in table(runs, ranked(runs))
+
+    def test_of_many_the_best(self) -> None:
+        runs = made({(str(seed),): 1 / (1 + seed) for seed in range(50)}, "seed")
+        lines = table(runs, ranked(runs)).splitlines()
+        assert lines[1] == "sweep of 50 runs, the best 30 (* best val_loss)"
+        assert lines[4].startswith("* 49 ")
+        assert len(lines) == 34
 
     def test_what_a_terminal_would_obey_is_shown(self) -> None:
         runs = made({("\x1b[31m",): 1.0, ("2",): 2.0}, "seed")
-        assert "seed=\\x1b[31m" in table(runs, ranked(runs))
+        assert "\\x1b[31m" in table(runs, ranked(runs))
 
     @pytest.mark.parametrize(
         ("metric", "minimize", "best"),

@@ -247,7 +247,22 @@ class TestRun:
         summary = capsys.readouterr().out
         assert "table.csv (210 train, 30 val, 60 test)" in summary
         assert re.search(rf"returned    {metric} 0\.9\d", summary)
+        assert "hint" not in summary
         assert max(map(len, summary.partition("files in")[0].splitlines())) <= 60
+
+    @pytest.mark.parametrize(
+        ("overrides", "reason"),
+        [
+            (["data=iris", "model.activation=relu", "optimizer.lr=50"], "largest class gives 33.33 %"),
+            (["data=sine", "optimizer=sgd", "optimizer.lr=1.6"], "guessing the mean gives r2 0"),
+        ],
+    )
+    def test_failed_training_ends_with_a_hint(self, run, capsys, overrides: list[str], reason: str) -> None:
+        run("trainer.max_epochs=2", *overrides)
+        summary = capsys.readouterr().out
+        lr = overrides[-1].partition("=")[2]
+        assert reason in " ".join(summary.split())
+        assert f"lower optimizer.lr (now {lr}) or use optimizer=adam" in " ".join(summary.split())
 
     def test_summary_of_extreme_figures_fits(self) -> None:
         for value in (-1.2345e-30, 1.2345e30, -0.00012345, -12345.678):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.optim import Adam
 
 from manual_mlp import tables
 from manual_mlp.checkpoint import read_checkpoint
@@ -31,6 +32,7 @@ from manual_mlp.training.module import MLPModule
 from manual_mlp.training.strategies import choose
 
 WIDTH = 60
+MARGIN = 0.05  # a net that got less of the way from the largest class's share to 100 % has learned nothing
 IMBALANCED = 1.5  # times as many rows in the largest class as in the smallest are worth a line
 FILES = (  # in a run's folder
     *("best.ckpt", "last.ckpt", "metrics.csv", "figures.json", "learning_curves.png", "report.html"),
@@ -97,12 +99,12 @@ class Run(NamedTuple):
 
 
 def summary(run: Run, facts: Mapping[str, str]) -> str:
-    """Return what was trained, and how well. facts: from `run_facts`."""
+    """Return what was trained, how well, and what to try if that failed. facts: from `run_facts`."""
     figures, metric = run.figures, run.cfg.optimized_metric
     lines = [_wrapped(f"  {name:<12}", text) for name, text in facts.items()]
     lines += ["", _table({name: figures[name] for name in run.module.figure_names() if name in figures})]
     lines += [f"  {'returned':<12}{metric} {figures[metric]:.6g}"] if metric in figures else []
-    return "\n".join(["", *lines])
+    return "\n".join(["", *lines, *_hint(run)])
 
 
 def run_facts(run: Run) -> dict[str, str]:
@@ -168,6 +170,23 @@ def _activations(module: MLPModule) -> str:
     return ", ".join([*words, f"output {module.output_activation}"])
 
 
+def _hint(run: Run) -> list[str]:
+    """Return what to try if the training failed; nothing if it did not."""
+    module = run.module
+    if run.classifies:
+        share = _guess(run, "train")
+        failed = run.figures.get("train_accuracy", 1.0) < share + MARGIN * (1 - share)
+        reason = f"always guessing the largest class gives {100 * share:.2f} %"
+    else:
+        failed, reason = run.figures.get("val_r2", 0.0) < 0, "always guessing the mean gives r2 0"
+    if not failed or module.optimizer is None:
+        return []
+    advice = module.lower_lr() + ("" if module.optimizer.func is Adam else " or use optimizer=adam")
+    if run.is_perceptron:
+        advice = "if no straight line separates the classes, use model=mlp"
+    return ["", _wrapped("  ", f"hint: {reason}; {advice}")]
+
+
 def _table(figures: dict[str, float]) -> str:
     """Return a line for each part, such as train cost and train accuracy; more lines where 60 columns are too few."""
     cells: dict[str, list[str]] = {}
@@ -206,9 +225,9 @@ def _score(run: Run) -> str:
     return f"The net answers {_percent(run.accuracy)} of the test part rightly, {beaten} {_percent(guess)} by a guess"
 
 
-def _guess(run: Run) -> float:
-    """Return the share of the largest class in the test part."""
-    return run.data.splits["test"].target.bincount().max().item() / len(run.data.splits["test"])
+def _guess(run: Run, part: str = "test") -> float:
+    """Return the share of the largest class in a part."""
+    return run.data.splits[part].target.bincount().max().item() / len(run.data.splits[part])
 
 
 def _line(run: Run) -> str:

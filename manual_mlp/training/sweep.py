@@ -25,6 +25,7 @@ from manual_mlp.training.folder import FIGURES
 log = logging.getLogger(__name__)
 
 WIDTH = 80
+SHOWN = 30  # rows of a printed table
 NARROWEST = 15  # columns in which settings are worth wrapping
 
 
@@ -172,18 +173,53 @@ def write_csv(path: Path, runs: Sequence[Run], settings: Sequence[str]) -> None:
 
 
 def table(runs: Sequence[Run], order: Sequence[Run], width: int = WIDTH) -> str:
-    """Return a line for each run: its name, its settings, the metric. `*` marks the best. order: the runs as `ranked`.
+    """Return a line for each run: settings, the metric, then as many other figures as fit in `width` columns.
 
-    Settings too wide for `width` columns are wrapped.
+    `*` marks the best. order: the runs as `ranked`; if there are very many, only the best are shown. Settings that are
+    too wide for a column each share one.
     """
-    metric, best = next((run.metric for run in runs if run.metric), ""), order[0] if order else None
-    names = ["  run", *(f"{'*' if run is best else ' '} {run.name}" for run in runs)]
-    values = [metric, *("failed" if run.error else tables.figure(metric, run.value) for run in runs)]
-    room = max(NARROWEST, width - max(map(len, names)) - max(map(len, values)) - 4)  # 4 between the columns
-    settings = ["settings", *(textwrap.fill(shown(run.changed), room) for run in runs)]
-    printed = tables.text(zip(names, settings, values, strict=True), indent="")
-    return f"\nsweep of {len(runs)} runs{f' (* best {metric})' if best else ''}\n\n{printed}"
+    metric = next((run.metric for run in runs if run.metric), "")
+    many, best = len(runs) > SHOWN and order, order[0] if order else None
+    rows = order[:SHOWN] if many else runs
+    first = ["  run", *(f"{'*' if run is best else ' '} {run.name}" for run in rows)]
+    values = [metric, *("failed" if run.error else tables.figure(metric, run.value) for run in rows)]
+    columns = [first, *_settings(rows, width - _width([first, values])), values]
+    others = [name for part in ("val", "test", "train") for name in _figures(runs) if name.startswith(part)]
+    for name in (name for name in others if name != metric):
+        cells = [name, *(tables.figure(name, run.figures.get(name)) for run in rows)]
+        columns += [cells] * (_width([*columns, cells]) <= width)
+    title = f"sweep of {len(runs)} runs" + (f", the best {len(rows)}" if many else "")
+    return "\n".join(["", title + (f" (* best {metric})" if best else ""), "", _printed(columns)])
 
 
 def _figures(runs: Sequence[Run]) -> dict[str, None]:
     return dict.fromkeys(name for run in runs for name in run.figures)
+
+
+def _settings(runs: Sequence[Run], width: int) -> list[list[str]]:
+    """Return a column for each setting; if that is too wide, one column for all of them, wrapped."""
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    last = [name.rpartition(".")[2] for name in names]
+    short = {name: name if last.count(end) > 1 else end for name, end in zip(names, last, strict=True)}
+    columns = [[short[name], *(_digits(run.settings.get(name, "")) for run in runs)] for name in names]
+    if _width(columns) <= width:
+        return columns
+    texts = [", ".join(f"{short[name]}={_digits(value)}" for name, value in run.settings.items()) for run in runs]
+    return [["settings", *("\n".join(textwrap.wrap(text, max(width, NARROWEST))) for text in texts)]]
+
+
+def _digits(value: str) -> str:
+    """Return a number in four digits, which are enough to compare: Optuna draws 17."""
+    try:
+        return min(value, f"{float(value):.4g}", key=len)
+    except ValueError:
+        return shown(value)
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    """Return the width of a printed table and of the gap before its next column."""
+    return tables.width(_printed(columns)) + 2
+
+
+def _printed(columns: Sequence[Sequence[str]]) -> str:
+    return tables.text(zip(*columns, strict=True), indent="")
