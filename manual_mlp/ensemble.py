@@ -440,5 +440,5 @@ class Members(nn.ModuleList):
 
     def best_epochs(self) -> str:
         """Return the epochs of the kept parameters, in words."""
-        first, last = (int(end) for end in self.kept_epoch.aminmax())
-        return str(first) if first == last else f"{first} to {last}"
+        first, last = (f"{end.item():g}" for end in self.kept_epoch.aminmax())
+        return first if first == last else f"{first} to {last}"

@@ -154,7 +154,7 @@ CALLBACKS = {  # by the first word of their key; others' states may hold no path
         "snapshots": {int: {str: TENSOR}},
         "steps": COUNT,
         "due": COUNT,
-        "stride?": COUNT,  # of earlier versions, and read no more
+        "stride": COUNT,
     },
 }
 RANDOM = {

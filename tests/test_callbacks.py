@@ -83,6 +83,14 @@ def test_it_changes_nothing(tmp_path: Path, backprop: str) -> None:
     torch.testing.assert_close(*bits, rtol=0, atol=0)
 
 
+def test_long_training_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "RECORDS", 4)
+    trainer, _, _ = trained(tmp_path, "callbacks.delta_flow.every=1", epochs=2)  # 22 steps: every, second, fourth …
+    callback = records(trainer)
+    assert [round(epoch * 11) for epoch in callback.epochs] == [0, 8, 16, 22]
+    assert [len(norms) for norms in callback.norms.values()] == [4, 4]
+
+
 def test_values_are_thinned() -> None:
     (kept,) = callbacks._thinned({2: torch.arange(2500.0).reshape(50, 50)}).values()
     assert kept.tolist() == list(range(0, 2500, 3))

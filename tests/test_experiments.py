@@ -399,7 +399,11 @@ def swept(**figures: float) -> list[Run]:
     [
         ("residual", swept(e9_false=0.1, e9_true=0.9), "=9, model.residual=false .*=true .*: where δ vanishes"),
         ("residual", swept(e9_false=0.1, e9_true=0.12), "this training does not show more"),
-        ("residual", swept(e3_false=0.1, e3_true=0.9, e9_true=0.9), "where δ vanishes, the net does not learn"),
+        (
+            "residual",
+            swept(e3_false=0.1, e3_true=0.9, e9_true=0.9),
+            "=3, model.residual=false .*=3, .*=true .*: where δ",
+        ),
         ("batch_norm", swept(efalse=0.1, etrue=0.9), "is 1e-05 .*norm=false .* 0.5 with .*norm=true .*δ vanishes"),
         ("batch_norm", swept(etrue=0.1, efalse=0.9), "is 1e-05 .*norm=true .* 0.5 with .*norm=false .*δ vanishes"),
         ("pretraining", swept(e10=0.9, e0=0.1), "is 1e-05 .*layer=0 .* 0.5 with .*layer=10 .*where δ vanishes"),

@@ -168,6 +168,11 @@ class TestConfiguration:
         assert train(*with_its_own_overrides(shlex.split(end.rpartition("\n")[2])[2:])) is None
         assert torch.load(tmp_path / "own" / "last.ckpt", weights_only=True)["epoch"] == 1
 
+    def test_runs_of_a_sweep_lie_in_its_folder(self, train, tmp_path: Path, capsys) -> None:
+        end = train("-m", *SHORT, "hydra.sweep.dir=s", "run_dir=a,b")
+        assert "2 of the 2 runs failed" in str(end)
+        assert "each run of a sweep in a folder of its own, but got run_dir=a; leave it out" in capsys.readouterr().err
+
     def test_sweep(self, train, tmp_path: Path) -> None:
         """Its runs do not lock each other out, and one that is refused stands in the table."""
         end = train("-m", *SHORT, "hydra.sweep.dir=s", "model.hidden=[3],[0]")

@@ -43,9 +43,10 @@ HANDED_BACK = ".temp.ckpt"  # the parameters alone, by a process of ddp_spawn
 Values = dict[str, dict[int, Tensor]]
 """z, a and δ of a pass, indexed by the sheet's l: {"z": {2: (N, n_2), …}, "a": {1: …}, "delta": {2: …}}."""
 
-STATE = ("epochs", "norms", "first", "snapshots", "steps", "due")
+STATE = ("epochs", "norms", "first", "snapshots", "steps", "due", "stride")
 ROWS = 32
 KEPT = 1000  # values of z, a and δ of each layer in the first record
+RECORDS = 500  # more say nothing more: then every second one is dropped, and the next ones come half as often
 SHOWN = ("val_loss", "val_accuracy", "val_r2")
 HISTOGRAMS = 10  # TensorBoard gets them with every tenth record
 INPUTS, PARAMETERS = 2, 10_000  # up to which the net's answers can be drawn, so that its snapshots are kept
@@ -281,7 +282,7 @@ class DeltaFlow(L.Callback):
         self.norms: dict[int, list[float]] = {}
         self.first: Values = {}
         self.snapshots: dict[int, dict[str, Tensor]] = {}
-        self.steps, self.due = 0, 0
+        self.steps, self.due, self.stride = 0, 0, 1
         self.fits = True
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -294,7 +295,7 @@ class DeltaFlow(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.fits:  # a test restores the best checkpoint, and its records end earlier
             vars(self).update(state_dict)
-            self.due = min(self.due, self.steps + self.every)  # the checkpoint had a smaller `every`
+            self.due = min(self.due, self.steps + self.every * self.stride)  # the checkpoint had a smaller `every`
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero:
@@ -303,7 +304,7 @@ class DeltaFlow(L.Callback):
             self._keep_snapshot(trainer.current_epoch, pl_module)
         if self.steps >= self.due:
             self._record(trainer, pl_module, trainer.current_epoch + batch_idx / trainer.num_training_batches)
-            self.due = self.steps + self.every
+            self.due = self.steps + self.every * self.stride
         self.steps += -(-len(batch[0]) // trainer.datamodule.batch_size)  # type: ignore[attr-defined] # the engine takes many at once
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -317,6 +318,10 @@ class DeltaFlow(L.Callback):
         except InputError:  # another kind of net, or hooks in it
             return
         self.first = self.first or {letter: _thinned(values[letter]) for letter in values}
+        if len(self.epochs) == RECORDS:
+            self.stride *= 2
+            self.epochs = self.epochs[::2]
+            self.norms = {layer: norms[::2] for layer, norms in self.norms.items()}
         self.epochs.append(epoch)
         norms = torch.stack([delta.float().norm() for delta in values["delta"].values()]) * len(values["a"][1]) ** 0.5
         for layer, norm in zip(values["delta"], norms.tolist(), strict=True):

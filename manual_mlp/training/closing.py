@@ -386,7 +386,7 @@ def _share(norms: Mapping[int, float]) -> float:
 
 
 def _vanishing(folder: Path, runs: Sequence[Any]) -> str:
-    """Compare the run whose δ shrinks most on its way to the first layer with the one whose δ shrinks least.
+    """Compare, of the deepest nets, the one whose δ shrinks most on its way to the first layer and that of the least.
 
     Leaves deltas.png: ‖δ^l‖ before the first step against l, for each run that has recorded it.
     """
@@ -394,6 +394,9 @@ def _vanishing(folder: Path, runs: Sequence[Any]) -> str:
     if any(norms.values()):
         drawn = {run.changed: norms[run.name] for run in runs if norms[run.name]}
         delta_by_layer(drawn).savefig(folder / "deltas.png")
+    depths = [int(run.settings.get("layers", 0)) for run in runs]
+    deepest = max(depths, key=lambda depth: (depths.count(depth) > 1, depth))
+    runs = [run for run, depth in zip(runs, depths, strict=True) if depth == deepest]
     if len(runs) < 2 or not all("val_accuracy" in run.figures and norms[run.name] for run in runs):
         return ""
     most, least = (end(runs, key=lambda run: _share(norms[run.name])) for end in (min, max))

@@ -298,6 +298,11 @@ def _before_the_job(error: Exception) -> str | None:
             f"expected an output folder that can be written, but {cause.filename} cannot ({cause.strerror}); "
             "choose another with hydra.run.dir=… (hydra.sweep.dir=… in a sweep)"
         )
+    if "Got NoneType" in str(error):  # Hydra does not say which group
+        return "expected the name of a choice for each group, but got null; leave a group out with ~, as in ~logger"
+    if "Ambiguous value" in str(error):  # a list without brackets, or a sweep without -m
+        several = first_line(error).split("'")[1]
+        return f"expected one value, but got several in {several}; write [1,2] for a list, or add -m for a sweep"
     if isinstance(error, HydraException):  # whose further lines name the fix
         lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
         return f"expected flags and overrides that fit the configuration, but: {'; '.join(lines)}"
@@ -306,6 +311,8 @@ def _before_the_job(error: Exception) -> str | None:
             f"expected the name of a choice for each group, but: {first_line(error)}; write it as in data=iris, or "
             "leave the group out as in ~logger"
         )
+    if type(error) is ValueError:
+        return f"expected flags and overrides that fit the configuration, but: {first_line(error)}"
     return None
 
 

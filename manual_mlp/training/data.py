@@ -148,6 +148,8 @@ class DataModule(L.LightningDataModule):
         raw, train = samples.columns, parts["train"][0]
         columns = preparation.fitted(raw, train)
         self.said |= preparation.words(raw, columns, samples.features, train)
+        classes = preparation.Column(samples.reading["target"] or "", samples.class_names)
+        self.said["white space"] = preparation.white_space([*raw, classes])
         self.columns = [column for column in columns if column]
         if not self.columns:
             raise InputError("expected a feature that some training row has, but all are empty; name another target")

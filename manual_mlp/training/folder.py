@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
@@ -72,7 +73,10 @@ def keep_configuration(cfg: DictConfig) -> None:
     if not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
-    folder = Path(cfg.run_dir, ".hydra")
+    own = hydra.runtime.output_dir if hydra.mode == RunMode.MULTIRUN else cfg.run_dir
+    folder = Path(own, ".hydra")
+    if folder.is_symlink():
+        raise InputError(f"expected a folder of its own for the run, but {folder} is a link; choose another run_dir")
     folder.mkdir(parents=True, exist_ok=True)
     whole = HydraConfig.instance().cfg
     for name, content in {"config": cfg, "hydra": whole, "overrides": hydra.overrides.task}.items():

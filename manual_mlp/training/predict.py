@@ -112,7 +112,10 @@ class Predictor(nn.Module):
         """
         if not hasattr(rows, "columns"):
             try:
-                return torch.as_tensor(np.asarray(rows))
+                array = np.asarray(rows)
+                if array.dtype.kind in "biuf" and array.dtype not in (np.float32, np.float64):
+                    array = array.astype(float)  # another byte order, too
+                return torch.as_tensor(np.ascontiguousarray(array))
             except (TypeError, ValueError, RuntimeError) as error:
                 raise InputError(
                     f"expected numbers in rows of the same length, but got {type(rows).__name__} that is no such table "
@@ -133,6 +136,11 @@ class Predictor(nn.Module):
             defects += [(None, f"{quoted(column.name)} is text") for column in columns if column.kinds]
             table.refuse(defects)
             return codes, []
+        for name in filter(None, (self.target, self.key)):
+            if name not in table.columns and f"{name}[0]" in table.columns:
+                raise InputError(
+                    f"expected one value of {quoted(name)} for each row, but got several; mend it, or leave it out"
+                )
         own = [column.name for column in self.columns]
         if missing := [name for name in own if name not in table.columns]:
             raise InputError(
@@ -237,6 +245,11 @@ def predict_file(checkpoint: str, source: str, destination: str, max_bytes: floa
     predictor = Predictor.from_checkpoint(checkpoint)
     table = _read(Path(source), predictor, max_bytes)
     features, notes = predictor._features(table)
+    if features.shape[1] != predictor._first.sizes[0]:
+        raise InputError(
+            f"expected {predictor._first.sizes[0]} numbers in each row, as the net was trained on, but {source} has "
+            f"{features.shape[1]}; check that it is the right file"
+        )
     with torch.inference_mode():
         scaled = predictor.standardised(torch.from_numpy(features))
         prediction = torch.cat([predictor.net(rows) for rows in scaled.split(ROWS)])

@@ -201,6 +201,13 @@ def _ordered(names: Sequence[str | None], order: Any) -> tuple[tuple[str, ...], 
     return tuple(known), np.array([place[name] for name in names], dtype=np.int64)
 
 
+def white_space(columns: Sequence[Column]) -> str:
+    """Return words about kinds of text that differ from others, or from an empty cell, in white space alone."""
+    odd = {c.name: [k for k in c.kinds if k != k.strip() and k.strip() in ("", *c.kinds)] for c in columns}
+    told = [f"{quoted(name)} has {listed(kinds)}" for name, kinds in odd.items() if kinds]
+    return f"{', '.join(told)}: kinds of their own, though nothing else sets them apart" if told else ""
+
+
 def _coded_or_numbers(
     values: np.ndarray, name: str, decimal: str | None, like: Column | None
 ) -> tuple[np.ndarray, tuple[str, ...], Defects]:

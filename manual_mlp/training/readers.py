@@ -277,8 +277,11 @@ def _read_csv(table: Table, file: IO[bytes]) -> None:
                 raise InputError(
                     f"expected several columns in {table.path.name}, but its first line is {listed(names)}; {hint}"
                 ) from error
-            counts = enumerate((len(cells) for _, cells in table.lines()), -1)
-            table.refuse([(row, f"{n} cells instead of {len(names)}") for row, n in counts if n > len(names)])
+            counts = [len(cells) for _, cells in table.lines()]
+            more = [(row, n) for row, n in enumerate(counts, -1) if n > len(names)]
+            table.refuse([(row, f"{n} cells instead of {len(names)}") for row, n in more])
+            if "EOF inside string" in str(error):  # all from there on is one cell
+                table.refuse([(len(counts) - 2, "a quotation mark opens here and never closes")])
             raise
     read = {place: column(frame[place]) for place in places if frame[place].dtype.kind in "biuf"}
     del frame  # two copies of a text are too many

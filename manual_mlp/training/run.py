@@ -74,7 +74,16 @@ def run(cfg: DictConfig) -> float | None:
     with in_words(cfg):
         if config.in_sweep() or (cfg.task != "train" and not Path(cfg.run_dir, ".hydra").exists()):
             keep_configuration(cfg)  # before what can still be refused, because a sweep compares that, too
+        if cfg.task == "train" and config.in_sweep() and Path(cfg.run_dir).resolve() != _folder_of_this_run():
+            raise InputError(
+                f"expected each run of a sweep in a folder of its own, but got run_dir={cfg.run_dir}; leave it out, "
+                "and choose the folder of all by hydra.sweep.dir=…"
+            )
         return task(cfg)
+
+
+def _folder_of_this_run() -> Path:
+    return Path(HydraConfig.get().runtime.output_dir).resolve()
 
 
 @contextmanager
