@@ -15,9 +15,9 @@ import pytest
 from tests.readme import ROOT
 
 PACKAGE = ROOT / "manual_mlp"
-WHOLE = 11900  # to be 6000
-CORE = 3640  # to be 1850
-LARGEST = 414
+WHOLE = 11679  # to be 6000
+CORE = 3595  # to be 1850
+LARGEST = 406
 # What the nets, the derivatives and the training engine are made of.
 CORE_FILES = {"errors", "formulas", "functions", "functional", "modules", "plan", "network", "engine"}
 CORE_FILES |= {"grids", "grid_functions", "grid_rules"}
